@@ -1,0 +1,29 @@
+# `make pretrain` and `make test` do all the set-up themselves.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: venv pretrain test lint bench
+
+venv: $(STAMP)
+
+# torch comes first and pinned: pip then takes the CPU build where one is at hand
+$(STAMP): setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $(STAMP)
+
+pretrain: venv
+	$(BIN)/python scripts/pretrain.py --resume_from_checkpoint auto $(ARGS)
+
+test: lint
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: venv
+	$(BIN)/python scripts/benchmark_true_ternary.py --json runs/benchmark_true_ternary.json $(ARGS)

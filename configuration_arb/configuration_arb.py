@@ -1,0 +1,113 @@
+"""ArbConfig: every dial of the model, checked at construction."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+VOCAB_SIZE = 288
+PAD_ID, EOS_ID, BOS_ID = 256, 257, 258
+UPDATE_RULES = ("momentum", "flip", "correlation")
+GROUP_SIZES = (0, 4, 6, 8, 16, 32, 64, 96, 128)
+PACKING_VERSION = 1
+AUTO_MAP = {
+    "AutoConfig": "configuration_arb.ArbConfig",
+    "AutoModel": "modeling_arb.ArbModel",
+    "AutoModelForCausalLM": "modeling_arb.ArbForCausalLM",
+}
+LATER_BLOCKS = ("text_sequencer", "memgram", "codebook", "moe_graph", "composite", "output_router", "sidecars")
+
+
+class ArbConfig(PreTrainedConfig):
+    """Configuration of ARB, a byte-level language model with packed ternary weights.
+
+    Shape: `hidden_size`, `num_hidden_layers`, `num_attention_heads`, `intermediate_size` (0: four times the width),
+    `qk_nope_head_dim` and `qk_rope_head_dim` (one head's query and key: without and with rotary position),
+    `v_head_dim`, `kv_latent_dim` (what the cache keeps of keys and values; 0: half the width less the rotary key).
+    Ternary state: `group_size` (weights sharing one scale exponent; 0: the whole row), `update_rule` (momentum, flip,
+    correlation), `momentum_bits` (4 or 8), `training_state` (whether the update rule's accumulators are part of the
+    model; an inference checkpoint goes without).
+    Blocks that are off when None: `text_sequencer`, `memgram`, `codebook`, `moe_graph`, `composite`,
+    `output_router`, `sidecars`.
+
+    Raises ValueError naming the field and its value when a combination makes no model.
+    """
+
+    model_type = "arb"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    vocab_size: int = VOCAB_SIZE
+    hidden_size: int = 256
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 8
+    intermediate_size: int = 0
+    qk_nope_head_dim: int = 16
+    qk_rope_head_dim: int = 16
+    v_head_dim: int = 32
+    kv_latent_dim: int = 0
+    max_position_embeddings: int = 4096
+    rope_theta: float = 10000.0
+    rms_norm_eps: float = 1e-6
+    group_size: int = 0
+    update_rule: str = "momentum"
+    momentum_bits: int = 4
+    training_state: bool = True
+    packing_version: int = PACKING_VERSION
+    text_sequencer: dict[str, Any] | None = None
+    memgram: dict[str, Any] | None = None
+    codebook: dict[str, Any] | None = None
+    moe_graph: dict[str, Any] | None = None
+    composite: dict[str, Any] | None = None
+    output_router: dict[str, Any] | None = None
+    sidecars: dict[str, Any] | None = None
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    pad_token_id: int | None = PAD_ID
+    bos_token_id: int | None = BOS_ID
+    eos_token_id: int | None = EOS_ID
+
+    def __post_init__(self, **kwargs):
+        if self.dtype is None:
+            self.dtype = "float32"  # otherwise the loader takes the first tensor's: uint8
+        super().__post_init__(**kwargs)
+        self._check_sizes()
+        self._check_state()
+        self.intermediate_size = self.intermediate_size or 4 * self.hidden_size
+        self.kv_latent_dim = self.kv_latent_dim or max(self.hidden_size // 2 - self.qk_rope_head_dim, 1)
+
+    def _check_sizes(self) -> None:
+        positive = ("hidden_size", "num_hidden_layers", "num_attention_heads", "qk_rope_head_dim", "v_head_dim")
+        for name in (*positive, "max_position_embeddings"):
+            self._require(name, _is_int(getattr(self, name)) and getattr(self, name) > 0, "a positive integer")
+        for name in ("intermediate_size", "qk_nope_head_dim", "kv_latent_dim"):
+            self._require(name, _is_int(getattr(self, name)) and getattr(self, name) >= 0, "a non-negative integer")
+        self._require("qk_rope_head_dim", self.qk_rope_head_dim % 2 == 0, "even: rotary position turns pairs")
+        self._require("vocab_size", self.vocab_size == VOCAB_SIZE, f"{VOCAB_SIZE}: 256 bytes and 32 specials")
+        for name in ("rope_theta", "rms_norm_eps"):
+            value = getattr(self, name)
+            self._require(name, isinstance(value, float) and 0 < value < math.inf, "a positive number")
+
+    def _check_state(self) -> None:
+        self._require("update_rule", self.update_rule in UPDATE_RULES, f"one of {', '.join(UPDATE_RULES)}")
+        sizes = ", ".join(map(str, GROUP_SIZES))
+        self._require("group_size", _is_int(self.group_size) and self.group_size in GROUP_SIZES, f"one of {sizes}")
+        self._require("momentum_bits", self.momentum_bits in (4, 8), "4 or 8")
+        known = self.packing_version == PACKING_VERSION
+        self._require("packing_version", known, f"{PACKING_VERSION}, the only one that this version reads")
+        for name in LATER_BLOCKS:
+            self._require(name, getattr(self, name) is None, "None: this version does not have the block")
+
+    def _require(self, name: str, holds: bool, expected: str) -> None:
+        if not holds:
+            raise ValueError(f"{name}={getattr(self, name)!r} must be {expected}")
+
+    def save_pretrained(self, save_directory: str, **kwargs) -> None:
+        """Write config.json with the full auto_map, so that the folder loads as remote code."""
+        self.auto_map = {**(getattr(self, "auto_map", None) or {}), **AUTO_MAP}
+        super().save_pretrained(save_directory, **kwargs)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

@@ -1,0 +1,42 @@
+"""Exponents in fractions of an octave, and scale arithmetic that gives the same bits on every backend.
+
+Powers of two come from tables of correctly rounded float32 constants instead of exp2, and the inverse (which
+exponent covers this value?) compares mantissa bits instead of taking a logarithm.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+EIGHTHS = 8
+QUARTERS = 4
+
+
+@cache
+def _power_table(steps_per_octave: int, device: torch.device) -> torch.Tensor:
+    """float32 (256,): 2^(e / steps_per_octave) for e in -128..127."""
+    return torch.tensor([2.0 ** (e / steps_per_octave) for e in range(-128, 128)], device=device)
+
+
+def power_of_two(exponent: torch.Tensor, steps_per_octave: int) -> torch.Tensor:
+    """int8 (...) -> float32 (...): 2^(exponent / steps_per_octave)."""
+    return _power_table(steps_per_octave, exponent.device)[exponent.int() + 128]
+
+
+def quarter_octaves_covering(square: torch.Tensor) -> torch.Tensor:
+    """float32 (...) >= 0 -> int8 (...): the least e in [-127, 127] with 2^(e / 4) >= sqrt(square).
+
+    sqrt(square) = 2^(e/4) means square = 2^(e/2): two steps an octave of the square, told apart by its mantissa.
+    """
+    mantissa, octave = torch.frexp(square)  # square = mantissa * 2^octave, mantissa in [0.5, 1)
+    half_octaves = 2 * (octave - 1) + (mantissa > 0.5).int() + (mantissa > 0.5**0.5).int()
+    return torch.where(square > 0, half_octaves, -127).clamp(-127, 127).to(torch.int8)
+
+
+def fixed_point_scale(absmax: torch.Tensor, bits: int) -> torch.Tensor:
+    """float32 () -> float32 (): the power of two that brings values up to `absmax` into [-2^bits, 2^bits]."""
+    _, octave = torch.frexp(absmax)
+    shift = torch.where(absmax > 0, bits - octave, 0).clamp(-126, 126)
+    return torch.ldexp(torch.ones_like(absmax), shift)

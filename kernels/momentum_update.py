@@ -1,0 +1,181 @@
+"""momentum: the default update rule. 1.2 bytes of state per weight, no float among them.
+
+State of a matrix (N out, K in), beside its packed trits:
+    accum      (N, K) uint8, or int16 with momentum_bits 8: residual in the low half, momentum code in the high half,
+               both two's complement, so that zero means zero
+    accum_exp  (N, ceil(K / 64)) int8: the step of a block of 64 momentum codes, in quarter octaves
+
+*Fold* takes a weight gradient into the momentum; *move* shifts every weight along its latent line (one cell per trit,
+2^momentum_bits residual steps per cell) against the Nesterov direction, normalised by its row and column RMS.
+Both round stochastically. Statistics are summed as integers, or in a fixed tree, so the result does not depend on
+the order of summation: every backend gives the same bits for the same dW and key.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .exponents import QUARTERS, fixed_point_scale, power_of_two, quarter_octaves_covering
+from .groups import group_lengths, split_groups, spread_groups
+from .packing import pack_trits, unpack_trits
+from .random_bits import random_bits, uniform_from_high_bits, uniform_from_low_bits
+
+BLOCK = 64
+CLIP_RMS = 2.5
+MAX_UPDATE = 3.0
+STATISTIC_BITS = 15
+UPDATE_STEPS = 1024.0
+UPDATE_LIMIT = 31.0
+
+
+@dataclass(frozen=True)
+class MomentumFormat:
+    """How residual and momentum share one integer per weight."""
+
+    bits: int = 4
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return {4: torch.uint8, 8: torch.int16}[self.bits]
+
+    @property
+    def cell(self) -> int:
+        """Residual steps per cell of the latent line."""
+        return 2**self.bits
+
+    @property
+    def levels(self) -> int:
+        """Largest momentum code."""
+        return 2 ** (self.bits - 1) - 1
+
+    def split(self, accum: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """accum (N, K) -> residual, momentum code: signed integers (N, K)."""
+        signed = accum.view(torch.int8) if self.bits == 4 else accum
+        return (signed << self.bits) >> self.bits, signed >> self.bits
+
+    def join(self, residual: torch.Tensor, momentum: torch.Tensor) -> torch.Tensor:
+        joined = (momentum << self.bits) | (residual & (self.cell - 1))
+        return joined.view(torch.uint8) if self.bits == 4 else joined
+
+
+def _sum_in_tree(blocks: torch.Tensor) -> torch.Tensor:
+    """(..., 64) -> (..., 1), halves added to halves: one order of summation for every backend."""
+    while blocks.shape[-1] > 1:
+        half = blocks.shape[-1] // 2
+        blocks = blocks[..., :half] + blocks[..., half:]
+    return blocks
+
+
+def _dequantise(codes: torch.Tensor, exponent: torch.Tensor) -> torch.Tensor:
+    """codes (N, K), exponent int8 (N, blocks) -> float32 (N, K)."""
+    return codes * spread_groups(power_of_two(exponent, QUARTERS), BLOCK, codes.shape[1])
+
+
+def fold_momentum(
+    codes: torch.Tensor,
+    exponent: torch.Tensor,
+    dW: torch.Tensor,
+    uniform: torch.Tensor,
+    beta: float,
+    decay: bool,
+    levels: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """m <- beta * m + (1 - beta) * dW, requantised.
+
+    codes: signed int (N, K); exponent: int8 (N, blocks); dW: float32 (N, K), this micro-batch's share of the mean
+    gradient; uniform: float32 (N, K) in [0, 1); decay: whether beta applies to m (once per step, in the first
+    micro-batch). Returns the new codes, in their dtype, and exponents.
+    """
+    columns = codes.shape[1]
+    momentum = _dequantise(codes, exponent)
+    if decay:
+        momentum *= beta
+    momentum += dW * (1 - beta)
+    square_sum = _sum_in_tree(split_groups(momentum * momentum, BLOCK)).squeeze(-1)
+    mean_square = square_sum / group_lengths(columns, BLOCK, dW.device)
+    new_exponent = quarter_octaves_covering(mean_square * (CLIP_RMS / levels) ** 2)
+    inverse = spread_groups(power_of_two(-new_exponent, QUARTERS), BLOCK, columns)
+    scaled = momentum.mul_(inverse).add_(uniform).floor_().clamp_(-levels, levels)
+    return scaled.to(codes.dtype), new_exponent
+
+
+def _normalised(direction: torch.Tensor) -> torch.Tensor:
+    """float32 (N, K) -> unit-RMS direction, each row and column scaled by its RMS, clipped to +-3.
+
+    u_ij = d_ij / sqrt(r_i * c_j / mean(r)), r and c the row and column mean squares of d.
+    """
+    rows, columns = direction.shape
+    unit = direction * fixed_point_scale(direction.abs().amax(), STATISTIC_BITS)
+    steps = unit.round().int()
+    squares = steps * steps
+    row_sum = squares.sum(1, dtype=torch.int64)
+    column_sum = squares.sum(0, dtype=torch.int64).float()
+    # the RMS is set to one below, so factors common to all elements may take any value here
+    row_scale = torch.where(row_sum > 0, 1 / row_sum.float().sqrt(), 0)
+    column_scale = torch.where(column_sum > 0, row_sum.sum().float().sqrt() / column_sum.sqrt(), 0)
+    unit = unit.mul_(row_scale[:, None]).mul_(column_scale)
+    steps = (unit * UPDATE_STEPS).clamp_(-UPDATE_LIMIT * UPDATE_STEPS, UPDATE_LIMIT * UPDATE_STEPS).round_().int()
+    power = (steps * steps).sum(dtype=torch.int64).float()
+    inverse_rms = torch.where(power > 0, UPDATE_STEPS * (rows * columns) ** 0.5 / power.sqrt(), 0)
+    return unit.mul_(inverse_rms).clamp_(-MAX_UPDATE, MAX_UPDATE)
+
+
+def move_weights(
+    trits: torch.Tensor,
+    residual: torch.Tensor,
+    direction: torch.Tensor,
+    uniform: torch.Tensor,
+    lr: float,
+    cell: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Shift the latent line by -lr cells along the normalised direction.
+
+    trits: int8 (N, K); residual: signed int (N, K) in [-cell/2, cell/2); direction: float32 (N, K), the Nesterov
+    direction; uniform: float32 (N, K) in [0, 1). Returns the new trits and residuals, in their dtypes.
+    """
+    shift = _normalised(direction).mul_(-lr * cell).add_(uniform).floor_()
+    latent = shift.add_(trits * float(cell)).add_(residual).clamp_(-1.5 * cell, 1.5 * cell - 1).to(torch.int16)
+    new_trits = (latent + cell // 2) >> (cell.bit_length() - 1)
+    return new_trits.to(trits.dtype), (latent - new_trits * cell).to(residual.dtype)
+
+
+def momentum_fold(
+    accum: torch.Tensor, accum_exp: torch.Tensor, dW: torch.Tensor, key: int, beta: float, decay: bool, bits: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """An early micro-batch of an accumulated step: only the momentum changes. Returns the new accum, accum_exp."""
+    form = MomentumFormat(bits)
+    residual, codes = form.split(accum)
+    uniform = uniform_from_low_bits(random_bits(key, *dW.shape, dW.device))
+    codes, accum_exp = fold_momentum(codes, accum_exp, dW, uniform, beta, decay, form.levels)
+    return form.join(residual, codes), accum_exp
+
+
+def momentum_update(
+    packed: torch.Tensor,
+    accum: torch.Tensor,
+    accum_exp: torch.Tensor,
+    dW: torch.Tensor,
+    key: int,
+    lr: float,
+    beta: float = 0.9,
+    micro_batches: int = 1,
+    bits: int = 4,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Fold and move in one go, at the last micro-batch of a step.
+
+    packed: uint8 (N, ceil(K/5)) trits; dW: float32 (N, K), this micro-batch's share of the mean gradient, 1 /
+    micro_batches of it; lr: cells per step. Returns the new packed, accum, accum_exp and the number of changed trits,
+    an int64 scalar.
+    """
+    form = MomentumFormat(bits)
+    residual, codes = form.split(accum)
+    noise = random_bits(key, *dW.shape, dW.device)
+    codes, accum_exp = fold_momentum(
+        codes, accum_exp, dW, uniform_from_low_bits(noise), beta, micro_batches == 1, form.levels
+    )
+    direction = _dequantise(codes, accum_exp).mul_(beta) + dW * (micro_batches * (1 - beta))
+    trits = unpack_trits(packed, dW.shape[1])
+    new_trits, residual = move_weights(trits, residual, direction, uniform_from_high_bits(noise), lr, form.cell)
+    return pack_trits(new_trits), form.join(residual, codes), accum_exp, (new_trits != trits).sum()

@@ -1,0 +1,45 @@
+"""Which tensors a ternary matrix keeps under each update rule: the one table that layers, audit and loader share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .groups import num_groups
+from .momentum_update import BLOCK, MomentumFormat
+from .packing import packed_width
+
+
+@dataclass(frozen=True)
+class StateTensor:
+    """One persistent tensor of a matrix: its shape and dtype, what it is for, and whether inference needs it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    role: str
+    inference: bool = False
+
+
+def state_layout(
+    update_rule: str, rows: int, columns: int, group_size: int, momentum_bits: int = 4
+) -> dict[str, StateTensor]:
+    """The persistent tensors of a (rows, columns) ternary matrix by name, training state included."""
+    groups = num_groups(columns, group_size)
+    layout = {
+        "T_packed": StateTensor((rows, packed_width(columns)), torch.uint8, "packed trits", inference=True),
+        "E": StateTensor((rows, groups), torch.int8, "scale exponents", inference=True),
+    }
+    if update_rule == "momentum":
+        form = MomentumFormat(momentum_bits)
+        layout["accum"] = StateTensor((rows, columns), form.dtype, "residual and momentum")
+        layout["accum_exp"] = StateTensor((rows, num_groups(columns, BLOCK)), torch.int8, "momentum exponents")
+    elif update_rule == "flip":
+        layout["T_accum"] = StateTensor((rows, columns), torch.int8, "trit votes")
+        layout["E_accum"] = StateTensor((rows, groups), torch.int8, "scale votes")
+    elif update_rule == "correlation":
+        layout["corr_accum"] = StateTensor((rows, groups), torch.int64, "correlation sums", inference=True)
+        layout["step_counter"] = StateTensor((), torch.int64, "vote counter", inference=True)
+    else:
+        raise ValueError(f"update_rule={update_rule!r} is unknown")
+    return layout

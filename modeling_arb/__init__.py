@@ -1,0 +1,15 @@
+"""ArbModel and ArbForCausalLM, registered with transformers' Auto classes; saving a model here also writes its code."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from configuration_arb import ArbConfig
+
+from .modeling_arb import ArbForCausalLM, ArbModel, ArbPreTrainedModel
+from .remote_code import export_code
+
+ArbPreTrainedModel._export_code = staticmethod(export_code)
+AutoConfig.register("arb", ArbConfig)
+AutoModel.register(ArbConfig, ArbModel)
+AutoModelForCausalLM.register(ArbConfig, ArbForCausalLM)
+
+__all__ = ["ArbForCausalLM", "ArbModel", "ArbPreTrainedModel"]

@@ -1,0 +1,46 @@
+"""ByteHead: the 288-way output, and the loss in nats per byte."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .byte_embedding import TRIGRAM
+from .norm import rms_norm
+from .ternary_linear import TernaryLinear
+
+IGNORE = -100
+
+
+class ByteHead(nn.Module):
+    """(B, T, D) -> logits (B, T, 288)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.eps = config.rms_norm_eps
+        self.proj = TernaryLinear(config.hidden_size, config.vocab_size, config)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.proj(rms_norm(x, self.eps))
+
+
+def mask_incomplete_trigrams(labels: torch.Tensor) -> torch.Tensor:
+    """labels (B, T), aligned with the ids -> a copy that leaves out bytes predicted from less than a full trigram."""
+    labels = labels.clone()
+    labels[:, :TRIGRAM] = IGNORE
+    return labels
+
+
+def next_byte_loss(
+    logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+) -> torch.Tensor:
+    """Cross-entropy in nats per byte: position t of logits (B, T, V) predicts labels[:, t + 1] of (B, T).
+
+    Mean over the scored bytes, or their sum over `num_items_in_batch` when a Trainer accumulates gradients.
+    """
+    targets = mask_incomplete_trigrams(labels)[:, 1:].flatten()
+    total = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=IGNORE, reduction="sum")
+    if num_items_in_batch is None:
+        num_items_in_batch = (targets != IGNORE).sum().clamp(min=1)
+    return total / num_items_in_batch

@@ -1,0 +1,55 @@
+"""What makes a checkpoint unreadable, said in one line naming the file, the tensor and the value."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from arb_kernels.packing import LARGEST_BYTE, count_invalid_bytes
+
+from .ternary_matrix import TernaryMatrix
+
+SAFETENSORS_DTYPES = {
+    "T_packed": ("U8",),
+    "E": ("I8",),
+    "accum": ("U8", "I16"),
+    "accum_exp": ("I8",),
+    "T_accum": ("I8",),
+    "E_accum": ("I8",),
+    "corr_accum": ("I64",),
+    "step_counter": ("I64",),
+}
+
+
+def check_tensor_files(folder: str | Path) -> None:
+    """Read the headers of a local checkpoint's weight files. Raises ValueError on a damaged file or a wrong dtype.
+
+    transformers would cast a tensor of another dtype to the buffer's without a word.
+    """
+    for path in sorted(Path(folder).glob("model*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as file:
+                dtypes = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{path}: damaged or truncated safetensors file ({error})") from error
+        for name, dtype in dtypes.items():
+            expected = SAFETENSORS_DTYPES.get(name.rpartition(".")[2])
+            if expected is not None and dtype not in expected:
+                raise ValueError(f"{path}: tensor {name} has dtype {dtype}, expected {' or '.join(expected)}")
+
+
+def check_loading_info(source: str, info: dict) -> None:
+    """Raises ValueError when a tensor was missing or of another shape than the config asks for."""
+    for name, found, expected in sorted(info["mismatched_keys"]):
+        raise ValueError(f"{source}: tensor {name} has shape {tuple(found)}, the config asks for {tuple(expected)}")
+    for name in sorted(info["missing_keys"]):
+        raise ValueError(f"{source}: tensor {name} is missing")
+
+
+def check_trits(source: str, model: nn.Module) -> None:
+    """Raises ValueError when a packed byte holds no five trits."""
+    for name, module in model.named_modules():
+        if isinstance(module, TernaryMatrix) and (invalid := count_invalid_bytes(module.T_packed)):
+            raise ValueError(f"{source}: tensor {name}.T_packed holds {invalid} bytes above {LARGEST_BYTE}, not trits")

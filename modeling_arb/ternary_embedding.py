@@ -1,0 +1,51 @@
+"""TernaryEmbedding: rows of a packed table, looked up and updated without a float table."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from arb_kernels.groups import spread_groups
+from arb_kernels.packing import unpack_trits
+
+from .ternary_matrix import TernaryMatrix
+
+
+class TernaryEmbeddingFunction(torch.autograd.Function):
+    """`anchor` is an empty tensor that requires grad: without any float parameter, nothing else would start autograd."""
+
+    @staticmethod
+    def forward(ctx, ids, anchor, layer, dtype):
+        ctx.save_for_backward(ids)
+        ctx.layer = layer
+        return layer.rows_of(ids, dtype)
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        (ids,) = ctx.saved_tensors
+        layer = ctx.layer
+        if layer.armed:
+            dW = torch.ops.aten.embedding_dense_backward(grad_y.float(), ids, layer.rows, -1, False)
+            layer.hand_over(dW)
+        return None, None, None, None
+
+
+class TernaryEmbedding(TernaryMatrix):
+    """ids (...) int64 -> (..., columns). Entries have variance 1 at the start."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, config):
+        nn.Module.__init__(self)
+        self.setup_state(num_embeddings, embedding_dim, config, init_fan_in=1)
+
+    def rows_of(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Decode only the rows asked for, unless the whole table is smaller."""
+        if ids.numel() >= self.rows:
+            return F.embedding(ids, self.effective_weight(dtype))
+        trits = unpack_trits(self.T_packed[ids], self.columns, torch.float32)
+        scale = self.scale()[ids.flatten()]
+        return (trits * spread_groups(scale, self.group_size, self.columns).view(*ids.shape, -1)).to(dtype)
+
+    def forward(self, ids: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        anchor = torch.empty(0, device=ids.device, requires_grad=True)
+        return TernaryEmbeddingFunction.apply(ids, anchor, self, dtype)

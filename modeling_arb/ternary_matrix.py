@@ -1,0 +1,104 @@
+"""TernaryMatrix: the integer state of one weight matrix, and what the layers on top of it share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import initialization as init
+
+from arb_kernels.correlation_update import correlation_octaves
+from arb_kernels.exponents import EIGHTHS, power_of_two
+from arb_kernels.groups import num_groups, spread_groups
+from arb_kernels.packing import TRITS_PER_BYTE, packed_width, unpack_trits
+from arb_kernels.state_layout import StateTensor, state_layout
+
+
+class TernaryMatrix(nn.Module):
+    """A (rows, columns) matrix of trits with one scale exponent per group, all of it integer buffers.
+
+    A subclass that learns calls `self.hand_over(dW)` in backward. Without an attached optimizer (`update_handler` None) that
+    changes nothing. `shared` says that the matrix is used more than once per forward: its dW are then summed and
+    applied in `optimizer.step()` instead of inside backward.
+    """
+
+    shared = False
+    update_handler: Callable[[TernaryMatrix, torch.Tensor], None] | None = None
+
+    def setup_state(self, rows: int, columns: int, config, init_fan_in: int) -> None:
+        """Register the buffers that `config` (an ArbConfig) asks for; weights start with variance 1 / init_fan_in."""
+        self.rows, self.columns = rows, columns
+        self.group_size = config.group_size or columns
+        self.update_rule, self.momentum_bits = config.update_rule, config.momentum_bits
+        self.init_fan_in = init_fan_in
+        for name, spec in self.layout().items():
+            if spec.inference or config.training_state:
+                self.register_buffer(name, torch.zeros(spec.shape, dtype=spec.dtype))
+
+    def layout(self) -> dict[str, StateTensor]:
+        """The matrix's persistent tensors, training state included whether or not it is there."""
+        return state_layout(self.update_rule, self.rows, self.columns, self.group_size, self.momentum_bits)
+
+    @property
+    def logical_weights(self) -> int:
+        return self.rows * self.columns
+
+    @property
+    def has_training_state(self) -> bool:
+        return all(hasattr(self, name) for name in self.layout())
+
+    def add_training_state(self) -> None:
+        """Give a matrix from an inference checkpoint its accumulators, at zero: residual at the cell's centre."""
+        for name, spec in self.layout().items():
+            if not hasattr(self, name):
+                self.register_buffer(name, torch.zeros(spec.shape, dtype=spec.dtype, device=self.T_packed.device))
+
+    def reset_state(self) -> None:
+        """Latents uniform over the three cells, S = sqrt(1.5 / fan_in): two thirds of the trits are not zero."""
+        device = self.T_packed.device
+        width = packed_width(self.columns)
+        digits = torch.arange(TRITS_PER_BYTE, device=device)[:, None] * width + torch.arange(width, device=device)
+        values = 3 ** (digits < self.columns).sum(0)  # of a byte whose padding digits stay zero
+        random_bytes = torch.randint(0, 3**TRITS_PER_BYTE, self.T_packed.shape, device=device)
+        init.copy_(self.T_packed, (random_bytes % values).to(torch.uint8))
+        exponent = torch.log2(torch.tensor(1.5 / self.init_fan_in)) / 2 * EIGHTHS
+        init.constant_(self.E, int(exponent.round().clamp(-128, 127)))
+        for name, spec in self.layout().items():
+            if hasattr(self, name) and name not in ("T_packed", "E"):
+                init.zeros_(getattr(self, name))
+        if hasattr(self, "accum"):
+            residual = torch.randint(0, 2**self.momentum_bits, self.accum.shape, device=device)
+            init.copy_(self.accum, residual.to(self.accum.dtype))
+
+    def trits(self, dtype: torch.dtype = torch.int8) -> torch.Tensor:
+        """(rows, columns) in {-1, 0, 1}."""
+        return unpack_trits(self.T_packed, self.columns, dtype)
+
+    def scale(self) -> torch.Tensor:
+        """float32 (rows, groups): S = 2^(E / 8), under `correlation` also moved by the votes so far."""
+        scale = power_of_two(self.E, EIGHTHS)
+        if self.update_rule == "correlation":
+            scale = scale * torch.exp2(
+                correlation_octaves(self.corr_accum, self.step_counter, self.columns, self.group_size)
+            )
+        return scale
+
+    def effective_weight(self, dtype: torch.dtype) -> torch.Tensor:
+        """(rows, columns): W_eff = S * T, a transient made for one matmul."""
+        trits = self.trits(torch.float32)
+        return (trits * spread_groups(self.scale(), self.group_size, self.columns)).to(dtype)
+
+    @torch.no_grad()
+    def hand_over(self, dW: torch.Tensor) -> None:
+        """Give the transient weight gradient (rows, columns) to the attached optimizer."""
+        self.update_handler(self, dW)
+
+    @property
+    def armed(self) -> bool:
+        """Whether an optimizer waits for this matrix's gradients."""
+        return self.update_handler is not None
+
+    def extra_repr(self) -> str:
+        groups = num_groups(self.columns, self.group_size)
+        return f"rows={self.rows}, columns={self.columns}, groups_per_row={groups}, update_rule={self.update_rule}"

@@ -1,0 +1,173 @@
+"""Pretrain a ternary byte-level language model on integer state.
+
+Ends with held-out bits per byte, a sample, loss.png, the audit table and final/, a folder that
+AutoModelForCausalLM.from_pretrained(final, trust_remote_code=True) loads anywhere.
+
+examples:
+  python scripts/pretrain.py                                             # arb-small on Python's standard library
+  python scripts/pretrain.py --preset arb-tiny --max_steps 50 --output_dir runs/tiny      # seconds, on any CPU
+  python scripts/pretrain.py --data corpus/ notes.txt 'more/*.md' --output_dir runs/mine
+  python scripts/pretrain.py --dataset roneneldan/TinyStories --max_steps 5000 --output_dir runs/stories
+  python scripts/pretrain.py --output_dir runs/mine --data corpus/ --resume_from_checkpoint latest
+  accelerate launch scripts/pretrain.py --preset arb-14m --bf16 true --max_steps 20000
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import HfArgumentParser, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from configuration_arb import PRESETS, preset_config
+from modeling_arb import ArbForCausalLM
+from tokenization_arb import ArbTokenizer
+from training_arb.atomic_files import new_folder, write_json
+from training_arb.bits_per_byte import bits_per_byte
+from training_arb.byte_data import ByteBlocks, collate_blocks, load_corpus, stream_dataset
+from training_arb.command_line import HelpFormatter, run
+from training_arb.state_audit import audit_model, state_hash, zero_share
+from training_arb.trainer_arb import ArbTrainer
+from training_arb.training_args_arb import ArbTrainingArguments
+from training_arb.training_plots import plot_training
+
+
+@dataclass
+class PretrainArguments:
+    """The model and its data."""
+
+    preset: str = field(default="arb-small", metadata={"help": f"Shape: {', '.join(PRESETS)}."})
+    data: list[str] | None = field(
+        default=None, metadata={"help": "Files, folders, globs. Default: the running Python's standard library."}
+    )
+    dataset: str | None = field(
+        default=None, metadata={"help": "Hub dataset, or a folder of jsonl or parquet, read as a stream."}
+    )
+    text_column: str = field(default="text", metadata={"help": "The dataset's column of text."})
+    ctx: int = field(default=256, metadata={"help": "Bytes per block."})
+    update_rule: str = field(default="momentum", metadata={"help": "momentum, flip or correlation."})
+    group_size: int = field(default=0, metadata={"help": "Weights per scale exponent; 0: the whole row."})
+    momentum_bits: int = field(default=4, metadata={"help": "Bits of residual and of momentum: 4 or 8."})
+    eval_blocks: int = field(default=64, metadata={"help": "Held-out blocks in evaluations during training."})
+    eval_bytes: int = field(default=200_000, metadata={"help": "Held-out bytes in the final evaluation."})
+    prompt: str = field(default="def ", metadata={"help": "What the final sample continues."})
+
+
+def resolve_resume(args: ArbTrainingArguments) -> str | None:
+    """The checkpoint folder to continue: `latest` must exist, `auto` may; None starts afresh in a folder without runs."""
+    output_dir, wanted = Path(args.output_dir), args.resume_from_checkpoint
+    last = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
+    if wanted is None or wanted == "auto":
+        if (output_dir / "final").exists() or (last and wanted is None):
+            raise ValueError(
+                f"output_dir={str(output_dir)!r} already holds a run: choose another, or continue an unfinished one"
+                " with --resume_from_checkpoint latest"
+            )
+        return last
+    if wanted.lower() in ("latest", "true"):
+        if last is None:
+            raise ValueError(f"resume_from_checkpoint={wanted!r}: output_dir={str(output_dir)!r} has no checkpoint")
+        return last
+    if not Path(wanted).is_dir():
+        raise ValueError(f"resume_from_checkpoint={wanted!r}: no such folder")
+    return wanted
+
+
+def sample(model: ArbForCausalLM, tokenizer: ArbTokenizer, prompt: str, length: int = 400) -> str:
+    """A seeded sample that continues `prompt`."""
+    set_seed(0)
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    ids = model.generate(**inputs, max_new_tokens=length, do_sample=True, temperature=0.7)
+    return tokenizer.decode(ids[0])
+
+
+def main() -> None:
+    started = time.time()
+    parser = HfArgumentParser(
+        (PretrainArguments, ArbTrainingArguments), description=__doc__, formatter_class=HelpFormatter
+    )
+    arguments, args = parser.parse_args_into_dataclasses()
+    if args.max_steps <= 0:
+        raise ValueError(f"max_steps={args.max_steps} must be positive")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    resume = resolve_resume(args)
+    set_seed(args.seed)
+    config = preset_config(
+        arguments.preset,
+        update_rule=arguments.update_rule,
+        group_size=arguments.group_size,
+        momentum_bits=arguments.momentum_bits,
+        max_position_embeddings=max(arguments.ctx, 4096),
+    )
+    if arguments.dataset:
+        train, held_out = stream_dataset(arguments.dataset, arguments.ctx, args.seed, arguments.text_column)
+        source, size = arguments.dataset, "a stream"
+    else:
+        ids, held_out = load_corpus(arguments.data, arguments.ctx)
+        train, source = ByteBlocks(ids, arguments.ctx), " ".join(arguments.data or ["Python's standard library"])
+        size = f"{len(ids):,} bytes"
+    model = ArbForCausalLM(config)
+    audit = audit_model(model)
+    step_bytes = args.train_batch_size * args.gradient_accumulation_steps * args.world_size * arguments.ctx
+    print(f"model     {arguments.preset}: {audit.logical_weights:,} ternary weights, update rule {config.update_rule}")
+    print(f"state     {audit.state_bytes:,} bytes, {audit.state_bytes / audit.logical_weights:.3f} a weight, no float")
+    print(f"data      {source}: {size}, and {len(held_out):,} held out")
+    print(
+        f"training  {args.max_steps} steps of {step_bytes:,} bytes on {args.device}"
+        + (f", from {resume}" if resume else "")
+    )
+    trainer = ArbTrainer(
+        model,
+        args,
+        run_description={"data": source, "ctx": arguments.ctx},
+        train_dataset=train,
+        eval_dataset=ByteBlocks(held_out[: arguments.eval_blocks * arguments.ctx], arguments.ctx),
+        data_collator=collate_blocks,
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    if trainer.is_world_process_zero():
+        finish(trainer, arguments, held_out, source, started)
+
+
+def finish(trainer: ArbTrainer, arguments: PretrainArguments, held_out, source: str, started: float) -> None:
+    """Measure, show and write what the run ends with."""
+    model, output_dir = trainer.model.eval(), Path(trainer.args.output_dir)
+    tokenizer = ArbTokenizer()
+    scores = bits_per_byte(
+        model, held_out[: arguments.eval_bytes], arguments.ctx, max(arguments.ctx // 2, 1), progress=True
+    )
+    text = sample(model, tokenizer, arguments.prompt)
+    audit = audit_model(model, trainer.integer_optimizer)
+    plot_training(trainer.state.log_history, output_dir / "loss.png", f"{arguments.preset} on {source}")
+    write_json(
+        output_dir / "report.json",
+        {
+            **scores,
+            "preset": arguments.preset,
+            "data": source,
+            "steps": trainer.state.global_step,
+            "ctx": arguments.ctx,
+            "seconds": round(time.time() - started, 1),
+            "state_sha256": state_hash(model),
+            "zero_share": zero_share(model),
+            "audit": {key: value for key, value in audit.to_dict().items() if key != "tensors"},
+            "sample": text,
+            "torch": torch.__version__,
+            "history": trainer.state.log_history,
+        },
+    )
+    with new_folder(output_dir / "final") as folder:
+        model.save_pretrained(folder, training_state=False)
+        tokenizer.save_pretrained(folder)
+    print(f"\n{audit.table()}\n\nsample\n{text}\n")
+    print(f"held out    {scores['bits_per_byte']:.4f} bits per byte over {scores['bytes']:,} bytes never trained on")
+    print(f"state hash  {state_hash(model)}")
+    print(f"written     {output_dir}/final, loss.png, report.json in {time.time() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,64 @@
+"""Files and folders that appear whole or not at all: written under a temporary name, synced, then renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_tree(folder: Path) -> None:
+    """fsync every file and folder below `folder`, and itself."""
+    for path in [*folder.rglob("*"), folder]:
+        _sync(path)
+
+
+def move_into_place(staged: Path, target: Path) -> None:
+    """Rename a finished, synced folder or file to its name, replacing what stood there."""
+    if target.is_dir():
+        replaced = target.with_name(f".{target.name}.replaced")
+        shutil.rmtree(replaced, ignore_errors=True)
+        os.replace(target, replaced)
+        os.replace(staged, target)
+        shutil.rmtree(replaced)
+    else:
+        os.replace(staged, target)
+    _sync(target.parent)
+
+
+@contextmanager
+def new_folder(target: str | Path) -> Iterator[Path]:
+    """A staging folder to fill; it takes the place of `target` when the block ends well and vanishes when it raises."""
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = target.with_name(f".{target.name}.writing")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    try:
+        yield staging
+        sync_tree(staging)
+        move_into_place(staging, target)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def write_json(path: str | Path, value: object) -> None:
+    """Write JSON whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_name(f".{path.name}.writing")
+    staged.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    _sync(staged)
+    move_into_place(staged, path)

@@ -1,0 +1,157 @@
+"""From files, folders, globs and hub datasets to packed blocks of byte ids, with held-out text kept apart.
+
+Documents stand one after the other, an EOS after each, cut into blocks of equal length. The order of blocks is the
+Trainer's sampler's (a seed), so a run's position in the data is its step number: a resumed run reads on where it was.
+"""
+
+from __future__ import annotations
+
+import glob
+import sysconfig
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, IterableDataset
+
+from configuration_arb.configuration_arb import EOS_ID
+from modeling_arb.byte_head import mask_incomplete_trigrams
+
+HELD_OUT_SHARE = 0.05
+STANDARD_LIBRARY_SUFFIXES = (".py", ".txt", ".rst")
+STANDARD_LIBRARY_SKIPS = {"site-packages", "dist-packages", "__pycache__", "test", "tests"}
+
+
+def standard_library_files() -> list[Path]:
+    """Source and docs of the running Python's own standard library: real text that needs no download."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = (path for path in root.rglob("*") if path.suffix in STANDARD_LIBRARY_SUFFIXES and path.is_file())
+    return sorted(path for path in files if not STANDARD_LIBRARY_SKIPS.intersection(path.relative_to(root).parts))
+
+
+def collect_files(patterns: Sequence[str]) -> list[Path]:
+    """Files named by paths, folders (recursively, hidden ones left out) and globs, sorted, each once.
+
+    Raises ValueError naming the pattern that names no file.
+    """
+    found: set[Path] = set()
+    for pattern in patterns:
+        path = Path(pattern)
+        if path.is_dir():
+            inside = (p for p in path.rglob("*") if p.is_file())
+            files = {p for p in inside if not any(part.startswith(".") for part in p.relative_to(path).parts)}
+        elif path.is_file():
+            files = {path}
+        else:
+            files = {Path(p) for p in glob.glob(pattern, recursive=True) if Path(p).is_file()}
+        if not files:
+            raise ValueError(f"data={pattern!r}: no such file, or no file in it")
+        found |= files
+    return sorted(found)
+
+
+def split_files(files: Sequence[Path], share: float = HELD_OUT_SHARE) -> tuple[list[Path], list[Path]]:
+    """Train and held-out files: whole files, chosen by a hash of their names, until they hold `share` of the bytes."""
+    shuffled = sorted(files, key=lambda path: zlib.crc32(str(Path(*path.parts[-3:])).encode()))
+    wanted = share * sum(path.stat().st_size for path in files)
+    held_out, size = [], 0
+    while len(shuffled) > 1 and size < wanted:
+        held_out.append(shuffled.pop())
+        size += held_out[-1].stat().st_size
+    return sorted(shuffled), sorted(held_out)
+
+
+def read_ids(files: Iterable[Path]) -> np.ndarray:
+    """uint16 (n,): the files' bytes, an EOS after each. Empty files are left out."""
+    parts = []
+    for path in files:
+        data = np.fromfile(path, dtype=np.uint8)
+        if data.size:
+            parts += [data.astype(np.uint16), np.array([EOS_ID], dtype=np.uint16)]
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.uint16)
+
+
+def load_corpus(patterns: Sequence[str] | None, ctx: int) -> tuple[np.ndarray, np.ndarray]:
+    """Train and held-out ids of the files; None: the standard library. A single file is cut, its end held out.
+
+    Raises ValueError when there is too little text for one block of `ctx` in each.
+    """
+    files = collect_files(patterns) if patterns else standard_library_files()
+    name = " ".join(patterns) if patterns else "standard library"
+    train_files, held_out_files = split_files(files)
+    if held_out_files:
+        train, held_out = read_ids(train_files), read_ids(held_out_files)
+    else:
+        ids = read_ids(train_files)
+        cut = len(ids) - max(int(len(ids) * HELD_OUT_SHARE), ctx)
+        train, held_out = ids[: max(cut, 0)], ids[max(cut, 0) :]
+    if not len(train) + len(held_out):
+        raise ValueError(f"data={name!r} is empty: 0 bytes")
+    for part, ids in (("training", train), ("held-out", held_out)):
+        if len(ids) < ctx:
+            raise ValueError(f"ctx={ctx} is longer than the {part} part of data={name!r}: {len(ids)} bytes")
+    return train, held_out
+
+
+class ByteBlocks(Dataset):
+    """Block i of `ctx` consecutive ids, int64 (ctx,)."""
+
+    def __init__(self, ids: np.ndarray, ctx: int):
+        self.blocks = ids[: len(ids) // ctx * ctx].reshape(-1, ctx)
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": torch.from_numpy(self.blocks[index].astype(np.int64))}
+
+
+class StreamedBlocks(IterableDataset):
+    """Blocks of `ctx` ids packed from a stream of documents (a streaming `datasets` dataset, or any iterable of rows)."""
+
+    def __init__(self, rows: Iterable[dict], text_column: str, ctx: int):
+        self.rows, self.text_column, self.ctx = rows, text_column, ctx
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        pending = np.zeros(0, dtype=np.uint16)
+        for row in self.rows:
+            document = np.frombuffer(row[self.text_column].encode(), dtype=np.uint8).astype(np.uint16)
+            pending = np.concatenate([pending, document, np.array([EOS_ID], dtype=np.uint16)])
+            whole = len(pending) // self.ctx * self.ctx
+            for block in pending[:whole].reshape(-1, self.ctx):
+                yield {"input_ids": torch.from_numpy(block.astype(np.int64))}
+            pending = pending[whole:]
+
+
+def stream_dataset(
+    name: str, ctx: int, seed: int, text_column: str = "text", held_out_documents: int = 100
+) -> tuple[StreamedBlocks, np.ndarray]:
+    """A hub dataset, or a local folder of jsonl/parquet/text, read as a stream: training blocks and held-out ids.
+
+    The first `held_out_documents` are never trained on; the rest is shuffled through a buffer. Raises ValueError when
+    the dataset cannot be found or has no such column.
+    """
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(name, split="train", streaming=True)
+        first = next(iter(rows), None)
+    except (OSError, ValueError, LookupError) as error:
+        raise ValueError(f"dataset={name!r} cannot be read: {str(error).splitlines()[0]}") from error
+    if first is None:
+        raise ValueError(f"dataset={name!r} is empty")
+    if not isinstance(first.get(text_column), str):
+        raise ValueError(f"text_column={text_column!r} is no text column of dataset={name!r}: {', '.join(first)}")
+    held_out = b"".join(row[text_column].encode() for row in rows.take(held_out_documents))
+    if len(held_out) < ctx:
+        raise ValueError(f"ctx={ctx} is longer than the held-out part of dataset={name!r}: {len(held_out)} bytes")
+    shuffled = rows.skip(held_out_documents).shuffle(seed=seed, buffer_size=1000)
+    return StreamedBlocks(shuffled, text_column, ctx), np.frombuffer(held_out, dtype=np.uint8).astype(np.uint16)
+
+
+def collate_blocks(examples: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Blocks -> input_ids and labels (B, ctx); labels leave out what has no full trigram before it."""
+    input_ids = torch.stack([example["input_ids"] for example in examples])
+    return {"input_ids": input_ids, "labels": mask_incomplete_trigrams(input_ids)}

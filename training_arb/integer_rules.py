@@ -1,0 +1,111 @@
+"""The update rules as objects: each takes a matrix and its dW, and writes the matrix's new integer state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from arb_kernels.correlation_update import correlation_update
+from arb_kernels.flip_update import flip_fold, flip_update
+from arb_kernels.momentum_update import momentum_fold, momentum_update
+from modeling_arb.ternary_matrix import TernaryMatrix
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Where in the run an update happens."""
+
+    step: int
+    micro_batch: int  # 0-based within the step
+    key: int  # of the random bits, for this matrix at this moment
+    lr: float
+
+
+class UpdateRule(Protocol):
+    """fold: an early micro-batch of an accumulated step. update: the last one; returns how many trits changed."""
+
+    def fold(self, matrix: TernaryMatrix, dW: torch.Tensor, moment: Moment) -> None: ...
+
+    def update(self, matrix: TernaryMatrix, dW: torch.Tensor, moment: Moment) -> torch.Tensor: ...
+
+
+def _write(matrix: TernaryMatrix, **tensors: torch.Tensor) -> None:
+    for name, tensor in tensors.items():
+        getattr(matrix, name).copy_(tensor)
+
+
+@dataclass(frozen=True)
+class MomentumRule:
+    """lr in cells per step; beta decays the momentum once per step."""
+
+    beta: float = 0.9
+
+    def fold(self, matrix: TernaryMatrix, dW: torch.Tensor, moment: Moment) -> None:
+        first = moment.micro_batch == 0
+        accum, accum_exp = momentum_fold(
+            matrix.accum, matrix.accum_exp, dW, moment.key, self.beta, first, matrix.momentum_bits
+        )
+        _write(matrix, accum=accum, accum_exp=accum_exp)
+
+    def update(self, matrix: TernaryMatrix, dW: torch.Tensor, moment: Moment) -> torch.Tensor:
+        packed, accum, accum_exp, flips = momentum_update(
+            matrix.T_packed,
+            matrix.accum,
+            matrix.accum_exp,
+            dW,
+            moment.key,
+            moment.lr,
+            self.beta,
+            moment.micro_batch + 1,
+            matrix.momentum_bits,
+        )
+        _write(matrix, T_packed=packed, accum=accum, accum_exp=accum_exp)
+        return flips
+
+
+@dataclass(frozen=True)
+class FlipRule:
+    """threshold in votes; scale_update_interval: every how many steps the exponents are voted on (0: never)."""
+
+    threshold: int = 32
+    scale_update_interval: int = 1
+
+    def _votes_on_scale(self, moment: Moment) -> bool:
+        return self.scale_update_interval > 0 and moment.step % self.scale_update_interval == 0
+
+    def fold(self, matrix: TernaryMatrix, dW: torch.Tensor, moment: Moment) -> None:
+        T_accum, E_accum = flip_fold(
+            matrix.T_packed, matrix.T_accum, matrix.E_accum, dW, matrix.group_size, self._votes_on_scale(moment)
+        )
+        _write(matrix, T_accum=T_accum, E_accum=E_accum)
+
+    def update(self, matrix: TernaryMatrix, dW: torch.Tensor, moment: Moment) -> torch.Tensor:
+        packed, E, T_accum, E_accum, flips = flip_update(
+            matrix.T_packed,
+            matrix.E,
+            matrix.T_accum,
+            matrix.E_accum,
+            dW,
+            matrix.group_size,
+            self.threshold,
+            self._votes_on_scale(moment),
+        )
+        _write(matrix, T_packed=packed, E=E, T_accum=T_accum, E_accum=E_accum)
+        return flips
+
+
+@dataclass(frozen=True)
+class CorrelationRule:
+    """Every micro-batch is one vote, and no trit ever moves."""
+
+    def fold(self, matrix: TernaryMatrix, dW: torch.Tensor, moment: Moment) -> None:
+        self.update(matrix, dW, moment)
+
+    def update(self, matrix: TernaryMatrix, dW: torch.Tensor, moment: Moment) -> torch.Tensor:
+        corr_accum, step_counter = correlation_update(
+            matrix.T_packed, matrix.corr_accum, matrix.step_counter, dW, matrix.group_size
+        )
+        _write(matrix, corr_accum=corr_accum, step_counter=step_counter)
+        return torch.zeros((), dtype=torch.int64, device=dW.device)

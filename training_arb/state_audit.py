@@ -1,0 +1,196 @@
+"""The audit: every persistent tensor of a model and its optimizer, held against the closed list of integer state."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from arb_kernels.packing import LARGEST_BYTE, count_invalid_bytes
+from configuration_arb import ArbConfig
+from modeling_arb import ArbForCausalLM
+
+AREAS = {
+    "byte_embedding": "byte embedding",
+    "attention": "MLA attention",
+    "mlp": "MLP",
+    "byte_head": "ByteHead",
+}
+
+
+@dataclass(frozen=True)
+class TensorRow:
+    """One persistent tensor."""
+
+    name: str
+    role: str
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+    area: str
+
+
+@dataclass
+class StateAudit:
+    """What an audit found. `areas` counts logical ternary weights."""
+
+    areas: dict[str, int] = field(default_factory=dict)
+    tensors: list[TensorRow] = field(default_factory=list)
+    float_tensors: list[str] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+
+    @property
+    def logical_weights(self) -> int:
+        return sum(self.areas.values())
+
+    @property
+    def state_bytes(self) -> int:
+        return sum(row.bytes for row in self.tensors)
+
+    @property
+    def clean(self) -> bool:
+        return not self.float_tensors and not self.faults
+
+    def to_dict(self) -> dict:
+        return {
+            "areas": self.areas,
+            "logical_weights": self.logical_weights,
+            "state_bytes": self.state_bytes,
+            "state_bytes_per_weight": self.state_bytes / self.logical_weights,
+            "float_tensors": self.float_tensors,
+            "faults": self.faults,
+            "tensors": [asdict(row) for row in self.tensors],
+        }
+
+    def table(self) -> str:
+        """The audit for people: areas, roles, verdict."""
+        areas = [f"{'area':<24}{'weights':>14}{'bytes':>14}{'bytes/weight':>14}"]
+        for area, weights in self.areas.items():
+            size = sum(row.bytes for row in self.tensors if row.area == area)
+            areas.append(f"{area:<24}{weights:>14,}{size:>14,}{size / weights:>14.3f}")
+        per_weight = self.state_bytes / self.logical_weights
+        areas.append(f"{'total':<24}{self.logical_weights:>14,}{self.state_bytes:>14,}{per_weight:>14.3f}")
+        roles = [f"{'role':<24}{'dtype':>14}{'bytes':>14}{'bytes/weight':>14}"]
+        for role, dtype in sorted({(row.role, row.dtype) for row in self.tensors}):
+            size = sum(row.bytes for row in self.tensors if (row.role, row.dtype) == (role, dtype))
+            roles.append(f"{role:<24}{dtype:>14}{size:>14,}{size / self.logical_weights:>14.3f}")
+        verdict = [f"float tensors: {len(self.float_tensors)}"]
+        verdict += [f"  float: {name}" for name in self.float_tensors] + [f"  fault: {fault}" for fault in self.faults]
+        return "\n".join([*areas, "", *roles, "", *verdict])
+
+
+def _area_of(name: str) -> str:
+    return next((area for part, area in AREAS.items() if part in name.split(".")), "other")
+
+
+def _audit_tensors(model: ArbForCausalLM, tensors: dict[str, torch.Tensor]) -> StateAudit:
+    """Hold tensors, by name, against what the model's config lists. Tensors may be on the meta device."""
+    audit = StateAudit()
+    listed = {}
+    for name, matrix in model.ternary_matrices().items():
+        audit.areas[_area_of(name)] = audit.areas.get(_area_of(name), 0) + matrix.logical_weights
+        for key, spec in matrix.layout().items():
+            if spec.inference or model.config.training_state:
+                listed[f"{name}.{key}"] = spec
+    for name, tensor in tensors.items():
+        spec = listed.get(name)
+        role = spec.role if spec else "unlisted"
+        size = tensor.numel() * tensor.element_size()
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        audit.tensors.append(TensorRow(name, role, dtype, tuple(tensor.shape), size, _area_of(name)))
+        if tensor.is_floating_point() or tensor.is_complex():
+            audit.float_tensors.append(name)
+        if spec is None:
+            audit.faults.append(f"{name} is not on the list of persistent state")
+        elif (tensor.dtype, tuple(tensor.shape)) != (spec.dtype, spec.shape):
+            audit.faults.append(f"{name} is {dtype} {tuple(tensor.shape)}, listed as {spec.dtype} {spec.shape}")
+        elif role == "packed trits" and not tensor.is_meta and (invalid := count_invalid_bytes(tensor)):
+            audit.faults.append(f"{name} holds {invalid} bytes above {LARGEST_BYTE}, which are not trits")
+    audit.faults += [f"{name} is missing" for name in listed if name not in tensors]
+    return audit
+
+
+def _tensors_in(value: object, name: str) -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(value, torch.Tensor):
+        yield name, value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _tensors_in(item, f"{name}.{key}")
+    elif isinstance(value, (list, tuple)):
+        for i, item in enumerate(value):
+            yield from _tensors_in(item, f"{name}.{i}")
+
+
+def audit_model(model: ArbForCausalLM, optimizer: torch.optim.Optimizer | None = None) -> StateAudit:
+    """Audit a live model: parameters, every buffer (persistent or not), and the optimizer's state."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    if optimizer is not None:
+        tensors |= dict(_tensors_in(optimizer.state_dict(), "optimizer"))
+    return _audit_tensors(model, tensors)
+
+
+def audit_config(config: ArbConfig) -> StateAudit:
+    """Audit a shape without allocating it."""
+    with torch.device("meta"):
+        return audit_model(ArbForCausalLM(config))
+
+
+def audit_folder(folder: str | Path) -> StateAudit:
+    """Audit a checkpoint as it lies on disk: weight files and, in a training checkpoint, the optimizer's file.
+
+    Raises ValueError when the folder, its config or a weight file cannot be read.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder}: no config.json there")
+    try:
+        config = ArbConfig.from_pretrained(folder)
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{folder / 'config.json'}: {str(error).splitlines()[0]}") from error
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        raise ValueError(f"{folder}: no model.safetensors there")
+    tensors: dict[str, torch.Tensor] = {}
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{path}: damaged or truncated safetensors file ({error})") from error
+    if (folder / "optimizer.pt").is_file():
+        state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+        tensors |= dict(_tensors_in(state, "optimizer"))
+    with torch.device("meta"):
+        model = ArbForCausalLM(config)
+    return _audit_tensors(model, tensors)
+
+
+def state_hash(model: nn.Module) -> str:
+    """sha256 over every tensor of the state dict, names included: equal hashes mean equal state bit for bit."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(
+            tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+            if tensor.dim()
+            else str(tensor.item()).encode()
+        )
+    return digest.hexdigest()
+
+
+def zero_share(model: ArbForCausalLM) -> float:
+    """Share of the weights that are zero."""
+    zeros = sum((matrix.trits() == 0).sum().item() for matrix in model.ternary_matrices().values())
+    return zeros / sum(matrix.logical_weights for matrix in model.ternary_matrices().values())
+
+
+def chance_bits() -> float:
+    """Bits per byte of guessing uniformly over the 288 ids."""
+    return math.log2(288)

@@ -1,0 +1,36 @@
+"""ArbTrainingArguments: transformers' arguments with defaults that suit integer training, and the few it lacks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+
+@dataclass
+class ArbTrainingArguments(TrainingArguments):
+    """learning_rate is in cells of the latent line per step: 0.03 to 0.05 at every width tried."""
+
+    output_dir: str = field(default="runs/pretrain", metadata={"help": "Folder of checkpoints, plots and final/."})
+    max_steps: int = field(default=1200, metadata={"help": "Optimizer steps."})
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Blocks per device and micro-batch."})
+    per_device_eval_batch_size: int = field(default=16, metadata={"help": "Blocks per device in evaluation."})
+    learning_rate: float = field(default=0.035, metadata={"help": "Cells of the latent line per step."})
+    warmup_steps: float = field(default=0.05, metadata={"help": "Steps of linear warmup; below 1: share of the run."})
+    seed: int = field(default=0, metadata={"help": "Seed of initial weights, data order and stochastic rounding."})
+    logging_steps: float = field(default=20, metadata={"help": "Log every so many steps."})
+    eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate: no, steps, epoch."})
+    eval_steps: float | None = field(default=200, metadata={"help": "Evaluate every so many steps."})
+    save_steps: float = field(default=200, metadata={"help": "Write a checkpoint every so many steps."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
+    report_to: str | None = field(default="none", metadata={"help": "Where logs go besides the terminal."})
+    momentum_beta: float = field(default=0.9, metadata={"help": "momentum rule: decay of the momentum per step."})
+    flip_threshold: int = field(default=32, metadata={"help": "flip rule: votes after which a trit moves, 1..127."})
+    scale_update_interval: int = field(
+        default=1, metadata={"help": "flip rule: vote on scales every so many steps; 0: never."}
+    )
+
+    def __post_init__(self):
+        if self.fp16:
+            raise ValueError("fp16=True: loss scaling does not go with integer updates; use bf16 or float32")
+        super().__post_init__()

@@ -1,0 +1,58 @@
+"""loss.png: how a run went, for people who would rather look than read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+COLOURS = ("#1b6ca8", "#d1495b", "#2e933c", "#8d5a97", "#e08e45", "#555555")
+
+
+def _series(history: Sequence[dict], key: str) -> tuple[list[int], list[float]]:
+    points = [(entry["step"], entry[key]) for entry in history if key in entry]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def plot_training(history: Sequence[dict], path: str | Path, title: str) -> None:
+    """Loss, bits per byte and flip rate over steps, from a Trainer's log history, to a PNG."""
+    figure, panels = plt.subplots(1, 3, figsize=(13, 3.8), constrained_layout=True)
+    for panel, (train_key, eval_key, label) in zip(
+        panels,
+        [
+            ("loss", "eval_loss", "loss, nats per byte"),
+            ("bits_per_byte", "eval_bits_per_byte", "bits per byte"),
+            ("flip_rate", None, "share of trits flipped per step"),
+        ],
+        strict=True,
+    ):
+        panel.plot(*_series(history, train_key), color=COLOURS[0], label="training")
+        if eval_key:
+            panel.plot(*_series(history, eval_key), "o-", color=COLOURS[1], markersize=4, label="held out")
+            panel.legend(frameon=False)
+        panel.set(xlabel="step", title=label)
+        panel.grid(alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[2].set_ylim(bottom=0)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def plot_comparison(curves: dict[str, Sequence[tuple[int, float]]], path: str | Path, title: str) -> None:
+    """One held-out loss curve per configuration: (step, nats per byte), to a PNG."""
+    figure, panel = plt.subplots(figsize=(8, 5), constrained_layout=True)
+    for (name, points), colour in zip(curves.items(), COLOURS * (1 + len(curves) // len(COLOURS)), strict=False):
+        panel.plot(*zip(*points, strict=True), color=colour, label=f"{name}: {points[-1][1]:.3f}")
+    panel.axhline(math.log(288), color="#aaaaaa", linestyle=":", label="uniform guess: ln 288")
+    panel.set(xlabel="step", ylabel="held-out loss, nats per byte", title=title)
+    panel.grid(alpha=0.25)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.legend(frameon=False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
