@@ -27,12 +27,12 @@ def bits_per_byte(
     if len(ids) <= TRIGRAM:
         raise ValueError(f"bytes={len(ids)}: more than {TRIGRAM} are needed to score any")
     ctx = min(ctx, len(ids))
-    starts = range(0, max(len(ids) - ctx, 0) + stride, stride)
-    windows = [(min(start, len(ids) - ctx), start) for start in starts]
+    last = len(ids) - ctx
+    windows = [min(start, last) for start in range(0, last + stride, stride)]
     device = next(iter([*model.parameters(), *model.buffers()])).device
     nats, scored, reached = 0.0, 0, TRIGRAM
     for first in tqdm(range(0, len(windows), batch_size), desc="evaluating", disable=not progress):
-        begins = [begin for begin, _ in windows[first : first + batch_size]]
+        begins = windows[first : first + batch_size]
         block = np.stack([ids[begin : begin + ctx] for begin in begins]).astype(np.int64)
         block = torch.from_numpy(block).to(device)
         with torch.no_grad():

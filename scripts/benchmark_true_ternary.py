@@ -1,0 +1,150 @@
+"""Compare ternary training on integer state with AdamW, on the same shape, data, order and steps.
+
+Adam_FP32    float weights, AdamW: the ceiling           12 bytes of state a weight (weight and two moments)
+Adam_STE     BitNet-style: absmean ternary, straight-through, float latents, AdamW          12
+SignSGD_Old  the seeds' rule: sign votes flip trits (`flip`, groups of 32)                  1.3
+TrueTernary  int4 residual and int4 momentum (`momentum`), the default                      1.2
+Correlation  fixed trits, scales that follow correlations (`correlation`, groups of 32)     0.5
+
+AdamW's learning rates are tuned over --adam-rates in the same run and the best is reported; the integer rules run at
+one rate. Losses are held-out nats per byte.
+
+examples:
+  python scripts/benchmark_true_ternary.py --configs TrueTernary --preset arb-tiny --steps 50 --ctx 64
+  python scripts/benchmark_true_ternary.py --steps 600 --batch 16 --ctx 128 --data corpus.txt --json out.json
+  python scripts/benchmark_true_ternary.py --preset arb-14m --steps 600 --json big.json --reuse-base
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+from pathlib import Path
+
+import torch
+import transformers
+
+from configuration_arb import PRESETS
+from training_arb.atomic_files import write_json
+from training_arb.byte_data import load_corpus
+from training_arb.command_line import HelpFormatter, run
+from training_arb.quality_benchmark import (
+    ADAM_CONFIGS,
+    CONFIGS,
+    BenchmarkResult,
+    BenchmarkSettings,
+    train,
+    tuned,
+)
+from training_arb.training_plots import plot_comparison
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add = parser.add_argument
+    add("--configs", default=",".join(CONFIGS), help="comma-separated configurations")
+    add("--steps", type=int, default=600, help="training steps")
+    add("--batch", type=int, default=16, help="windows per step")
+    add("--ctx", type=int, default=128, help="bytes per window")
+    add("--data", nargs="+", help="files, folders, globs; default: the running Python's standard library")
+    add("--seed", type=int, default=0, help="seed of initial weights, data order and rounding")
+    add("--preset", default="arb-bench", help=f"shape: {', '.join(PRESETS)}")
+    add("--learning-rate", type=float, default=0.035, help="of the integer rules, in cells per step")
+    add("--adam-rates", default="3e-3,6e-3,1e-2,1.5e-2", help="AdamW's learning rates to try")
+    add("--update-backend", choices=["auto", "torch"], default="auto", help="what runs the update rules")
+    add("--scale-update-interval", type=int, default=1, help="flip: vote on scales every so many steps; 0: never")
+    add("--accum-threshold", type=int, default=32, help="flip: votes after which a trit moves")
+    add("--print-every", type=int, default=100, help="steps between held-out losses of the curve")
+    add("--reuse-base", action="store_true", help="take AdamW's rows from an earlier --json OUT of the same settings")
+    add("--json", metavar="OUT", help="write the results here, and a plot beside it")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    names = [name for name in args.configs.split(",") if name]
+    for name in names:
+        if name not in CONFIGS:
+            raise ValueError(f"configs={name!r} is not one of {', '.join(CONFIGS)}")
+    for field, least in (("steps", 1), ("batch", 1), ("ctx", 8), ("print_every", 1)):
+        if getattr(args, field) < least:
+            raise ValueError(f"{field}={getattr(args, field)} must be at least {least}")
+    try:
+        adam_rates = [float(rate) for rate in args.adam_rates.split(",")]
+    except ValueError as error:
+        raise ValueError(f"adam_rates={args.adam_rates!r} must be numbers with commas between") from error
+    shared = ("preset", "steps", "batch", "ctx", "seed", "accum_threshold", "scale_update_interval", "print_every")
+    settings = BenchmarkSettings(**{field: getattr(args, field) for field in shared})
+    data = " ".join(args.data or ["Python's standard library"])
+    train_ids, held_out = load_corpus(args.data, args.ctx)
+    reused = reusable_rows(args, settings, data) if args.reuse_base else {}
+
+    results: dict[str, BenchmarkResult] = {}
+    for name in names:
+        if name in reused:
+            results[name] = reused[name]
+        else:
+            rates = adam_rates if name in ADAM_CONFIGS else [args.learning_rate]
+            results[name] = tuned(name, rates, lambda rate, name=name: train(name, settings, rate, train_ids, held_out))
+        print(row(name, results[name]), flush=True)
+
+    print(f"\n{data}: {args.steps} steps of {args.batch} x {args.ctx} bytes, {args.preset}, seed {args.seed}\n")
+    print("\n".join([HEADER, *(row(name, result) for name, result in results.items())]))
+    if args.json:
+        write_json(
+            args.json,
+            {
+                "configs": {name: result.to_dict() for name, result in results.items()},
+                "data": data,
+                "steps": args.steps,
+                "seed": args.seed,
+                "settings": vars(settings),
+                "env": environment(),
+            },
+        )
+        curves = {name: result.curve for name, result in results.items()}
+        title = f"{Path(data).name}, {args.preset}, {args.batch} x {args.ctx} bytes a step"
+        plot_comparison(curves, Path(args.json).with_suffix(".png"), title)
+
+
+HEADER = (
+    f"{'configuration':<14}{'held-out':>10}{'bits/byte':>11}{'bytes/weight':>14}{'at 3B, GB':>11}"
+    f"{'step, ms':>10}{'peak, MB':>10}{'rate':>9}"
+)
+
+
+def row(name: str, result: BenchmarkResult) -> str:
+    return (
+        f"{name:<14}{result.val_loss:>10.4f}{result.val_bpb:>11.4f}{result.state_bytes_per_weight:>14.3f}"
+        f"{result.state_bytes_at_3b / 1e9:>11.2f}{result.step_ms_median:>10.1f}{result.peak_mem_mb:>10.0f}"
+        f"{result.learning_rate:>9g}"
+    )
+
+
+def reusable_rows(args: argparse.Namespace, settings: BenchmarkSettings, data: str) -> dict[str, BenchmarkResult]:
+    """AdamW's rows of an earlier run with the same settings and data."""
+    if not args.json or not Path(args.json).is_file():
+        raise ValueError(f"reuse_base: json={args.json!r} is no earlier result to take AdamW's rows from")
+    earlier = json.loads(Path(args.json).read_text(encoding="utf-8"))
+    for key, value in {**vars(settings), "data": data}.items():
+        found = earlier["data"] if key == "data" else earlier["settings"].get(key)
+        if found != value:
+            raise ValueError(f"reuse_base: {args.json} was measured with {key}={found!r}, not {value!r}")
+    return {name: BenchmarkResult(**row) for name, row in earlier["configs"].items() if name in ADAM_CONFIGS}
+
+
+def environment() -> dict:
+    return {
+        "cpu": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,64 @@
+"""Float baselines of an ARB model: the same blocks and shape with float weights, for honest comparisons.
+
+`Adam_FP32` trains the weights as they are. `Adam_STE` is BitNet b1.58's recipe (Ma et al. 2024): float latents, ternary
+by absmean in the forward, straight through in the backward.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrize
+
+from configuration_arb import ArbConfig
+from modeling_arb import ArbForCausalLM
+from modeling_arb.ternary_matrix import TernaryMatrix
+
+
+class AbsmeanTernary(nn.Module):
+    """W -> mean|W| * clip(round(W / mean|W|), -1, 1), with the identity's gradient."""
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        scale = weight.abs().mean().clamp_min(1e-8)
+        ternary = (weight / scale).round().clamp(-1, 1) * scale
+        return weight + (ternary - weight).detach()
+
+
+class FloatEmbedding(nn.Module):
+    """A float table with TernaryEmbedding's call."""
+
+    def __init__(self, weight: torch.Tensor):
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+    def forward(self, ids: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return F.embedding(ids, self.weight).to(dtype)
+
+
+class FloatLinear(nn.Module):
+    """A float matrix with TernaryLinear's call."""
+
+    def __init__(self, weight: torch.Tensor):
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight)
+
+
+class ArbFloatBaseline(ArbForCausalLM):
+    """ArbForCausalLM with every ternary matrix replaced by a float one of the same shape and initial variance."""
+
+    def __init__(self, config: ArbConfig, straight_through: bool):
+        super().__init__(config)
+        for name, matrix in self.ternary_matrices().items():
+            weight = torch.randn(matrix.rows, matrix.columns) / matrix.init_fan_in**0.5
+            layer = FloatLinear(weight) if isinstance(matrix, nn.Linear) else FloatEmbedding(weight)
+            if straight_through:
+                parametrize.register_parametrization(layer, "weight", AbsmeanTernary())
+            self.set_submodule(name, layer)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device

@@ -1,0 +1,177 @@
+"""One configuration's run in the quality benchmark: same data, order, shape and steps for all of them."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+import psutil
+import torch
+from tqdm.auto import tqdm
+
+from configuration_arb import ArbConfig, preset_config
+from modeling_arb import ArbForCausalLM
+
+from .bits_per_byte import bits_per_byte
+from .float_baselines import ArbFloatBaseline
+from .integer_optimizer import IntegerOptimizer
+from .state_audit import audit_model
+
+CONFIGS = ("Adam_FP32", "Adam_STE", "SignSGD_Old", "TrueTernary", "Correlation")
+ADAM_CONFIGS = ("Adam_FP32", "Adam_STE")
+UPDATE_RULES = {"SignSGD_Old": "flip", "TrueTernary": "momentum", "Correlation": "correlation"}
+GROUP_SIZES = {"SignSGD_Old": 32, "TrueTernary": 0, "Correlation": 32}
+WARMUP_STEPS = 50
+FINAL_RATE = 0.02
+
+
+@dataclass(frozen=True)
+class BenchmarkSettings:
+    """What every configuration of one benchmark shares."""
+
+    preset: str
+    steps: int
+    batch: int
+    ctx: int
+    seed: int
+    accum_threshold: int
+    scale_update_interval: int
+    print_every: int
+
+
+@dataclass
+class BenchmarkResult:
+    """Losses in nats per byte; `curve` holds (step, held-out loss) along the way."""
+
+    val_loss: float
+    val_bpb: float
+    train_loss_final: float
+    state_bytes: int
+    state_bytes_per_weight: float
+    logical_weights: int
+    trainable_float_params: int
+    step_ms_median: float
+    peak_mem_mb: float
+    learning_rate: float
+    state_bytes_at_3b: int
+    rates_tried: dict[str, float] = field(default_factory=dict)
+    curve: list[tuple[int, float]] = field(default_factory=list)
+
+    to_dict = asdict
+
+
+def build(name: str, settings: BenchmarkSettings, rate: float) -> tuple[ArbForCausalLM, torch.optim.Optimizer]:
+    """The model and optimizer of a configuration at a learning rate."""
+    torch.manual_seed(settings.seed)
+    if name in ADAM_CONFIGS:
+        model = ArbFloatBaseline(_config(name, settings), straight_through=name == "Adam_STE")
+        return model, torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.01)
+    model = ArbForCausalLM(_config(name, settings))
+    return model, IntegerOptimizer(
+        model,
+        lr=rate,
+        flip_threshold=settings.accum_threshold,
+        scale_update_interval=settings.scale_update_interval,
+        seed=settings.seed,
+    )
+
+
+def _config(name: str, settings: BenchmarkSettings) -> ArbConfig:
+    rule = UPDATE_RULES.get(name, "momentum")
+    return preset_config(settings.preset, update_rule=rule, group_size=GROUP_SIZES.get(name, 0))
+
+
+def rate_at(step: int, steps: int) -> float:
+    """Share of the learning rate at a step: linear warmup, then linear decay to 2 %."""
+    warm = min((step + 1) / WARMUP_STEPS, 1.0)
+    progress = max(0, step - WARMUP_STEPS) / max(1, steps - WARMUP_STEPS)
+    return warm * (1 - (1 - FINAL_RATE) * progress)
+
+
+def train(
+    name: str, settings: BenchmarkSettings, rate: float, train_ids: np.ndarray, held_out: np.ndarray
+) -> BenchmarkResult:
+    """Train one configuration at one rate and measure it."""
+    reset_peak_memory()
+    model, optimizer = build(name, settings, rate)
+    ids = torch.from_numpy(train_ids.astype(np.int64))
+    order = torch.Generator().manual_seed(settings.seed)
+    losses, milliseconds, curve = [], [], []
+    for step in tqdm(range(settings.steps), desc=f"{name} {rate:g}", mininterval=2):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * rate_at(step, settings.steps)
+        starts = torch.randint(0, len(ids) - settings.ctx + 1, (settings.batch, 1), generator=order)
+        block = ids[starts + torch.arange(settings.ctx)]
+        started = time.perf_counter()
+        loss = model(block, labels=block).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        milliseconds.append(1000 * (time.perf_counter() - started))
+        losses.append(loss.item())
+        if (step + 1) % settings.print_every == 0 and step + 1 < settings.steps:
+            curve.append((step + 1, held_out_loss(model, held_out[: 64 * settings.ctx], settings.ctx)))
+    val_loss = held_out_loss(model, held_out, settings.ctx)
+    state_bytes, weights = persistent_state(model, optimizer)
+    return BenchmarkResult(
+        val_loss=val_loss,
+        val_bpb=val_loss / np.log(2),
+        train_loss_final=statistics.mean(losses[-20:]),
+        state_bytes=state_bytes,
+        state_bytes_per_weight=state_bytes / weights,
+        logical_weights=weights,
+        trainable_float_params=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        step_ms_median=statistics.median(milliseconds),
+        peak_mem_mb=peak_memory_mb(),
+        learning_rate=rate,
+        state_bytes_at_3b=round(state_bytes / weights * 3e9),
+        curve=[*curve, (settings.steps, val_loss)],
+    )
+
+
+def held_out_loss(model: ArbForCausalLM, ids: np.ndarray, ctx: int) -> float:
+    """Nats per byte over windows of `ctx` that overlap by one trigram: every id with a full trigram before it."""
+    model.eval()
+    loss = bits_per_byte(model, ids, ctx, ctx - 3)["nats_per_byte"]
+    model.train()
+    return loss
+
+
+def persistent_state(model: ArbForCausalLM, optimizer: torch.optim.Optimizer) -> tuple[int, int]:
+    """Bytes of all tensors that outlive a step, in model and optimizer (gradients do not), and logical weights."""
+    if isinstance(optimizer, IntegerOptimizer):
+        audit = audit_model(model, optimizer)
+        return audit.state_bytes, audit.logical_weights
+    tensors = [*model.parameters(), *model.buffers()]
+    tensors += [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
+    return sum(t.numel() * t.element_size() for t in tensors), sum(p.numel() for p in model.parameters())
+
+
+def reset_peak_memory() -> None:
+    """Start measuring the process's peak memory anew, where the system can (Linux)."""
+    try:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+    except OSError:
+        pass
+
+
+def peak_memory_mb() -> float:
+    """Peak resident memory in MB since the last reset; on other systems, the current one."""
+    try:
+        with open("/proc/self/status") as file:
+            peak = next(line for line in file if line.startswith("VmHWM"))
+        return int(peak.split()[1]) / 1024
+    except (OSError, StopIteration):
+        return psutil.Process().memory_info().rss / 2**20
+
+
+def tuned(name: str, rates: list[float], run: Callable[[float], BenchmarkResult]) -> BenchmarkResult:
+    """The best of several learning rates, with what each of them gave."""
+    results = {rate: run(rate) for rate in rates}
+    best = min(results.values(), key=lambda result: result.val_loss)
+    best.rates_tried = {f"{rate:g}": result.val_loss for rate, result in results.items()}
+    return best
