@@ -84,16 +84,21 @@ class ArbConfig(PreTrainedConfig):
         for name in ("intermediate_size", "qk_nope_head_dim", "kv_latent_dim"):
             self._require(name, _is_int(getattr(self, name)) and getattr(self, name) >= 0, "a non-negative integer")
         self._require("qk_rope_head_dim", self.qk_rope_head_dim % 2 == 0, "even: rotary position turns pairs")
-        self._require("vocab_size", self.vocab_size == VOCAB_SIZE, f"{VOCAB_SIZE}: 256 bytes and 32 specials")
+        self._require(
+            "vocab_size",
+            _is_int(self.vocab_size) and self.vocab_size == VOCAB_SIZE,
+            f"{VOCAB_SIZE}: 256 bytes and 32 specials",
+        )
         for name in ("rope_theta", "rms_norm_eps"):
             value = getattr(self, name)
-            self._require(name, isinstance(value, float) and 0 < value < math.inf, "a positive number")
+            self._require(name, isinstance(value, float | int) and 0 < value < math.inf, "a positive number")
 
     def _check_state(self) -> None:
         self._require("update_rule", self.update_rule in UPDATE_RULES, f"one of {', '.join(UPDATE_RULES)}")
         sizes = ", ".join(map(str, GROUP_SIZES))
         self._require("group_size", _is_int(self.group_size) and self.group_size in GROUP_SIZES, f"one of {sizes}")
-        self._require("momentum_bits", self.momentum_bits in (4, 8), "4 or 8")
+        self._require("momentum_bits", _is_int(self.momentum_bits) and self.momentum_bits in (4, 8), "4 or 8")
+        self._require("training_state", isinstance(self.training_state, bool), "True or False")
         known = self.packing_version == PACKING_VERSION
         self._require("packing_version", known, f"{PACKING_VERSION}, the only one that this version reads")
         for name in LATER_BLOCKS:

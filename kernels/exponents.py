@@ -32,7 +32,8 @@ def quarter_octaves_covering(square: torch.Tensor) -> torch.Tensor:
     """
     mantissa, octave = torch.frexp(square)  # square = mantissa * 2^octave, mantissa in [0.5, 1)
     half_octaves = 2 * (octave - 1) + (mantissa > 0.5).int() + (mantissa > 0.5**0.5).int()
-    return torch.where(square > 0, half_octaves, -127).clamp(-127, 127).to(torch.int8)
+    half_octaves = torch.where(square > 0, half_octaves, -127).masked_fill(square.isinf(), 127)
+    return half_octaves.clamp(-127, 127).to(torch.int8)
 
 
 def fixed_point_scale(absmax: torch.Tensor, bits: int) -> torch.Tensor:

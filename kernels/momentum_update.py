@@ -101,41 +101,41 @@ def fold_momentum(
     return scaled.to(codes.dtype), new_exponent
 
 
-def _normalised(direction: torch.Tensor) -> torch.Tensor:
-    """float32 (N, K) -> unit-RMS direction, each row and column scaled by its RMS, clipped to +-3.
+def _square_root(total: torch.Tensor) -> torch.Tensor:
+    """int64 -> float32, each step correctly rounded: by way of float64, as some libraries' float32 roots are not."""
+    return total.float().double().sqrt().float()
 
-    u_ij = d_ij / sqrt(r_i * c_j / mean(r)), r and c the row and column mean squares of d.
+
+def normalise(direction: torch.Tensor) -> torch.Tensor:
+    """float32 (N, K) -> the update, float32 of unit RMS.
+
+    u_ij = d_ij / sqrt(r_i * c_j / mean(r)), r and c the row and column mean squares of d, clipped to +-3. The squares
+    are summed in 16-bit fixed point: exact, in any order.
     """
-    rows, columns = direction.shape
     unit = direction * fixed_point_scale(direction.abs().amax(), STATISTIC_BITS)
     steps = unit.round().int()
     squares = steps * steps
     row_sum = squares.sum(1, dtype=torch.int64)
-    column_sum = squares.sum(0, dtype=torch.int64).float()
+    column_sum = squares.sum(0, dtype=torch.int64)
     # the RMS is set to one below, so factors common to all elements may take any value here
-    row_scale = torch.where(row_sum > 0, 1 / row_sum.float().sqrt(), 0)
-    column_scale = torch.where(column_sum > 0, row_sum.sum().float().sqrt() / column_sum.sqrt(), 0)
+    row_scale = torch.where(row_sum > 0, 1 / _square_root(row_sum), 0)
+    column_scale = torch.where(column_sum > 0, _square_root(row_sum.sum()) / _square_root(column_sum), 0)
     unit = unit.mul_(row_scale[:, None]).mul_(column_scale)
     steps = (unit * UPDATE_STEPS).clamp_(-UPDATE_LIMIT * UPDATE_STEPS, UPDATE_LIMIT * UPDATE_STEPS).round_().int()
-    power = (steps * steps).sum(dtype=torch.int64).float()
-    inverse_rms = torch.where(power > 0, UPDATE_STEPS * (rows * columns) ** 0.5 / power.sqrt(), 0)
+    power = (steps * steps).sum(dtype=torch.int64)
+    inverse_rms = torch.where(power > 0, UPDATE_STEPS * unit.numel() ** 0.5 / _square_root(power), 0)
     return unit.mul_(inverse_rms).clamp_(-MAX_UPDATE, MAX_UPDATE)
 
 
 def move_weights(
-    trits: torch.Tensor,
-    residual: torch.Tensor,
-    direction: torch.Tensor,
-    uniform: torch.Tensor,
-    lr: float,
-    cell: int,
+    trits: torch.Tensor, residual: torch.Tensor, update: torch.Tensor, uniform: torch.Tensor, lr: float, cell: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Shift the latent line by -lr cells along the normalised direction.
+    """Shift the latent line by -lr cells along the update.
 
-    trits: int8 (N, K); residual: signed int (N, K) in [-cell/2, cell/2); direction: float32 (N, K), the Nesterov
-    direction; uniform: float32 (N, K) in [0, 1). Returns the new trits and residuals, in their dtypes.
+    trits: int8 (N, K); residual: signed int (N, K) in [-cell/2, cell/2); update: float32 (N, K) of unit RMS, consumed;
+    uniform: float32 (N, K) in [0, 1). Returns the new trits and residuals, in their dtypes.
     """
-    shift = _normalised(direction).mul_(-lr * cell).add_(uniform).floor_()
+    shift = update.mul_(-lr * cell).add_(uniform).floor_()
     latent = shift.add_(trits * float(cell)).add_(residual).clamp_(-1.5 * cell, 1.5 * cell - 1).to(torch.int16)
     new_trits = (latent + cell // 2) >> (cell.bit_length() - 1)
     return new_trits.to(trits.dtype), (latent - new_trits * cell).to(residual.dtype)
@@ -175,7 +175,7 @@ def momentum_update(
     codes, accum_exp = fold_momentum(
         codes, accum_exp, dW, uniform_from_low_bits(noise), beta, micro_batches == 1, form.levels
     )
-    direction = _dequantise(codes, accum_exp).mul_(beta) + dW * (micro_batches * (1 - beta))
+    update = normalise(_dequantise(codes, accum_exp).mul_(beta) + dW * (micro_batches * (1 - beta)))
     trits = unpack_trits(packed, dW.shape[1])
-    new_trits, residual = move_weights(trits, residual, direction, uniform_from_high_bits(noise), lr, form.cell)
+    new_trits, residual = move_weights(trits, residual, update, uniform_from_high_bits(noise), lr, form.cell)
     return pack_trits(new_trits), form.join(residual, codes), accum_exp, (new_trits != trits).sum()

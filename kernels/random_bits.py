@@ -38,14 +38,12 @@ def _mix(words: torch.Tensor) -> torch.Tensor:
 
 
 def stream_key(*counters: int) -> int:
-    """One 32-bit key from any number of non-negative integers, for example (seed, step, micro-batch, tensor id)."""
+    """One 32-bit key from integers in [0, 2^64), for example (seed, step, micro-batch, tensor id)."""
     key = 0
     for counter in counters:
-        while True:
-            key = _mix_word(key ^ (counter & _MASK)) + _GOLDEN & _MASK
-            counter >>= 32
-            if not counter:
-                break
+        assert 0 <= counter < 1 << 64
+        for word in (counter & _MASK, counter >> 32):
+            key = (_mix_word(key ^ word) + _GOLDEN) & _MASK
     return key
 
 

@@ -13,7 +13,7 @@ from .ternary_matrix import TernaryMatrix
 
 
 class TernaryEmbeddingFunction(torch.autograd.Function):
-    """`anchor` is an empty tensor that requires grad: without any float parameter, nothing else would start autograd."""
+    """`anchor` is an empty tensor that requires grad: without a float parameter, nothing else would start autograd."""
 
     @staticmethod
     def forward(ctx, ids, anchor, layer, dtype):

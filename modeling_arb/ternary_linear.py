@@ -29,7 +29,7 @@ class TernaryLinearFunction(torch.autograd.Function):
 
 
 class TernaryLinear(TernaryMatrix, nn.Linear):
-    """(..., in_features) -> (..., out_features), no bias. An nn.Linear without a float weight, so that peft finds it."""
+    """(..., in_features) -> (..., out_features), no bias. An nn.Linear without a weight, so that peft finds it."""
 
     def __init__(self, in_features: int, out_features: int, config):
         nn.Module.__init__(self)

@@ -18,9 +18,9 @@ from arb_kernels.state_layout import StateTensor, state_layout
 class TernaryMatrix(nn.Module):
     """A (rows, columns) matrix of trits with one scale exponent per group, all of it integer buffers.
 
-    A subclass that learns calls `self.hand_over(dW)` in backward. Without an attached optimizer (`update_handler` None) that
-    changes nothing. `shared` says that the matrix is used more than once per forward: its dW are then summed and
-    applied in `optimizer.step()` instead of inside backward.
+    A subclass that learns hands its dW over in backward, when an optimizer has armed it by setting `update_handler`.
+    `shared` says that the matrix is used more than once per forward: its dW are then summed and applied in
+    `optimizer.step()` instead of inside backward.
     """
 
     shared = False
@@ -64,7 +64,7 @@ class TernaryMatrix(nn.Module):
         init.copy_(self.T_packed, (random_bytes % values).to(torch.uint8))
         exponent = torch.log2(torch.tensor(1.5 / self.init_fan_in)) / 2 * EIGHTHS
         init.constant_(self.E, int(exponent.round().clamp(-128, 127)))
-        for name, spec in self.layout().items():
+        for name, _spec in self.layout().items():
             if hasattr(self, name) and name not in ("T_packed", "E"):
                 init.zeros_(getattr(self, name))
         if hasattr(self, "accum"):

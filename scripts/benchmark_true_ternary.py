@@ -52,7 +52,7 @@ def parse() -> argparse.Namespace:
     add("--seed", type=int, default=0, help="seed of initial weights, data order and rounding")
     add("--preset", default="arb-bench", help=f"shape: {', '.join(PRESETS)}")
     add("--learning-rate", type=float, default=0.035, help="of the integer rules, in cells per step")
-    add("--adam-rates", default="3e-3,6e-3,1e-2,1.5e-2", help="AdamW's learning rates to try")
+    add("--adam-rates", default="3e-3,6e-3,1e-2", help="AdamW's learning rates to try")
     add("--update-backend", choices=["auto", "torch"], default="auto", help="what runs the update rules")
     add("--scale-update-interval", type=int, default=1, help="flip: vote on scales every so many steps; 0: never")
     add("--accum-threshold", type=int, default=32, help="flip: votes after which a trit moves")

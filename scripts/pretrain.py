@@ -35,6 +35,8 @@ from training_arb.trainer_arb import ArbTrainer
 from training_arb.training_args_arb import ArbTrainingArguments
 from training_arb.training_plots import plot_training
 
+SHORTEST_CTX = 8
+
 
 @dataclass
 class PretrainArguments:
@@ -58,7 +60,7 @@ class PretrainArguments:
 
 
 def resolve_resume(args: ArbTrainingArguments) -> str | None:
-    """The checkpoint folder to continue: `latest` must exist, `auto` may; None starts afresh in a folder without runs."""
+    """The checkpoint to continue: `latest` must exist, `auto` may; None starts afresh in a folder without runs."""
     output_dir, wanted = Path(args.output_dir), args.resume_from_checkpoint
     last = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
     if wanted is None or wanted == "auto":
@@ -93,6 +95,8 @@ def main() -> None:
     arguments, args = parser.parse_args_into_dataclasses()
     if args.max_steps <= 0:
         raise ValueError(f"max_steps={args.max_steps} must be positive")
+    if arguments.ctx < SHORTEST_CTX:
+        raise ValueError(f"ctx={arguments.ctx} must be at least {SHORTEST_CTX}")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     resume = resolve_resume(args)
     set_seed(args.seed)
@@ -111,15 +115,13 @@ def main() -> None:
         train, source = ByteBlocks(ids, arguments.ctx), " ".join(arguments.data or ["Python's standard library"])
         size = f"{len(ids):,} bytes"
     model = ArbForCausalLM(config)
-    audit = audit_model(model)
-    step_bytes = args.train_batch_size * args.gradient_accumulation_steps * args.world_size * arguments.ctx
-    print(f"model     {arguments.preset}: {audit.logical_weights:,} ternary weights, update rule {config.update_rule}")
-    print(f"state     {audit.state_bytes:,} bytes, {audit.state_bytes / audit.logical_weights:.3f} a weight, no float")
-    print(f"data      {source}: {size}, and {len(held_out):,} held out")
-    print(
-        f"training  {args.max_steps} steps of {step_bytes:,} bytes on {args.device}"
-        + (f", from {resume}" if resume else "")
-    )
+    if args.should_log:
+        audit = audit_model(model)
+        step_bytes = args.train_batch_size * args.gradient_accumulation_steps * args.world_size * arguments.ctx
+        print(f"model     {arguments.preset}: {audit.logical_weights:,} ternary weights, rule {config.update_rule}")
+        print(f"state     {audit.state_bytes:,} bytes, {audit.state_bytes / audit.logical_weights:.3f} a weight")
+        print(f"data      {source}: {size}, and {len(held_out):,} held out")
+        print(f"training  steps {args.max_steps} of {step_bytes:,} bytes on {args.device}, from {resume or 'scratch'}")
     trainer = ArbTrainer(
         model,
         args,

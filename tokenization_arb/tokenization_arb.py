@@ -75,7 +75,7 @@ class ArbTokenizer(PreTrainedTokenizerFast):
     def save_pretrained(self, save_directory, *args, **kwargs) -> tuple[str, ...]:
         """Write a folder that loads as a stock fast tokenizer."""
         files = super().save_pretrained(save_directory, *args, **kwargs)
-        path = Path(save_directory) / "tokenizer_config.json"
+        path = next(Path(file) for file in files if file.endswith("tokenizer_config.json"))
         config = json.loads(path.read_text(encoding="utf-8"))
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
         path.write_text(json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -30,7 +30,11 @@ def move_into_place(staged: Path, target: Path) -> None:
         replaced = target.with_name(f".{target.name}.replaced")
         shutil.rmtree(replaced, ignore_errors=True)
         os.replace(target, replaced)
-        os.replace(staged, target)
+        try:
+            os.replace(staged, target)
+        except OSError:
+            os.replace(replaced, target)
+            raise
         shutil.rmtree(replaced)
     else:
         os.replace(staged, target)

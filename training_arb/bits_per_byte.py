@@ -19,10 +19,10 @@ def bits_per_byte(
     """Mean cross-entropy of next-id prediction over `ids` (n,), n > 3.
 
     Windows of `ctx` ids start every `stride`; each scores what the one before did not, so every id but the first three
-    is scored once, with at least ctx - stride ids before it (3 with stride = ctx). Returns bits_per_byte,
+    is scored once, with at least ctx - stride ids before it (3 with stride = ctx - 3). Returns bits_per_byte,
     nats_per_byte and the number of scored ids, as `bytes`.
     """
-    if not TRIGRAM < ctx or not 0 < stride <= ctx - TRIGRAM:
+    if not ctx > TRIGRAM or not 0 < stride <= ctx - TRIGRAM:
         raise ValueError(f"ctx={ctx}, stride={stride}: need ctx > {TRIGRAM} and 0 < stride <= ctx - {TRIGRAM}")
     if len(ids) <= TRIGRAM:
         raise ValueError(f"bytes={len(ids)}: more than {TRIGRAM} are needed to score any")

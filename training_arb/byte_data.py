@@ -48,47 +48,58 @@ def collect_files(patterns: Sequence[str]) -> list[Path]:
             files = {Path(p) for p in glob.glob(pattern, recursive=True) if Path(p).is_file()}
         if not files:
             raise ValueError(f"data={pattern!r}: no such file, or no file in it")
-        found |= files
+        found |= {file.resolve() for file in files}
     return sorted(found)
 
 
 def split_files(files: Sequence[Path], share: float = HELD_OUT_SHARE) -> tuple[list[Path], list[Path]]:
-    """Train and held-out files: whole files, chosen by a hash of their names, until they hold `share` of the bytes."""
-    shuffled = sorted(files, key=lambda path: zlib.crc32(str(Path(*path.parts[-3:])).encode()))
+    """Train and held-out files: whole files, chosen by a hash of their names, until they hold `share` of the bytes.
+
+    A file that alone would more than double the share stays in training; held out is then nothing, or less.
+    """
     wanted = share * sum(path.stat().st_size for path in files)
-    held_out, size = [], 0
-    while len(shuffled) > 1 and size < wanted:
-        held_out.append(shuffled.pop())
-        size += held_out[-1].stat().st_size
-    return sorted(shuffled), sorted(held_out)
+    held_out, size = set(), 0
+    for path in sorted(files, key=lambda path: zlib.crc32(str(Path(*path.parts[-3:])).encode())):
+        if size < wanted and size + path.stat().st_size <= 2 * wanted:
+            held_out.add(path)
+            size += path.stat().st_size
+    return sorted({*files} - held_out), sorted(held_out)
 
 
 def read_ids(files: Iterable[Path]) -> np.ndarray:
     """uint16 (n,): the files' bytes, an EOS after each. Empty files are left out."""
-    parts = []
-    for path in files:
-        data = np.fromfile(path, dtype=np.uint8)
-        if data.size:
-            parts += [data.astype(np.uint16), np.array([EOS_ID], dtype=np.uint16)]
+    return _join(np.fromfile(path, dtype=np.uint8) for path in files)
+
+
+def _join(documents: Iterable[np.ndarray]) -> np.ndarray:
+    """Documents uint8 (n,) -> one uint16 (n,), an EOS after each that is not empty."""
+    end = np.array([EOS_ID], dtype=np.uint16)
+    parts = [part for document in documents if document.size for part in (document.astype(np.uint16), end)]
     return np.concatenate(parts) if parts else np.zeros(0, dtype=np.uint16)
 
 
+def _document(row: dict, text_column: str) -> np.ndarray:
+    """The text of a dataset's row, uint8 (n,); a missing text is an empty one."""
+    return np.frombuffer((row[text_column] or "").encode(), dtype=np.uint8)
+
+
 def load_corpus(patterns: Sequence[str] | None, ctx: int) -> tuple[np.ndarray, np.ndarray]:
-    """Train and held-out ids of the files; None: the standard library. A single file is cut, its end held out.
+    """Train and held-out ids of the files; None: the standard library.
+
+    Where whole files make no fair split (one file, or one that outweighs the rest) the end of the text is held out.
 
     Raises ValueError when there is too little text for one block of `ctx` in each.
     """
     files = collect_files(patterns) if patterns else standard_library_files()
     name = " ".join(patterns) if patterns else "standard library"
-    train_files, held_out_files = split_files(files)
-    if held_out_files:
-        train, held_out = read_ids(train_files), read_ids(held_out_files)
-    else:
-        ids = read_ids(train_files)
-        cut = len(ids) - max(int(len(ids) * HELD_OUT_SHARE), ctx)
-        train, held_out = ids[: max(cut, 0)], ids[max(cut, 0) :]
-    if not len(train) + len(held_out):
+    files = [path for path in files if path.stat().st_size]
+    if not files:
         raise ValueError(f"data={name!r} is empty: 0 bytes")
+    train, held_out = map(read_ids, split_files(files))
+    if len(held_out) < max(ctx, HELD_OUT_SHARE / 2 * len(train)):
+        ids = read_ids(files)
+        cut = max(len(ids) - max(int(len(ids) * HELD_OUT_SHARE), ctx), 0)
+        train, held_out = ids[:cut], ids[cut:]
     for part, ids in (("training", train), ("held-out", held_out)):
         if len(ids) < ctx:
             raise ValueError(f"ctx={ctx} is longer than the {part} part of data={name!r}: {len(ids)} bytes")
@@ -109,7 +120,7 @@ class ByteBlocks(Dataset):
 
 
 class StreamedBlocks(IterableDataset):
-    """Blocks of `ctx` ids packed from a stream of documents (a streaming `datasets` dataset, or any iterable of rows)."""
+    """Blocks of `ctx` ids packed from a stream of rows: a streaming `datasets` dataset, or any iterable of dicts."""
 
     def __init__(self, rows: Iterable[dict], text_column: str, ctx: int):
         self.rows, self.text_column, self.ctx = rows, text_column, ctx
@@ -117,8 +128,7 @@ class StreamedBlocks(IterableDataset):
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         pending = np.zeros(0, dtype=np.uint16)
         for row in self.rows:
-            document = np.frombuffer(row[self.text_column].encode(), dtype=np.uint8).astype(np.uint16)
-            pending = np.concatenate([pending, document, np.array([EOS_ID], dtype=np.uint16)])
+            pending = np.concatenate([pending, _join([_document(row, self.text_column)])])
             whole = len(pending) // self.ctx * self.ctx
             for block in pending[:whole].reshape(-1, self.ctx):
                 yield {"input_ids": torch.from_numpy(block.astype(np.int64))}
@@ -138,17 +148,20 @@ def stream_dataset(
     try:
         rows = load_dataset(name, split="train", streaming=True)
         first = next(iter(rows), None)
-    except (OSError, ValueError, LookupError) as error:
-        raise ValueError(f"dataset={name!r} cannot be read: {str(error).splitlines()[0]}") from error
+    except (OSError, ValueError, LookupError, StopIteration) as error:
+        reason = (str(error).splitlines() or ["no rows in it"])[0]
+        raise ValueError(f"dataset={name!r} cannot be read: {reason}") from error
     if first is None:
         raise ValueError(f"dataset={name!r} is empty")
     if not isinstance(first.get(text_column), str):
         raise ValueError(f"text_column={text_column!r} is no text column of dataset={name!r}: {', '.join(first)}")
-    held_out = b"".join(row[text_column].encode() for row in rows.take(held_out_documents))
+    held_out = _join(_document(row, text_column) for row in rows.take(held_out_documents))
     if len(held_out) < ctx:
         raise ValueError(f"ctx={ctx} is longer than the held-out part of dataset={name!r}: {len(held_out)} bytes")
     shuffled = rows.skip(held_out_documents).shuffle(seed=seed, buffer_size=1000)
-    return StreamedBlocks(shuffled, text_column, ctx), np.frombuffer(held_out, dtype=np.uint8).astype(np.uint16)
+    if next(iter(shuffled), None) is None:
+        raise ValueError(f"dataset={name!r} has no more than the {held_out_documents} documents that are held out")
+    return StreamedBlocks(shuffled, text_column, ctx), held_out
 
 
 def collate_blocks(examples: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

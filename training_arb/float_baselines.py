@@ -13,7 +13,6 @@ from torch.nn.utils import parametrize
 
 from configuration_arb import ArbConfig
 from modeling_arb import ArbForCausalLM
-from modeling_arb.ternary_matrix import TernaryMatrix
 
 
 class AbsmeanTernary(nn.Module):

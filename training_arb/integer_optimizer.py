@@ -43,6 +43,8 @@ class IntegerOptimizer(torch.optim.Optimizer):
             raise ValueError(f"flip_threshold={flip_threshold} must be in 1..127: votes are int8")
         if scale_update_interval < 0:
             raise ValueError(f"scale_update_interval={scale_update_interval} must not be negative")
+        if not 0 <= seed < 1 << 64:
+            raise ValueError(f"seed={seed} must be in [0, 2^64)")
         super().__init__([{"params": []}], {"lr": lr})
         rules: dict[str, UpdateRule] = {
             "momentum": MomentumRule(beta),

@@ -13,7 +13,7 @@ class ArbTrainingArguments(TrainingArguments):
 
     output_dir: str = field(default="runs/pretrain", metadata={"help": "Folder of checkpoints, plots and final/."})
     max_steps: int = field(default=1200, metadata={"help": "Optimizer steps."})
-    per_device_train_batch_size: int = field(default=16, metadata={"help": "Blocks per device and micro-batch."})
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "Blocks per device and micro-batch."})
     per_device_eval_batch_size: int = field(default=16, metadata={"help": "Blocks per device in evaluation."})
     learning_rate: float = field(default=0.035, metadata={"help": "Cells of the latent line per step."})
     warmup_steps: float = field(default=0.05, metadata={"help": "Steps of linear warmup; below 1: share of the run."})

@@ -1,0 +1,38 @@
+"""What every test starts from: a fixed seed, and fresh buffers that hold poison instead of convenient zeros."""
+
+import pytest
+import torch
+
+POISON = {
+    torch.uint8: 0xAA,
+    torch.int8: 0x55,
+    torch.int16: 0x5555,
+    torch.int32: 0x55555555,
+    torch.int64: 0x5555555555555555,
+}
+
+
+def _poisoned(allocate):
+    def allocate_and_fill(*args, **kwargs):
+        fresh = allocate(*args, **kwargs)
+        with torch.no_grad():
+            if fresh.is_floating_point():
+                fresh.fill_(float("nan"))
+            elif fresh.dtype in POISON:
+                fresh.fill_(POISON[fresh.dtype])
+        return fresh
+
+    return allocate_and_fill
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch):
+    """Code that reads a buffer before writing it fails loudly instead of by luck."""
+    monkeypatch.setattr(torch, "empty", _poisoned(torch.empty))
+    monkeypatch.setattr(torch, "empty_like", _poisoned(torch.empty_like))
+    monkeypatch.setattr(torch.Tensor, "new_empty", _poisoned(torch.Tensor.new_empty))

@@ -1,0 +1,127 @@
+"""The exported folder is self-contained: it loads in a fresh process that cannot import this repo, bit-equal."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from scripting import run_script
+
+from configuration_arb import preset_config
+from modeling_arb import ArbForCausalLM
+from modeling_arb.remote_code import bundled_modules, flattened_source
+
+FRESH_PROCESS = """
+import sys
+sys.meta_path = [finder for finder in sys.meta_path if "__editable__" not in repr(finder)]
+sys.path = [path for path in sys.path if "__editable__" not in path]
+for name in ("arb_kernels", "configuration_arb", "modeling_arb", "tokenization_arb", "training_arb"):
+    try:
+        __import__(name)
+    except ImportError:
+        continue
+    raise SystemExit(f"{name} can be imported: this proves nothing")
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
+folder, again, logits = sys.argv[1:]
+expected = torch.load(logits)
+config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+assert config.model_type == "arb" and config.hidden_size == 64
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+ids = tokenizer("def f(x):", return_tensors="pt").input_ids
+backbone = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()
+assert backbone(ids).last_hidden_state.shape == (1, 9, 64)
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+assert type(model).__module__.startswith("transformers_modules.")
+assert torch.equal(model(ids).logits, expected)
+assert not any(tensor.is_floating_point() for tensor in model.state_dict().values())
+model.save_pretrained(again)
+second = AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True).eval()
+assert torch.equal(second(ids).logits, expected)
+text = pipeline("text-generation", model=model, tokenizer=tokenizer)("def f", max_new_tokens=4, do_sample=False)
+assert text[0]["generated_text"].startswith("def f")
+print("LOADED")
+"""
+
+
+def fresh_process(tmp_path, code, *arguments):
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-I", "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=240)
+
+
+@pytest.mark.parametrize("rule", ["momentum", "correlation"])
+def test_export_loads_without_the_repo(tmp_path, rule):
+    model = ArbForCausalLM(preset_config("arb-tiny", update_rule=rule, group_size=32)).eval()
+    if rule == "correlation":  # whose votes are part of the weights
+        for matrix in model.ternary_matrices().values():
+            matrix.corr_accum.copy_(torch.randint(-20, 20, matrix.corr_accum.shape))
+            matrix.step_counter.fill_(7)
+    model.save_pretrained(tmp_path / "checkpoint")
+    assert run_script("export_hub", tmp_path / "checkpoint", tmp_path / "export") == 0
+    ids = torch.tensor([list(b"def f(x):")])
+    torch.save(model(ids).logits.detach(), tmp_path / "logits.pt")
+    arguments = (tmp_path / "export", tmp_path / "again", tmp_path / "logits.pt")
+    done = fresh_process(tmp_path, FRESH_PROCESS, *arguments)
+    assert done.stdout.endswith("LOADED\n"), done.stderr[-3000:]
+
+
+def test_training_checkpoint_keeps_its_state_and_inference_drops_it(tmp_path):
+    model = ArbForCausalLM(preset_config("arb-tiny"))
+    model.save_pretrained(tmp_path / "all")
+    model.save_pretrained(tmp_path / "inference", training_state=False)
+    everything = ArbForCausalLM.from_pretrained(tmp_path / "all").state_dict()
+    assert everything.keys() == model.state_dict().keys()
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in everything.items())
+    small = ArbForCausalLM.from_pretrained(tmp_path / "inference")
+    assert {name.rpartition(".")[2] for name in small.state_dict()} == {"T_packed", "E"}
+    assert model.config.training_state
+    with pytest.raises(ValueError, match="training_state=True"):
+        small.save_pretrained(tmp_path / "no", training_state=True)
+
+
+def test_sharded_checkpoint_round_trip(tmp_path):
+    model = ArbForCausalLM(preset_config("arb-tiny")).eval()
+    model.save_pretrained(tmp_path, max_shard_size="50KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    loaded = ArbForCausalLM.from_pretrained(tmp_path)
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+
+
+def test_bundle_holds_what_the_model_needs_and_nothing_of_training():
+    modules = bundled_modules()
+    assert {"modeling_arb.modeling_arb", "configuration_arb.configuration_arb", "arb_kernels.packing"} <= {*modules}
+    assert not any(module.startswith(("training_arb", "tokenization_arb")) for module in modules)
+    names = [module.rpartition(".")[2] for module in modules]
+    assert len(names) == len({*names})
+    for module in modules:
+        source = flattened_source(module)
+        compile(source, module, "exec")
+        assert "\nfrom arb_kernels" not in source
+        assert "\nfrom configuration_arb" not in source
+
+
+def test_export_refuses_an_existing_folder_and_a_missing_model(tmp_path, capsys):
+    assert run_script("export_hub", tmp_path / "nowhere", tmp_path / "out") == 2
+    assert "nowhere" in capsys.readouterr().err
+    ArbForCausalLM(preset_config("arb-tiny")).save_pretrained(tmp_path / "model")
+    (tmp_path / "out").mkdir()
+    assert run_script("export_hub", tmp_path / "model", tmp_path / "out") == 2
+    assert "exists already" in capsys.readouterr().err
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_nothing_breaks_beside_the_hub_kernels_package(tmp_path):
+    """A package named `kernels` is Hugging Face's: with one importable, ours is still `arb_kernels`."""
+    other = tmp_path / "site" / "kernels"
+    other.mkdir(parents=True)
+    (other / "__init__.py").write_text("OTHER = True\n")
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r})\n"
+        "import kernels, arb_kernels.packing, modeling_arb\n"
+        "assert kernels.OTHER and not hasattr(kernels, 'packing')\n"
+        "print('FINE')\n"
+    )
+    done = fresh_process(tmp_path, code)
+    assert done.stdout.endswith("FINE\n"), done.stderr[-3000:]

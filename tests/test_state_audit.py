@@ -1,0 +1,146 @@
+"""The audit finds what it must: floats, unlisted tensors, wrong types, bytes that are no trits."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from scripting import run_script
+
+from configuration_arb import PRESETS, preset_config
+from modeling_arb import ArbForCausalLM
+from training_arb.integer_optimizer import IntegerOptimizer
+from training_arb.state_audit import audit_config, audit_folder, audit_model, state_hash, zero_share
+
+
+@pytest.fixture
+def model():
+    return ArbForCausalLM(preset_config("arb-tiny"))
+
+
+@pytest.fixture
+def folder(model, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def rewrite(folder, change):
+    """Load the folder's tensors, let `change` alter the dict, save them back."""
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_clean_model_and_optimizer(model):
+    ids = torch.randint(0, 256, (2, 16))
+    optimizer = IntegerOptimizer(model)
+    model(ids, labels=ids).loss.backward()
+    optimizer.step()
+    audit = audit_model(model, optimizer)
+    assert audit.clean
+    assert audit.logical_weights == model.num_parameters()
+    assert audit.state_bytes == sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    assert "float tensors: 0" in audit.table()
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize(
+    ("rule", "group_size", "most"),
+    [("momentum", 0, 1.25), ("momentum", 32, 1.26), ("flip", 32, 1.28), ("correlation", 32, 0.5)],
+)
+def test_bytes_per_weight(preset, rule, group_size, most):
+    audit = audit_config(preset_config(preset, update_rule=rule, group_size=group_size))
+    assert audit.clean
+    assert audit.to_dict()["state_bytes_per_weight"] <= most
+
+
+def test_inference_checkpoint_of_arb_14m_is_small(tmp_path):
+    model = ArbForCausalLM(preset_config("arb-14m"))
+    model.save_pretrained(tmp_path, training_state=False)
+    assert (tmp_path / "model.safetensors").stat().st_size / model.num_parameters() <= 0.27
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+def test_float_buffer_is_found(model, persistent):
+    model.model.register_buffer("ema", torch.zeros(3), persistent=persistent)
+    audit = audit_model(model)
+    assert audit.float_tensors == ["model.ema"]
+    assert not audit.clean
+
+
+def test_float_parameter_and_float_optimizer_state_are_found(model):
+    model.byte_head.gain = torch.nn.Parameter(torch.ones(4))
+    optimizer = torch.optim.AdamW([model.byte_head.gain])
+    model.byte_head.gain.sum().backward()
+    optimizer.step()
+    found = audit_model(model, optimizer).float_tensors
+    assert "byte_head.gain" in found
+    assert any("exp_avg" in name for name in found)
+
+
+def test_unlisted_integer_is_found(model):
+    model.byte_head.register_buffer("counter", torch.zeros(2, dtype=torch.int64))
+    audit = audit_model(model)
+    assert audit.float_tensors == []
+    assert audit.faults == ["byte_head.counter is not on the list of persistent state"]
+
+
+def test_script_passes_a_clean_folder(folder, tmp_path, capsys):
+    assert run_script("audit_state", folder, "--json", tmp_path / "audit.json") == 0
+    written = json.loads((tmp_path / "audit.json").read_text())
+    assert {"areas", "logical_weights", "state_bytes", "state_bytes_per_weight", "float_tensors", "tensors"} <= {
+        *written
+    }
+    assert sum(written["areas"].values()) == written["logical_weights"]
+    assert "float tensors: 0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        pytest.param(lambda t: t.update(master=torch.zeros(5)), "float: master", id="float"),
+        pytest.param(
+            lambda t: t.update(extra=torch.zeros(5, dtype=torch.int8)), "extra is not on the list", id="unlisted"
+        ),
+        pytest.param(lambda t: t["byte_head.proj.T_packed"].fill_(243), "above 242", id="no-trits"),
+        pytest.param(lambda t: t.pop("byte_head.proj.E"), "byte_head.proj.E is missing", id="missing"),
+        pytest.param(
+            lambda t: t.update({"byte_head.proj.E": t["byte_head.proj.E"].half()}), "float: byte_head.proj.E", id="half"
+        ),
+    ],
+)
+def test_script_fails_a_changed_folder(folder, capsys, change, said):
+    rewrite(folder, change)
+    assert run_script("audit_state", folder) == 1
+    assert said in capsys.readouterr().out
+
+
+def test_script_finds_a_float_in_the_optimizer_file(folder, capsys):
+    torch.save({"state": {0: {"exp_avg": torch.zeros(2)}}, "param_groups": []}, folder / "optimizer.pt")
+    assert run_script("audit_state", folder) == 1
+    assert "float: optimizer.state.0.exp_avg" in capsys.readouterr().out
+
+
+def test_script_lists_a_preset_and_refuses_unreadable_input(folder, tmp_path, capsys):
+    assert run_script("audit_state", "--preset", "arb-14m", "--tensors") == 0
+    assert "MLA attention" in capsys.readouterr().out
+    (folder / "model.safetensors").write_bytes(b"nonsense")
+    for arguments in ([folder], [tmp_path / "nowhere"], ["--preset", "arb-9z"], []):
+        assert run_script("audit_state", *arguments) == 2
+        assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_folder_audit_equals_model_audit(model, folder):
+    assert audit_folder(folder).to_dict()["areas"] == audit_model(model).to_dict()["areas"]
+    assert audit_folder(folder).state_bytes == audit_model(model).state_bytes
+
+
+def test_state_hash_sees_one_bit(model):
+    before = state_hash(model)
+    model.byte_head.proj.E[0, 0] ^= 1
+    assert state_hash(model) != before
+
+
+def test_zero_share_counts_zeros(model):
+    trits = torch.cat([matrix.trits().flatten() for matrix in model.ternary_matrices().values()])
+    assert zero_share(model) == pytest.approx((trits == 0).float().mean().item())
