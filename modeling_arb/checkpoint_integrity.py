@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -23,17 +25,24 @@ SAFETENSORS_DTYPES = {
 }
 
 
+@contextmanager
+def open_tensor_file(path: str | Path) -> Iterator[safe_open]:
+    """An open safetensors file. Raises ValueError naming it when it is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{path}: damaged or truncated safetensors file ({error})") from error
+
+
 def check_tensor_files(folder: str | Path) -> None:
     """Read the headers of a local checkpoint's weight files. Raises ValueError on a damaged file or a wrong dtype.
 
     transformers would cast a tensor of another dtype to the buffer's without a word.
     """
     for path in sorted(Path(folder).glob("model*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as file:
-                dtypes = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{path}: damaged or truncated safetensors file ({error})") from error
+        with open_tensor_file(path) as file:
+            dtypes = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
         for name, dtype in dtypes.items():
             expected = SAFETENSORS_DTYPES.get(name.rpartition(".")[2])
             if expected is not None and dtype not in expected:

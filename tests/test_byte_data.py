@@ -270,6 +270,26 @@ def test_stream_dataset_with_broken_rows(tmp_path):
         stream_dataset(str(tmp_path), 64, 0)
 
 
+def test_stream_dataset_with_an_empty_file(tmp_path):
+    (tmp_path / "rows.jsonl").touch()
+    with pytest.raises(ValueError, match="cannot be read: no rows in it"):
+        stream_dataset(str(tmp_path), 64, 0)
+
+
+def test_stream_dataset_that_holds_out_everything(tmp_path):
+    name = dataset_folder(tmp_path / "data", [{"text": "long enough for a block"}] * 9)
+    with pytest.raises(ValueError, match="no more than the 100 documents"):
+        stream_dataset(name, 8, 0)
+
+
+def test_stream_dataset_with_missing_texts(tmp_path):
+    rows = [{"text": text} for text in ("first", "held out", None, "third", None, "fifth")]
+    stream, held_out = stream_dataset(dataset_folder(tmp_path / "data", rows), 1, 0, held_out_documents=3)
+    assert documents(held_out)[0] == [b"first", b"held out"]
+    ids = torch.cat([block["input_ids"] for block in stream]).numpy()
+    assert sorted(documents(ids)[0]) == [b"fifth", b"third"]
+
+
 def test_collate_blocks():
     """Labels are the ids but for the first three, which no full trigram precedes; the ids stay whole."""
     batch = collate_blocks([{"input_ids": torch.arange(start, start + 9)} for start in (0, 100)])

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from arb_kernels.packing import LARGEST_BYTE, count_invalid_bytes
 from configuration_arb import ArbConfig
 from modeling_arb import ArbForCausalLM
+from modeling_arb.checkpoint_integrity import open_tensor_file
 
 AREAS = {
     "byte_embedding": "byte embedding",
@@ -159,11 +158,8 @@ def audit_folder(folder: str | Path) -> StateAudit:
         raise ValueError(f"{folder}: no model.safetensors there")
     tensors: dict[str, torch.Tensor] = {}
     for path in files:
-        try:
-            with safe_open(path, framework="pt") as file:
-                tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{path}: damaged or truncated safetensors file ({error})") from error
+        with open_tensor_file(path) as file:
+            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if (folder / "optimizer.pt").is_file():
         state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
         tensors |= dict(_tensors_in(state, "optimizer"))
@@ -177,11 +173,7 @@ def state_hash(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(
-            tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-            if tensor.dim()
-            else str(tensor.item()).encode()
-        )
+        digest.update(tensor.cpu().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -189,8 +181,3 @@ def zero_share(model: ArbForCausalLM) -> float:
     """Share of the weights that are zero."""
     zeros = sum((matrix.trits() == 0).sum().item() for matrix in model.ternary_matrices().values())
     return zeros / sum(matrix.logical_weights for matrix in model.ternary_matrices().values())
-
-
-def chance_bits() -> float:
-    """Bits per byte of guessing uniformly over the 288 ids."""
-    return math.log2(288)

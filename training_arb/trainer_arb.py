@@ -21,7 +21,7 @@ from .training_args_arb import ArbTrainingArguments
 
 RUN_FILE = "run.json"
 TRAINER_STATE_FILE = "trainer_state.json"
-SHAPE_FIELDS_OF_NO_WEIGHT = ("transformers_version", "auto_map", "use_cache", "architectures", "_name_or_path")
+INCIDENTAL_FIELDS = ("transformers_version", "auto_map", "use_cache", "architectures", "_name_or_path")
 
 
 class ArbTrainer(Trainer):
@@ -133,6 +133,6 @@ def check_resumable(checkpoint: str | Path, config, run_description: dict) -> No
         (json.loads((checkpoint / RUN_FILE).read_text()), run_description),
     ]
     for stored, wanted in pairs:
-        for key in sorted(stored.keys() & wanted.keys() - set(SHAPE_FIELDS_OF_NO_WEIGHT)):
+        for key in sorted(stored.keys() & wanted.keys() - set(INCIDENTAL_FIELDS)):
             if stored[key] != wanted[key]:
                 raise ValueError(f"{checkpoint}: the checkpoint has {key}={stored[key]!r}, this run {wanted[key]!r}")
