@@ -35,6 +35,7 @@ from training_arb.quality_benchmark import (
     CONFIGS,
     BenchmarkResult,
     BenchmarkSettings,
+    build,
     train,
     tuned,
 )
@@ -80,6 +81,8 @@ def main() -> None:
     data = " ".join(args.data or ["Python's standard library"])
     train_ids, held_out = load_corpus(args.data, args.ctx)
     reused = reusable_rows(args, settings, data) if args.reuse_base else {}
+    for name in names:  # what cannot be built is refused before the first hour of training
+        build(name, settings, args.learning_rate)
 
     results: dict[str, BenchmarkResult] = {}
     for name in names:

@@ -21,7 +21,7 @@ class AbsmeanTernary(nn.Module):
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         scale = weight.abs().mean().clamp_min(1e-8)
         ternary = (weight / scale).round().clamp(-1, 1) * scale
-        return weight + (ternary - weight).detach()
+        return ternary.detach() + (weight - weight.detach())
 
 
 class FloatEmbedding(nn.Module):
