@@ -24,7 +24,7 @@ from .random_bits import random_bits, uniform_from_high_bits, uniform_from_low_b
 
 BLOCK = 64
 CLIP_RMS = 2.5
-MAX_UPDATE = 3.0
+MAX_UPDATE = 2.0
 STATISTIC_BITS = 15
 UPDATE_STEPS = 1024.0
 UPDATE_LIMIT = 31.0
@@ -109,7 +109,7 @@ def _square_root(total: torch.Tensor) -> torch.Tensor:
 def normalise(direction: torch.Tensor) -> torch.Tensor:
     """float32 (N, K) -> the update, float32 of unit RMS.
 
-    u_ij = d_ij / sqrt(r_i * c_j / mean(r)), r and c the row and column mean squares of d, clipped to +-3. The squares
+    u_ij = d_ij / sqrt(r_i * c_j / mean(r)), r and c the row and column mean squares of d, clipped to +-2. The squares
     are summed in 16-bit fixed point: exact, in any order.
     """
     unit = direction * fixed_point_scale(direction.abs().amax(), STATISTIC_BITS)

@@ -6,8 +6,8 @@ SignSGD_Old  the seeds' rule: sign votes flip trits (`flip`, groups of 32)      
 TrueTernary  int4 residual and int4 momentum (`momentum`), the default                      1.2
 Correlation  fixed trits, scales that follow correlations (`correlation`, groups of 32)     0.5
 
-AdamW's learning rates are tuned over --adam-rates in the same run and the best is reported; the integer rules run at
-one rate. Losses are held-out nats per byte.
+Learning rates are tuned in the same run and the best is reported: AdamW's over --adam-rates, TrueTernary's over
+--ternary-rates; the two other rules have none. Losses are held-out nats per byte.
 
 examples:
   python scripts/benchmark_true_ternary.py --configs TrueTernary --preset arb-tiny --steps 50 --ctx 64
@@ -30,6 +30,7 @@ from configuration_arb import PRESETS
 from training_arb.atomic_files import write_json
 from training_arb.byte_data import load_corpus
 from training_arb.command_line import HelpFormatter, run
+from training_arb.cpu_allocator import keep_freed_memory
 from training_arb.quality_benchmark import (
     ADAM_CONFIGS,
     CONFIGS,
@@ -52,8 +53,8 @@ def parse() -> argparse.Namespace:
     add("--data", nargs="+", help="files, folders, globs; default: the running Python's standard library")
     add("--seed", type=int, default=0, help="seed of initial weights, data order and rounding")
     add("--preset", default="arb-bench", help=f"shape: {', '.join(PRESETS)}")
-    add("--learning-rate", type=float, default=0.035, help="of the integer rules, in cells per step")
     add("--adam-rates", default="3e-3,6e-3,1e-2", help="AdamW's learning rates to try")
+    add("--ternary-rates", default="0.035,0.05", help="TrueTernary's learning rates to try, in cells per step")
     add("--update-backend", choices=["auto", "torch"], default="auto", help="what runs the update rules")
     add("--scale-update-interval", type=int, default=1, help="flip: vote on scales every so many steps; 0: never")
     add("--accum-threshold", type=int, default=32, help="flip: votes after which a trit moves")
@@ -65,6 +66,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
+    keep_freed_memory()
     names = [name for name in args.configs.split(",") if name]
     for name in names:
         if name not in CONFIGS:
@@ -72,25 +74,25 @@ def main() -> None:
     for field, least in (("steps", 1), ("batch", 1), ("ctx", 8), ("print_every", 1)):
         if getattr(args, field) < least:
             raise ValueError(f"{field}={getattr(args, field)} must be at least {least}")
-    try:
-        adam_rates = [float(rate) for rate in args.adam_rates.split(",")]
-    except ValueError as error:
-        raise ValueError(f"adam_rates={args.adam_rates!r} must be numbers with commas between") from error
+    rates = {"TrueTernary": parse_rates(args, "ternary_rates")}
+    rates |= dict.fromkeys(ADAM_CONFIGS, parse_rates(args, "adam_rates"))
     shared = ("preset", "steps", "batch", "ctx", "seed", "accum_threshold", "scale_update_interval", "print_every")
     settings = BenchmarkSettings(**{field: getattr(args, field) for field in shared})
     data = " ".join(args.data or ["Python's standard library"])
     train_ids, held_out = load_corpus(args.data, args.ctx)
     reused = reusable_rows(args, settings, data) if args.reuse_base else {}
     for name in names:  # what cannot be built is refused before the first hour of training
-        build(name, settings, args.learning_rate)
+        for rate in rates.get(name, [NO_RATE]):
+            build(name, settings, rate)
 
     results: dict[str, BenchmarkResult] = {}
     for name in names:
         if name in reused:
             results[name] = reused[name]
         else:
-            rates = adam_rates if name in ADAM_CONFIGS else [args.learning_rate]
-            results[name] = tuned(name, rates, lambda rate, name=name: train(name, settings, rate, train_ids, held_out))
+            results[name] = tuned(
+                rates.get(name, [NO_RATE]), lambda rate, name=name: train(name, settings, rate, train_ids, held_out)
+            )
         print(row(name, results[name]), flush=True)
 
     print(f"\n{data}: {args.steps} steps of {args.batch} x {args.ctx} bytes, {args.preset}, seed {args.seed}\n")
@@ -112,10 +114,18 @@ def main() -> None:
         plot_comparison(curves, Path(args.json).with_suffix(".png"), title)
 
 
+NO_RATE = 0.0  # votes and correlations have thresholds instead
 HEADER = (
     f"{'configuration':<14}{'held-out':>10}{'bits/byte':>11}{'bytes/weight':>14}{'at 3B, GB':>11}"
     f"{'step, ms':>10}{'peak, MB':>10}{'rate':>9}"
 )
+
+
+def parse_rates(args: argparse.Namespace, option: str) -> list[float]:
+    try:
+        return [float(rate) for rate in getattr(args, option).split(",")]
+    except ValueError as error:
+        raise ValueError(f"{option}={getattr(args, option)!r} must be numbers with commas between") from error
 
 
 def row(name: str, result: BenchmarkResult) -> str:

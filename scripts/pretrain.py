@@ -30,6 +30,7 @@ from training_arb.atomic_files import new_folder, write_json
 from training_arb.bits_per_byte import bits_per_byte
 from training_arb.byte_data import ByteBlocks, collate_blocks, load_corpus, stream_dataset
 from training_arb.command_line import HelpFormatter, run
+from training_arb.cpu_allocator import keep_freed_memory
 from training_arb.state_audit import audit_model, state_hash, zero_share
 from training_arb.trainer_arb import ArbTrainer
 from training_arb.training_args_arb import ArbTrainingArguments
@@ -98,6 +99,7 @@ def main() -> None:
     if arguments.ctx < SHORTEST_CTX:
         raise ValueError(f"ctx={arguments.ctx} must be at least {SHORTEST_CTX}")
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    keep_freed_memory()
     resume = resolve_resume(args)
     set_seed(args.seed)
     config = preset_config(

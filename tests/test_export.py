@@ -46,7 +46,7 @@ print("LOADED")
 
 
 def fresh_process(tmp_path, code, *arguments):
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     command = [sys.executable, "-I", "-c", code, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=240)
 

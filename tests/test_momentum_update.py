@@ -97,7 +97,7 @@ class NaiveMomentum:
             u[:, c] = u[:, c] * (root_total / np.sqrt(f32(column_sum)) if column_sum else f32(0))
         power = (np.rint(np.clip(u * f32(1024), -31 * 1024, 31 * 1024)).astype(np.int64) ** 2).sum()
         inverse_rms = f32(1) / np.sqrt(f32(power)) * f32(1024 * (rows * columns) ** 0.5)
-        return np.clip(u * inverse_rms, f32(-3), f32(3))
+        return np.clip(u * inverse_rms, f32(-2), f32(2))
 
 
 def random_state(rows, columns, bits=4):
@@ -317,7 +317,7 @@ def test_direction_is_normalised_by_rows_and_columns(rows, columns):
     d64 = d.double()
     r, c = d64.square().mean(1, keepdim=True), d64.square().mean(0, keepdim=True)
     u = d64 / (r * c / r.mean()).sqrt()
-    u = (u / u.square().mean().sqrt()).clamp(-3, 3)
+    u = (u / u.square().mean().sqrt()).clamp(-2, 2)
     zeros = torch.zeros(rows, columns, dtype=torch.int16)
     trits, residual = move_weights(zeros, zeros, normalise(d), torch.full((rows, columns), 0.5), 0.4, 4096)
     latent = 4096.0 * trits + residual

@@ -169,7 +169,7 @@ def peak_memory_mb() -> float:
         return psutil.Process().memory_info().rss / 2**20
 
 
-def tuned(name: str, rates: list[float], run: Callable[[float], BenchmarkResult]) -> BenchmarkResult:
+def tuned(rates: list[float], run: Callable[[float], BenchmarkResult]) -> BenchmarkResult:
     """The best of several learning rates, with what each of them gave."""
     results = {rate: run(rate) for rate in rates}
     best = min(results.values(), key=lambda result: result.val_loss)
