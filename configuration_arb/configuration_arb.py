@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 VOCAB_SIZE = 288
 PAD_ID, EOS_ID, BOS_ID = 256, 257, 258
 UPDATE_RULES = ("momentum", "flip", "correlation")
+COMPUTE = ("auto", "int8", "float")
 GROUP_SIZES = (0, 4, 6, 8, 16, 32, 64, 96, 128)
 PACKING_VERSION = 1
 AUTO_MAP = {
@@ -29,6 +30,8 @@ class ArbConfig(PreTrainedConfig):
     Ternary state: `group_size` (weights sharing one scale exponent; 0: the whole row), `update_rule` (momentum, flip,
     correlation), `momentum_bits` (4 or 8), `training_state` (whether the update rule's accumulators are part of the
     model; an inference checkpoint goes without).
+    Arithmetic: `compute` (int8: matmuls on int8 activations and gradients, exact int32 sums; float: on S * T in the
+    activations' dtype; auto: int8 where one exponent a row lets it, that is with group_size 0).
     Blocks that are off when None: `text_sequencer`, `memgram`, `codebook`, `moe_graph`, `composite`,
     `output_router`, `sidecars`.
 
@@ -54,6 +57,7 @@ class ArbConfig(PreTrainedConfig):
     update_rule: str = "momentum"
     momentum_bits: int = 4
     training_state: bool = True
+    compute: str = "auto"
     packing_version: int = PACKING_VERSION
     text_sequencer: dict[str, Any] | None = None
     memgram: dict[str, Any] | None = None
@@ -99,6 +103,7 @@ class ArbConfig(PreTrainedConfig):
         self._require("group_size", _is_int(self.group_size) and self.group_size in GROUP_SIZES, f"one of {sizes}")
         self._require("momentum_bits", _is_int(self.momentum_bits) and self.momentum_bits in (4, 8), "4 or 8")
         self._require("training_state", isinstance(self.training_state, bool), "True or False")
+        self._require("compute", self.compute in COMPUTE, f"one of {', '.join(COMPUTE)}")
         known = self.packing_version == PACKING_VERSION
         self._require("packing_version", known, f"{PACKING_VERSION}, the only one that this version reads")
         for name in LATER_BLOCKS:

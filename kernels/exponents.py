@@ -15,14 +15,14 @@ QUARTERS = 4
 
 
 @cache
-def _power_table(steps_per_octave: int, device: torch.device) -> torch.Tensor:
+def power_table(steps_per_octave: int, device: torch.device) -> torch.Tensor:
     """float32 (256,): 2^(e / steps_per_octave) for e in -128..127."""
     return torch.tensor([2.0 ** (e / steps_per_octave) for e in range(-128, 128)], device=device)
 
 
 def power_of_two(exponent: torch.Tensor, steps_per_octave: int) -> torch.Tensor:
     """int8 (...) -> float32 (...): 2^(exponent / steps_per_octave)."""
-    return _power_table(steps_per_octave, exponent.device)[exponent.int() + 128]
+    return power_table(steps_per_octave, exponent.device)[exponent.int() + 128]
 
 
 def quarter_octaves_covering(square: torch.Tensor) -> torch.Tensor:

@@ -17,8 +17,10 @@ from dataclasses import dataclass
 
 import torch
 
-from .exponents import QUARTERS, fixed_point_scale, power_of_two, quarter_octaves_covering
+from .backend import uses_native
+from .exponents import QUARTERS, fixed_point_scale, power_of_two, power_table, quarter_octaves_covering
 from .groups import group_lengths, split_groups, spread_groups
+from .native_library import native_library, pointer
 from .packing import pack_trits, unpack_trits
 from .random_bits import random_bits, uniform_from_high_bits, uniform_from_low_bits
 
@@ -141,15 +143,58 @@ def move_weights(
     return new_trits.to(trits.dtype), (latent - new_trits * cell).to(residual.dtype)
 
 
-def momentum_fold(
+def naive_momentum_fold(
     accum: torch.Tensor, accum_exp: torch.Tensor, dW: torch.Tensor, key: int, beta: float, decay: bool, bits: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """An early micro-batch of an accumulated step: only the momentum changes. Returns the new accum, accum_exp."""
+    """`momentum_fold` as a pure function: returns the new accum, accum_exp."""
     form = MomentumFormat(bits)
     residual, codes = form.split(accum)
     uniform = uniform_from_low_bits(random_bits(key, *dW.shape, dW.device))
     codes, accum_exp = fold_momentum(codes, accum_exp, dW, uniform, beta, decay, form.levels)
     return form.join(residual, codes), accum_exp
+
+
+def naive_momentum_update(
+    packed: torch.Tensor,
+    accum: torch.Tensor,
+    accum_exp: torch.Tensor,
+    dW: torch.Tensor,
+    key: int,
+    lr: float,
+    beta: float = 0.9,
+    micro_batches: int = 1,
+    bits: int = 4,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`momentum_update` as a pure function: returns the new packed, accum, accum_exp and the changed trits' number."""
+    form = MomentumFormat(bits)
+    residual, codes = form.split(accum)
+    noise = random_bits(key, *dW.shape, dW.device)
+    codes, accum_exp = fold_momentum(
+        codes, accum_exp, dW, uniform_from_low_bits(noise), beta, micro_batches == 1, form.levels
+    )
+    update = normalise(_dequantise(codes, accum_exp).mul_(beta) + dW * (micro_batches * (1 - beta)))
+    trits = unpack_trits(packed, dW.shape[1])
+    new_trits, residual = move_weights(trits, residual, update, uniform_from_high_bits(noise), lr, form.cell)
+    return pack_trits(new_trits), form.join(residual, codes), accum_exp, (new_trits != trits).sum()
+
+
+def momentum_fold(
+    accum: torch.Tensor, accum_exp: torch.Tensor, dW: torch.Tensor, key: int, beta: float, decay: bool, bits: int = 4
+) -> None:
+    """An early micro-batch of an accumulated step, in place: only the momentum changes."""
+    if bits == 4 and uses_native(accum, accum_exp, dW):
+        native_library().arb_momentum_fold(
+            *map(pointer, (accum, accum_exp, dW)),
+            *dW.shape,
+            key,
+            pointer(power_table(QUARTERS, dW.device)),
+            beta if decay else 1.0,
+            1 - beta,
+        )
+        return
+    new_accum, new_exp = naive_momentum_fold(accum, accum_exp, dW, key, beta, decay, bits)
+    accum.copy_(new_accum)
+    accum_exp.copy_(new_exp)
 
 
 def momentum_update(
@@ -162,20 +207,27 @@ def momentum_update(
     beta: float = 0.9,
     micro_batches: int = 1,
     bits: int = 4,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Fold and move in one go, at the last micro-batch of a step.
+) -> torch.Tensor:
+    """Fold and move in one go, in place, at the last micro-batch of a step.
 
     packed: uint8 (N, ceil(K/5)) trits; dW: float32 (N, K), this micro-batch's share of the mean gradient, 1 /
-    micro_batches of it; lr: cells per step. Returns the new packed, accum, accum_exp and the number of changed trits,
-    an int64 scalar.
+    micro_batches of it; lr: cells per step. Returns the number of changed trits, an int64 scalar.
     """
-    form = MomentumFormat(bits)
-    residual, codes = form.split(accum)
-    noise = random_bits(key, *dW.shape, dW.device)
-    codes, accum_exp = fold_momentum(
-        codes, accum_exp, dW, uniform_from_low_bits(noise), beta, micro_batches == 1, form.levels
-    )
-    update = normalise(_dequantise(codes, accum_exp).mul_(beta) + dW * (micro_batches * (1 - beta)))
-    trits = unpack_trits(packed, dW.shape[1])
-    new_trits, residual = move_weights(trits, residual, update, uniform_from_high_bits(noise), lr, form.cell)
-    return pack_trits(new_trits), form.join(residual, codes), accum_exp, (new_trits != trits).sum()
+    if bits == 4 and uses_native(packed, accum, accum_exp, dW):
+        flips = native_library().arb_momentum_update(
+            *map(pointer, (packed, accum, accum_exp, dW)),
+            *dW.shape,
+            key,
+            pointer(power_table(QUARTERS, dW.device)),
+            beta if micro_batches == 1 else 1.0,
+            1 - beta,
+            beta,
+            micro_batches * (1 - beta),
+            MAX_UPDATE,
+            -lr * MomentumFormat(bits).cell,
+        )
+        return torch.tensor(flips)
+    *state, flips = naive_momentum_update(packed, accum, accum_exp, dW, key, lr, beta, micro_batches, bits)
+    for tensor, new in zip((packed, accum, accum_exp), state, strict=True):
+        tensor.copy_(new)
+    return flips

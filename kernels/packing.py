@@ -12,6 +12,9 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
+from .backend import uses_native
+from .native_library import native_library, pointer
+
 TRITS_PER_BYTE = 5
 LARGEST_BYTE = 3**TRITS_PER_BYTE - 1
 
@@ -41,10 +44,18 @@ def pack_trits(trits: torch.Tensor) -> torch.Tensor:
     return packed
 
 
-def unpack_trits(packed: torch.Tensor, num_trits: int, dtype: torch.dtype = torch.int8) -> torch.Tensor:
-    """uint8 (..., nb) -> `dtype` (..., num_trits) in {-1, 0, 1}."""
+def naive_unpack_trits(packed: torch.Tensor, num_trits: int, dtype: torch.dtype = torch.int8) -> torch.Tensor:
     digits = F.embedding(packed.int(), _digit_table(dtype, packed.device))
     return digits.transpose(-1, -2).flatten(-2)[..., :num_trits]
+
+
+def unpack_trits(packed: torch.Tensor, num_trits: int, dtype: torch.dtype = torch.int8) -> torch.Tensor:
+    """uint8 (..., nb) -> `dtype` (..., num_trits) in {-1, 0, 1}."""
+    if dtype != torch.int8 or packed.dim() != 2 or not packed.numel() or not uses_native(packed):
+        return naive_unpack_trits(packed, num_trits, dtype)
+    trits = torch.empty(len(packed), num_trits, dtype=torch.int8)
+    native_library().arb_unpack_trits(pointer(packed), len(packed), num_trits, pointer(trits))
+    return trits
 
 
 def count_invalid_bytes(packed: torch.Tensor) -> int:

@@ -6,11 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from arb_kernels.int8_matmul import int8_matmul
+from arb_kernels.quantise import quantise_gradient, quantise_tokens
+
 from .ternary_matrix import TernaryMatrix
 
 
-class TernaryLinearFunction(torch.autograd.Function):
-    """Saves only x; W_eff is made again in backward, and dW dies there."""
+class FloatLinearFunction(torch.autograd.Function):
+    """The reference. Saves only x; W_eff is made again in backward, and dW dies there."""
 
     @staticmethod
     def forward(ctx, x, layer):
@@ -26,6 +29,36 @@ class TernaryLinearFunction(torch.autograd.Function):
             dW = grad_y.flatten(0, -2).T @ x.flatten(0, -2)
             ctx.layer.hand_over(dW.float())
         return grad_x, None
+
+
+class Int8LinearFunction(torch.autograd.Function):
+    """All three matmuls on int8 with int32 sums. Saves x as its codes: a quarter of the float activations.
+
+    y  = (codes @ T^T) * token scale * S
+    dx = (q(dy * S) @ T) * token scale, the rows' S folded into dy because the sum runs over them
+    dW = (q(dy * x's token scale)^T @ codes) * output scale, the tokens' scale folded in for the same reason
+    """
+
+    @staticmethod
+    def forward(ctx, x, layer):
+        codes, token_scale = quantise_tokens(x.flatten(0, -2).float().contiguous())
+        ctx.save_for_backward(codes, token_scale)
+        ctx.layer = layer
+        y = int8_matmul(codes, layer.trits(), token_scale, layer.scale().flatten(), trits=True)
+        return y.to(x.dtype).view(*x.shape[:-1], layer.rows)
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        codes, token_scale = ctx.saved_tensors
+        layer = ctx.layer
+        gradient, scale = grad_y.flatten(0, -2).float().contiguous(), layer.scale().flatten()
+        by_token, by_token_scale, by_output, output_scale = quantise_gradient(
+            gradient, scale, token_scale if layer.armed else None
+        )
+        grad_x = int8_matmul(by_token, layer.trits(), by_token_scale, transposed=True, trits=True)
+        if layer.armed:
+            layer.hand_over(int8_matmul(by_output, codes, output_scale, transposed=True))
+        return grad_x.to(grad_y.dtype).view(*grad_y.shape[:-1], layer.columns), None
 
 
 class TernaryLinear(TernaryMatrix, nn.Linear):
@@ -46,4 +79,5 @@ class TernaryLinear(TernaryMatrix, nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        return TernaryLinearFunction.apply(x, self)
+        function = Int8LinearFunction if self.integer_matmuls else FloatLinearFunction
+        return function.apply(x, self)

@@ -7,12 +7,15 @@ from collections.abc import Callable
 import torch
 from torch import nn
 from transformers import initialization as init
+from transformers.utils import logging
 
 from arb_kernels.correlation_update import correlation_octaves
 from arb_kernels.exponents import EIGHTHS, power_of_two
 from arb_kernels.groups import num_groups, spread_groups
 from arb_kernels.packing import TRITS_PER_BYTE, packed_width, unpack_trits
 from arb_kernels.state_layout import StateTensor, state_layout
+
+logger = logging.get_logger(__name__)
 
 
 class TernaryMatrix(nn.Module):
@@ -32,6 +35,11 @@ class TernaryMatrix(nn.Module):
         self.group_size = config.group_size or columns
         self.update_rule, self.momentum_bits = config.update_rule, config.momentum_bits
         self.init_fan_in = init_fan_in
+        self.integer_matmuls = config.compute != "float" and self.group_size == columns
+        if config.compute == "int8" and not self.integer_matmuls:
+            logger.warning_once(
+                f"compute='int8' needs one scale a row: float matmuls, as group_size={config.group_size}"
+            )
         for name, spec in self.layout().items():
             if spec.inference or config.training_state:
                 self.register_buffer(name, torch.zeros(spec.shape, dtype=spec.dtype))

@@ -3,6 +3,12 @@
 import pytest
 import torch
 
+from arb_kernels.momentum_update import MomentumFormat
+from arb_kernels.native_library import native_library
+from arb_kernels.packing import pack_trits
+
+NOT_BUILT = pytest.mark.skipif(native_library() is None, reason="the native kernels were not built here")
+BACKENDS = ["torch", pytest.param("native", marks=NOT_BUILT)]
 ERROR_RATIO = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 6e-3}
 
 
@@ -23,3 +29,17 @@ def shapes(*sizes):
 
 def random_trits(*shape):
     return torch.randint(-1, 2, shape, dtype=torch.int8)
+
+
+def random_momentum_state(rows, columns, bits=4):
+    """packed, accum, accum_exp of a fresh matrix: random trits and residuals, no momentum."""
+    form = MomentumFormat(bits)
+    residual = torch.randint(0, form.cell, (rows, columns)).to(form.dtype)
+    return pack_trits(random_trits(rows, columns)), residual, torch.zeros(rows, -(-columns // 64), dtype=torch.int8)
+
+
+def random_gradient(rows, columns, scale=1.0):
+    """Rows and columns of unequal size, some elements zero, some far out."""
+    row, column = torch.randn(rows, 1).exp(), torch.randn(columns).exp()
+    heavy = torch.randn(rows, columns) ** 3
+    return scale * row * column * heavy * (torch.rand(rows, columns) > 0.1)

@@ -5,10 +5,16 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import assert_same, random_trits, shapes
+from helpers import assert_same, random_gradient, random_momentum_state, random_trits, shapes
 
-from arb_kernels.momentum_update import MomentumFormat, momentum_fold, momentum_update, move_weights, normalise
-from arb_kernels.packing import pack_trits, unpack_trits
+from arb_kernels.momentum_update import (
+    MomentumFormat,
+    move_weights,
+    naive_momentum_fold,
+    naive_momentum_update,
+    normalise,
+)
+from arb_kernels.packing import unpack_trits
 from arb_kernels.random_bits import stream_key
 
 BETA = 0.9
@@ -100,20 +106,6 @@ class NaiveMomentum:
         return np.clip(u * inverse_rms, f32(-2), f32(2))
 
 
-def random_state(rows, columns, bits=4):
-    """packed, accum, accum_exp of a fresh matrix: random trits and residuals, no momentum."""
-    form = MomentumFormat(bits)
-    residual = torch.randint(0, form.cell, (rows, columns)).to(form.dtype)
-    return pack_trits(random_trits(rows, columns)), residual, torch.zeros(rows, -(-columns // 64), dtype=torch.int8)
-
-
-def random_gradient(rows, columns, scale=1.0):
-    """Rows and columns of unequal size, some elements zero, some far out."""
-    row, column = torch.randn(rows, 1).exp(), torch.randn(columns).exp()
-    heavy = torch.randn(rows, columns) ** 3
-    return scale * row * column * heavy * (torch.rand(rows, columns) > 0.1)
-
-
 def random_signs(rows, columns):
     return torch.randint(0, 2, (rows, columns)) * 2.0 - 1
 
@@ -135,12 +127,12 @@ def latent_of(state, columns):
 @pytest.mark.parametrize("bits", [4, 8])
 def test_momentum_fold(rows, columns, bits):
     """Fifty folds, every third of which decays; residuals as they were."""
-    _, accum, accum_exp = random_state(rows, columns, bits)
+    _, accum, accum_exp = random_momentum_state(rows, columns, bits)
     residual, _ = MomentumFormat(bits).split(accum)
     naive = NaiveMomentum(np.zeros((rows, columns)), residual.numpy(), bits)
     for step in range(50):
         dW, key, decay = random_gradient(rows, columns, 0.01), stream_key(7, step), step % 3 == 0
-        accum, accum_exp = momentum_fold(accum, accum_exp, dW, key, BETA, decay, bits)
+        accum, accum_exp = naive_momentum_fold(accum, accum_exp, dW, key, BETA, decay, bits)
         naive.fold(dW.numpy(), uniforms(key, rows, columns)[0], decay)
         new_residual, codes = MomentumFormat(bits).split(accum)
         assert_same(f"exponents, step {step}", torch.from_numpy(naive.exponents), accum_exp.long())
@@ -157,7 +149,7 @@ def test_block_sums_follow_one_tree(columns):
     accum, accum_exp = torch.zeros(3000, columns, dtype=torch.uint8), torch.zeros(3000, 1, dtype=torch.int8)
     naive = NaiveMomentum(np.zeros(dW.shape), np.zeros(dW.shape), 4)
     naive.fold(dW.numpy(), uniforms(1, *dW.shape)[0], decay=True)
-    exponents = momentum_fold(accum, accum_exp, dW, 1, BETA, True, 4)[1]
+    exponents = naive_momentum_fold(accum, accum_exp, dW, 1, BETA, True, 4)[1]
     assert {0, 1} == {*exponents.flatten().tolist()}
     assert_same("exponents", torch.from_numpy(naive.exponents), exponents.long())
 
@@ -167,17 +159,17 @@ def test_block_sums_follow_one_tree(columns):
 @pytest.mark.parametrize("micro_batches", [1, 3])
 def test_momentum_update(rows, columns, bits, micro_batches):
     """Fifty steps; every tensor equal after each."""
-    packed, accum, accum_exp = random_state(rows, columns, bits)
+    packed, accum, accum_exp = random_momentum_state(rows, columns, bits)
     residual, _ = MomentumFormat(bits).split(accum)
     naive = NaiveMomentum(unpack_trits(packed, columns).numpy(), residual.numpy(), bits)
     for step in range(50):
         lr = 0.3 * (1 - step / 50)
         for micro in range(micro_batches - 1):
             dW, key = random_gradient(rows, columns, 0.01), stream_key(7, step, micro, 1)
-            accum, accum_exp = momentum_fold(accum, accum_exp, dW, key, BETA, micro == 0, bits)
+            accum, accum_exp = naive_momentum_fold(accum, accum_exp, dW, key, BETA, micro == 0, bits)
             naive.fold(dW.numpy(), uniforms(key, rows, columns)[0], decay=micro == 0)
         dW, key = random_gradient(rows, columns, 0.01), stream_key(7, step, micro_batches - 1, 1)
-        packed, accum, accum_exp, flips = momentum_update(
+        packed, accum, accum_exp, flips = naive_momentum_update(
             packed, accum, accum_exp, dW, key, lr, BETA, micro_batches, bits
         )
         expected_flips = naive.update(dW.numpy(), key, lr, micro_batches)
@@ -192,10 +184,10 @@ def test_momentum_update(rows, columns, bits, micro_batches):
 @pytest.mark.parametrize("rows, columns", SHAPES)
 @pytest.mark.parametrize("bits", [4, 8])
 def test_state_stays_valid(rows, columns, bits):
-    state = random_state(rows, columns, bits)
+    state = random_momentum_state(rows, columns, bits)
     for step in range(30):
         scale = 10.0 ** torch.randint(-9, 9, ()).item()
-        *state, _ = momentum_update(*state, random_gradient(rows, columns, scale), step, 0.9, BETA, 1, bits)
+        *state, _ = naive_momentum_update(*state, random_gradient(rows, columns, scale), step, 0.9, BETA, 1, bits)
         assert_valid(*state, columns, bits)
         assert state[1].dtype == MomentumFormat(bits).dtype and state[2].dtype == torch.int8
 
@@ -219,28 +211,28 @@ def test_recovers_a_planted_matrix(bits):
     """From noisy gradients, as research/momentum_reference.py does."""
     rows, columns, steps = 64, 128, 400
     target = random_trits(rows, columns).float()
-    state = random_state(rows, columns, bits)
+    state = random_momentum_state(rows, columns, bits)
     for step in range(steps):
         x = torch.randn(32, columns)
         error = unpack_trits(state[0], columns, torch.float32) - target
         dW = (x @ error.T).T @ x / 32 + 0.5 * torch.randn(rows, columns)
-        *state, _ = momentum_update(*state, dW, stream_key(0, step), 0.05 * (1 - step / steps), BETA, 1, bits)
+        *state, _ = naive_momentum_update(*state, dW, stream_key(0, step), 0.05 * (1 - step / steps), BETA, 1, bits)
     assert (unpack_trits(state[0], columns) == target).float().mean() > 0.95
 
 
 @pytest.mark.parametrize("rows, columns", SHAPES)
 @pytest.mark.parametrize("bits", [4, 8])
 def test_zero_gradient_changes_nothing(rows, columns, bits):
-    packed, accum, accum_exp = random_state(rows, columns, bits)
-    moved = momentum_update(packed, accum, accum_exp, torch.zeros(rows, columns), 3, 0.9, BETA, 1, bits)
+    packed, accum, accum_exp = random_momentum_state(rows, columns, bits)
+    moved = naive_momentum_update(packed, accum, accum_exp, torch.zeros(rows, columns), 3, 0.9, BETA, 1, bits)
     assert_same("trits", packed, moved[0])
     assert_same("accum", accum, moved[1])
     assert moved[3].item() == 0
 
 
 def test_same_key_same_bits_other_key_other_bits():
-    state, dW = random_state(33, 100), random_gradient(33, 100)
-    first, again, other = (momentum_update(*state, dW, key, 0.5) for key in (5, 5, 6))
+    state, dW = random_momentum_state(33, 100), random_gradient(33, 100)
+    first, again, other = (naive_momentum_update(*state, dW, key, 0.5) for key in (5, 5, 6))
     for name, a, b in zip(("packed", "accum", "accum_exp", "flips"), first, again, strict=True):
         assert_same(name, a, b)
     codes, other_codes = (MomentumFormat(4).split(accum)[1] for accum in (first[1], other[1]))
@@ -251,11 +243,11 @@ def test_same_key_same_bits_other_key_other_bits():
 @pytest.mark.parametrize("bits", [4, 8])
 def test_scale_invariance(bits):
     """1024 times the gradient: exponents 40 quarter octaves higher, everything else equal."""
-    small = large = random_state(47, 257, bits)
+    small = large = random_momentum_state(47, 257, bits)
     for step in range(20):
         dW = random_gradient(47, 257) + 1e-3
-        *small, flips = momentum_update(*small, dW, step, 0.1, BETA, 1, bits)
-        *large, large_flips = momentum_update(*large, dW * 1024, step, 0.1, BETA, 1, bits)
+        *small, flips = naive_momentum_update(*small, dW, step, 0.1, BETA, 1, bits)
+        *large, large_flips = naive_momentum_update(*large, dW * 1024, step, 0.1, BETA, 1, bits)
         assert_same("packed", small[0], large[0])
         assert_same("accum", small[1], large[1])
         assert_same("flips", flips, large_flips)
@@ -265,10 +257,10 @@ def test_scale_invariance(bits):
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_update_is_pure(bits):
-    inputs = (*random_state(33, 100, bits), random_gradient(33, 100))
+    inputs = (*random_momentum_state(33, 100, bits), random_gradient(33, 100))
     before = [tensor.clone() for tensor in inputs]
-    momentum_update(*inputs, 1, 0.5, BETA, 1, bits)
-    momentum_fold(*inputs[1:], 1, BETA, True, bits)
+    naive_momentum_update(*inputs, 1, 0.5, BETA, 1, bits)
+    naive_momentum_fold(*inputs[1:], 1, BETA, True, bits)
     for name, kept, tensor in zip(("packed", "accum", "accum_exp", "dW"), before, inputs, strict=True):
         assert_same(name, kept, tensor)
 
@@ -279,7 +271,7 @@ def test_fold_is_unbiased(decay):
     rows, columns, keys = 8, 100, 600
     accum, accum_exp = torch.zeros(rows, columns, dtype=torch.uint8), torch.zeros(rows, 2, dtype=torch.int8)
     flat = torch.rand(rows, columns) * 2 - 1
-    accum, accum_exp = momentum_fold(accum, accum_exp, flat, 99, BETA, True, 4)
+    accum, accum_exp = naive_momentum_fold(accum, accum_exp, flat, 99, BETA, True, 4)
     dW = torch.rand(rows, columns) * 2 - 1
 
     def decoded(accum, accum_exp):
@@ -287,7 +279,7 @@ def test_fold_is_unbiased(decay):
         return MomentumFormat(4).split(accum)[1] * step, step
 
     expected = decoded(accum, accum_exp)[0] * (BETA if decay else 1) + (1 - BETA) * dW
-    folded = [decoded(*momentum_fold(accum, accum_exp, dW, key, BETA, decay, 4)) for key in range(keys)]
+    folded = [decoded(*naive_momentum_fold(accum, accum_exp, dW, key, BETA, decay, 4)) for key in range(keys)]
     step = folded[0][1]
     error = (torch.stack([m for m, _ in folded]).mean(0) - expected) / step
     assert error.abs().max() < 5.5 * 0.5 / math.sqrt(keys)
@@ -329,7 +321,7 @@ def test_normalisation_does_not_depend_on_order(bits):
     """Rows and columns in another order: the same result, in that order."""
     rows, columns, cell = 47, 257, 2**bits
     row_order, column_order = torch.randperm(rows), torch.randperm(columns)
-    packed, accum, _ = random_state(rows, columns, bits)
+    packed, accum, _ = random_momentum_state(rows, columns, bits)
     trits, (residual, _) = unpack_trits(packed, columns), MomentumFormat(bits).split(accum)
     direction, noise = random_gradient(rows, columns), torch.rand(rows, columns)
     plain = move_weights(trits, residual, normalise(direction), noise, 0.7, cell)
@@ -344,9 +336,9 @@ def test_momentum_keeps_moving_weights_after_the_gradient_stops():
     state = [torch.zeros(8, width, dtype=dtype) for width, dtype in ((13, torch.uint8), (64, torch.uint8))]
     state.append(torch.zeros(8, 1, dtype=torch.int8))
     for step in range(5):
-        *state, _ = momentum_update(*state, torch.ones(8, 64), stream_key(step), 0.1)
+        *state, _ = naive_momentum_update(*state, torch.ones(8, 64), stream_key(step), 0.1)
     before = latent_of(state, 64)
-    *state, _ = momentum_update(*state, torch.zeros(8, 64), stream_key(5), 0.1)
+    *state, _ = naive_momentum_update(*state, torch.zeros(8, 64), stream_key(5), 0.1)
     moved = latent_of(state, 64) - before
     assert moved.max() <= 0 and -2 < moved.float().mean() < -1
 
@@ -355,20 +347,20 @@ def test_momentum_keeps_moving_weights_after_the_gradient_stops():
 @pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e-12, 1e-6, 1e12, 1e30, 1e38], ids=str)
 def test_extreme_gradients_keep_the_state_valid(rows, columns, scale):
     """Then, and one ordinary step later. Above the momentum's least step, every weight also moves the right way."""
-    state = random_state(rows, columns)
+    state = random_momentum_state(rows, columns)
     dW = random_signs(rows, columns) * scale
     before = latent_of(state, columns)
-    *state, _ = momentum_update(*state, dW, stream_key(1), 0.9)
+    *state, _ = naive_momentum_update(*state, dW, stream_key(1), 0.9)
     assert_valid(*state, columns)
     after = latent_of(state, columns)
     if scale > 1e-9:
         at_the_end = (after == -24) | (after == 23)
         assert (((before - after) * dW.sign() > 0) | at_the_end).all()
-    *state, _ = momentum_update(*state, random_gradient(rows, columns), stream_key(2), 0.9)
+    *state, _ = naive_momentum_update(*state, random_gradient(rows, columns), stream_key(2), 0.9)
     assert_valid(*state, columns)
 
 
 @pytest.mark.parametrize("scale, exponent", [(1e-30, -127), (1e-11, -127), (1e12, 127), (1e30, 127)], ids=str)
 def test_exponents_saturate(scale, exponent):
-    _, accum, accum_exp = random_state(3, 100)
-    assert momentum_fold(accum, accum_exp, torch.full((3, 100), scale), 1, BETA, True, 4)[1].eq(exponent).all()
+    _, accum, accum_exp = random_momentum_state(3, 100)
+    assert naive_momentum_fold(accum, accum_exp, torch.full((3, 100), scale), 1, BETA, True, 4)[1].eq(exponent).all()

@@ -21,7 +21,8 @@ from modeling_arb.byte_head import mask_incomplete_trigrams
 
 HELD_OUT_SHARE = 0.05
 STANDARD_LIBRARY_SUFFIXES = (".py", ".txt", ".rst")
-STANDARD_LIBRARY_SKIPS = {"site-packages", "dist-packages", "__pycache__", "test", "tests"}
+# encodings: character maps, near copies of each other, of which some would be held out
+STANDARD_LIBRARY_SKIPS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "encodings"}
 
 
 def standard_library_files() -> list[Path]:

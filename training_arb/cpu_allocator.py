@@ -13,12 +13,20 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 LARGEST_BLOCK = 32 << 20  # the most that glibc accepts
 
 
+def _libc_function(name: str):
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform.startswith("linux") else None
+
+
 def keep_freed_memory() -> bool:
     """Tell glibc's malloc so, for this process; elsewhere do nothing. Returns whether it was told."""
-    if not sys.platform.startswith("linux"):
-        return False
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    mallopt = _libc_function("mallopt")
     if mallopt is None:
         return False
     settings = {M_MMAP_THRESHOLD: LARGEST_BLOCK, M_TRIM_THRESHOLD: 2**31 - 1, M_TOP_PAD: 64 << 20}
     return all(mallopt(name, value) for name, value in settings.items())
+
+
+def return_freed_memory() -> bool:
+    """Give what is free at the moment back to the system, so that a peak measured from here on is the next job's."""
+    malloc_trim = _libc_function("malloc_trim")
+    return malloc_trim is not None and bool(malloc_trim(0))

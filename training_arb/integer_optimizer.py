@@ -59,7 +59,7 @@ class IntegerOptimizer(torch.optim.Optimizer):
         self._names = {matrix: name for name, matrix in model.ternary_matrices().items()}
         self._micro_batches: dict[TernaryMatrix, int] = {}
         self._shared: dict[TernaryMatrix, torch.Tensor] = {}
-        self._flips: list[torch.Tensor] = []
+        self._flips = torch.zeros((), dtype=torch.int64, device=model.device)
         self._moved_weights = 0
         if not model.config.training_state:
             model.add_training_state()
@@ -96,8 +96,9 @@ class IntegerOptimizer(torch.optim.Optimizer):
         """Share of weights whose trit changed, per step, since the last call."""
         if not self._moved_weights:
             return 0.0
-        rate = torch.stack(self._flips).sum().item() / self._moved_weights
-        self._flips, self._moved_weights = [], 0
+        rate = self._flips.item() / self._moved_weights
+        self._flips.zero_()
+        self._moved_weights = 0
         return rate
 
     def _receive(self, matrix: TernaryMatrix, dW: torch.Tensor) -> None:
@@ -116,7 +117,8 @@ class IntegerOptimizer(torch.optim.Optimizer):
             self._micro_batches[matrix] = self._micro_batches.get(matrix, 0) + 1
 
     def _update(self, matrix: TernaryMatrix, dW: torch.Tensor) -> None:
-        self._flips.append(self.rule.update(matrix, dW, self._moment(matrix)))
+        flips = self.rule.update(matrix, dW, self._moment(matrix))
+        self._flips = self._flips.to(flips.device).add_(flips)
         self._moved_weights += matrix.logical_weights
 
     def _moment(self, matrix: TernaryMatrix) -> Moment:

@@ -44,13 +44,10 @@ class MomentumRule:
 
     def fold(self, matrix: TernaryMatrix, dW: torch.Tensor, moment: Moment) -> None:
         first = moment.micro_batch == 0
-        accum, accum_exp = momentum_fold(
-            matrix.accum, matrix.accum_exp, dW, moment.key, self.beta, first, matrix.momentum_bits
-        )
-        _write(matrix, accum=accum, accum_exp=accum_exp)
+        momentum_fold(matrix.accum, matrix.accum_exp, dW, moment.key, self.beta, first, matrix.momentum_bits)
 
     def update(self, matrix: TernaryMatrix, dW: torch.Tensor, moment: Moment) -> torch.Tensor:
-        packed, accum, accum_exp, flips = momentum_update(
+        return momentum_update(
             matrix.T_packed,
             matrix.accum,
             matrix.accum_exp,
@@ -61,8 +58,6 @@ class MomentumRule:
             moment.micro_batch + 1,
             matrix.momentum_bits,
         )
-        _write(matrix, T_packed=packed, accum=accum, accum_exp=accum_exp)
-        return flips
 
 
 @dataclass(frozen=True)

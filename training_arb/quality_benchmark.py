@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from configuration_arb import ArbConfig, preset_config
 from modeling_arb import ArbForCausalLM
 
 from .bits_per_byte import bits_per_byte
+from .cpu_allocator import return_freed_memory
 from .float_baselines import ArbFloatBaseline
 from .integer_optimizer import IntegerOptimizer
 from .state_audit import audit_model
@@ -152,6 +154,8 @@ def persistent_state(model: ArbForCausalLM, optimizer: torch.optim.Optimizer) ->
 
 def reset_peak_memory() -> None:
     """Start measuring the process's peak memory anew, where the system can (Linux)."""
+    gc.collect()
+    return_freed_memory()
     try:
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")

@@ -1,0 +1,67 @@
+"""Which implementation of a kernel runs: decided here, overridden by ARB_BACKEND or, in tests, by `use_backend`.
+
+All of them give the same integers, so the choice is one of speed only.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from .native_library import AVX2, AVX512_VNNI, native_library
+
+BACKENDS = ("torch", "native")
+_override: str | None = None
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run the kernels called inside on one backend."""
+    global _override
+    before, _override = _override, _checked(name)
+    try:
+        yield
+    finally:
+        _override = before
+
+
+def _checked(name: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"ARB_BACKEND={name!r} is not one of {', '.join(BACKENDS)}")
+    if name == "native" and native_library() is None:
+        raise ValueError("ARB_BACKEND='native', but the native kernels are not built: reinstall with a C++ compiler")
+    return name
+
+
+def backend_for(device: torch.device) -> str:
+    """The fastest backend there is for tensors on `device`, or the one asked for."""
+    wanted = _override or os.environ.get("ARB_BACKEND")
+    if wanted:
+        return _checked(wanted)
+    return "native" if device.type == "cpu" and native_library() is not None else "torch"
+
+
+def uses_native(*tensors: torch.Tensor | None) -> bool:
+    """Whether the native kernels take these tensors: on the CPU, and contiguous where they are given."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    if any(tensor.device.type != "cpu" or not tensor.is_contiguous() for tensor in given):
+        return False
+    return backend_for(given[0].device) == "native"
+
+
+def instruction_set() -> int:
+    """The best matmul instructions here: AVX512_VNNI, AVX2, or 0 for none. ARB_ISA=avx2 keeps to the lesser one."""
+    library = native_library()
+    best = library.arb_instruction_set() if library is not None else 0
+    return min(best, AVX2) if os.environ.get("ARB_ISA") == "avx2" else best
+
+
+def describe_backend(device: torch.device) -> str:
+    """One line for people: which path the kernels take on `device`."""
+    if backend_for(device) == "torch":
+        return f"torch kernels on {device.type}"
+    names = {AVX512_VNNI: "AVX-512 VNNI", AVX2: "AVX2"}
+    return f"native kernels on {device.type}, {names.get(instruction_set(), 'portable')}"

@@ -1,0 +1,73 @@
+"""int8 matmul with exact int32 sums, and one scale per row and column applied to them.
+
+out[r, c] = (sum_k rows[r, k] * columns[c, k]) * row_scale[r] * column_scale[c], in this order of rounding everywhere.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from .backend import instruction_set, uses_native
+from .native_library import AVX512_VNNI, native_library, pointer
+
+TRIT_OFFSET, INT8_OFFSET = 1, 128  # what makes a column operand unsigned, as the CPU's instructions want it
+_CUDA_MULTIPLE, _CUDA_LEAST_ROWS = 8, 17  # what torch._int_mm asks for there
+
+
+def _library_matmul(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """int8 (R, K) @ int8 (K, C) -> int32 (R, C) through the vendor's GEMM, padded where it wants round sizes."""
+    if not rows.is_cuda:
+        # one row of a transposed matrix counts as contiguous with a stride of 1, which the CPU's GEMM misreads
+        return torch._int_mm(rows.reshape(-1).view(rows.shape), columns)
+    (R, K), C = rows.shape, columns.shape[1]
+    pad_k, pad_c = -K % _CUDA_MULTIPLE, -C % _CUDA_MULTIPLE
+    padded = torch._int_mm(
+        F.pad(rows, (0, pad_k, 0, max(_CUDA_LEAST_ROWS - R, 0))), F.pad(columns, (0, pad_c, 0, pad_k))
+    )
+    return padded[:R, :C]
+
+
+def naive_int8_matmul(
+    rows: torch.Tensor,
+    columns: torch.Tensor,
+    row_scale: torch.Tensor,
+    column_scale: torch.Tensor | None = None,
+    transposed: bool = False,
+) -> torch.Tensor:
+    sums = _library_matmul(rows, columns if transposed else columns.T)
+    out = sums.float() * row_scale[:, None]
+    return out if column_scale is None else out * column_scale
+
+
+def int8_matmul(
+    rows: torch.Tensor,
+    columns: torch.Tensor,
+    row_scale: torch.Tensor,
+    column_scale: torch.Tensor | None = None,
+    transposed: bool = False,
+    trits: bool = False,
+) -> torch.Tensor:
+    """rows int8 (R, K), columns int8 (C, K), or (K, C) if `transposed`; scales float32 (R,) and (C,) -> float32 (R, C).
+
+    trits: the columns hold nothing but -1, 0 and 1.
+    """
+    instructions = instruction_set()
+    usable = instructions and (trits or instructions >= AVX512_VNNI) and rows.numel() and columns.numel()
+    if not usable or not uses_native(rows, columns, row_scale, column_scale):
+        return naive_int8_matmul(rows, columns, row_scale, column_scale, transposed)
+    R, K, C = *rows.shape, columns.shape[1 if transposed else 0]
+    out = torch.empty(R, C)
+    native_library().arb_int8_matmul(
+        instructions,
+        pointer(rows),
+        pointer(columns),
+        int(transposed),
+        TRIT_OFFSET if trits else INT8_OFFSET,
+        *(R, C, K),
+        pointer(row_scale),
+        pointer(column_scale),
+        pointer(out),
+        None,
+    )
+    return out

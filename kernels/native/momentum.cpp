@@ -1,0 +1,209 @@
+// The momentum rule of momentum_update.py in four passes over dW and state, with no temporary longer than a row.
+#include <cmath>
+#include <vector>
+
+#include "trits.h"
+
+namespace {
+
+constexpr int BLOCK = 64, LEVELS = 7, CELL = 16;
+
+struct Rule {
+    int64_t columns;
+    const float* power;  // 256 quarter octaves, exponent + 128
+    float decay, share, beta, nesterov;  // m * decay + dW * share; direction = m * beta + dW * nesterov
+    uint32_t key;
+};
+
+// quarter_octaves_covering: the least e with 2^(e / 4) >= sqrt(square)
+int covering_exponent(float square) {
+    if (!(square > 0)) return -127;
+    if (std::isinf(square)) return 127;
+    int octave;
+    const float mantissa = std::frexp(square, &octave);
+    const int half = 2 * (octave - 1) + (mantissa > 0.5f) + (mantissa > (float)0.70710678118654752440);
+    return half < -127 ? -127 : half > 127 ? 127 : half;
+}
+
+float fixed_point_scale(int32_t absmax_bits, int bits) {
+    const float absmax = from_bits(absmax_bits);
+    if (!(absmax > 0)) return 1.0f;
+    int octave;
+    std::frexp(absmax, &octave);
+    const int shift = bits - octave;
+    return std::ldexp(1.0f, shift < -126 ? -126 : shift > 126 ? 126 : shift);
+}
+
+float square_root(int64_t total) { return (float)std::sqrt((double)(float)total); }
+
+inline __attribute__((always_inline)) void direction_of(const Rule& rule, const uint8_t* accum, float step,
+                                                        const float* dW, int length, float* direction) {
+    for (int i = 0; i < length; ++i)
+        direction[i] = (float)((int8_t)accum[i] >> 4) * step * rule.beta + dW[i] * rule.nesterov;
+}
+
+// Folds one row; returns the largest |direction| as ordered bits.
+ARB_CLONES int32_t fold_row(const Rule& rule, int64_t row, uint8_t* accum, int8_t* exponents, const float* dW) {
+    const uint32_t row_key = mix((uint32_t)row ^ rule.key);
+    int32_t absmax = 0;
+    for (int64_t start = 0; start < rule.columns; start += BLOCK) {
+        const int length = rule.columns - start < BLOCK ? (int)(rule.columns - start) : BLOCK;
+        int8_t& exponent = exponents[start / BLOCK];
+        const float step = rule.power[exponent + 128];
+        float momentum[BLOCK], square[BLOCK] = {}, direction[BLOCK];
+        for (int i = 0; i < length; ++i) {
+            momentum[i] = (float)((int8_t)accum[start + i] >> 4) * step * rule.decay + dW[start + i] * rule.share;
+            square[i] = momentum[i] * momentum[i];
+        }
+        for (int half = BLOCK / 2; half; half /= 2)
+            for (int i = 0; i < half; ++i) square[i] += square[i + half];
+        const float mean = square[0] / (float)length;
+        exponent = (int8_t)covering_exponent(mean * (float)((2.5 / LEVELS) * (2.5 / LEVELS)));
+        const float inverse = rule.power[128 - exponent];
+        for (int i = 0; i < length; ++i) {
+            const uint32_t bits = mix(row_key + (uint32_t)(start + i) * GOLDEN);
+            float code = std::floor(momentum[i] * inverse + uniform_low(bits));
+            code = code < -LEVELS ? -LEVELS : code > LEVELS ? LEVELS : code;
+            accum[start + i] = (uint8_t)((int)code << 4 | (accum[start + i] & 15));
+        }
+        direction_of(rule, accum + start, rule.power[exponent + 128], dW + start, length, direction);
+        for (int i = 0; i < length; ++i) {
+            const int32_t bits = magnitude_bits(direction[i]);
+            absmax = bits > absmax ? bits : absmax;
+        }
+    }
+    return absmax;
+}
+
+// Adds the row's squares in fixed point to each column's sum; returns their sum.
+ARB_CLONES int64_t square_row(const Rule& rule, const uint8_t* accum, const int8_t* exponents, const float* dW,
+                              float scale, int64_t* column_sum) {
+    int64_t total = 0;
+    for (int64_t start = 0; start < rule.columns; start += BLOCK) {
+        const int length = rule.columns - start < BLOCK ? (int)(rule.columns - start) : BLOCK;
+        float direction[BLOCK];
+        direction_of(rule, accum + start, rule.power[exponents[start / BLOCK] + 128], dW + start, length, direction);
+        for (int i = 0; i < length; ++i) {
+            const int32_t steps = (int32_t)std::nearbyint(direction[i] * scale);
+            const int64_t square = (int64_t)(steps * steps);
+            column_sum[start + i] += square;
+            total += square;
+        }
+    }
+    return total;
+}
+
+inline __attribute__((always_inline)) float clamp(float x, float limit) { return x < -limit ? -limit : x > limit ? limit : x; }
+
+// The row's sum of squares of the update before it is set to unit RMS, in 1/1024ths.
+ARB_CLONES int64_t power_row(const Rule& rule, const uint8_t* accum, const int8_t* exponents, const float* dW,
+                             float scale, float row_scale, const float* column_scale) {
+    int64_t total = 0;
+    for (int64_t start = 0; start < rule.columns; start += BLOCK) {
+        const int length = rule.columns - start < BLOCK ? (int)(rule.columns - start) : BLOCK;
+        float direction[BLOCK];
+        direction_of(rule, accum + start, rule.power[exponents[start / BLOCK] + 128], dW + start, length, direction);
+        for (int i = 0; i < length; ++i) {
+            const float unit = direction[i] * scale * row_scale * column_scale[start + i];
+            const int32_t steps = (int32_t)std::nearbyint(clamp(unit * 1024.0f, 31.0f * 1024.0f));
+            total += (int64_t)(steps * steps);
+        }
+    }
+    return total;
+}
+
+// Moves one row's latents; trits holds the row, unpacked. Returns how many trits changed.
+ARB_CLONES int64_t move_row(const Rule& rule, int64_t row, uint8_t* accum, const int8_t* exponents, const float* dW,
+                            float scale, float row_scale, const float* column_scale, float inverse_rms,
+                            float max_update, float rate, uint8_t* packed, int8_t* trits) {
+    const uint32_t row_key = mix((uint32_t)row ^ rule.key);
+    const int64_t width = packed_width(rule.columns);
+    unpack_row(packed, width, trits);
+    int32_t flips = 0;
+    for (int64_t start = 0; start < rule.columns; start += BLOCK) {
+        const int length = rule.columns - start < BLOCK ? (int)(rule.columns - start) : BLOCK;
+        float direction[BLOCK];
+        direction_of(rule, accum + start, rule.power[exponents[start / BLOCK] + 128], dW + start, length, direction);
+        for (int i = 0; i < length; ++i) {
+            const float unit = direction[i] * scale * row_scale * column_scale[start + i];
+            const float update = clamp(unit * inverse_rms, max_update);
+            const uint32_t bits = mix(row_key + (uint32_t)(start + i) * GOLDEN);
+            const int32_t shift = (int32_t)std::floor(update * rate + uniform_high(bits));
+            const int32_t old_trit = trits[start + i];
+            const int32_t residual = (int8_t)(accum[start + i] << 4) >> 4;
+            int32_t latent = shift + old_trit * CELL + residual;
+            latent = latent < -3 * CELL / 2 ? -3 * CELL / 2 : latent > 3 * CELL / 2 - 1 ? 3 * CELL / 2 - 1 : latent;
+            const int32_t trit = (latent + CELL / 2) >> 4;
+            trits[start + i] = (int8_t)trit;
+            accum[start + i] = (uint8_t)((accum[start + i] & 0xF0) | ((latent - trit * CELL) & 15));
+            flips += trit != old_trit;
+        }
+    }
+    pack_row(trits, width, packed);
+    return flips;
+}
+
+}  // namespace
+
+// m <- decay * m + share * dW over (rows, columns) of state, in place. power: 256 floats, 2^(e / 4) for e from -128.
+ARB_API void arb_momentum_fold(uint8_t* accum, int8_t* exponents, const float* dW, int64_t rows, int64_t columns,
+                               uint32_t key, const float* power, float decay, float share) {
+    const Rule rule{columns, power, decay, share, 0, 0, key};
+    const int64_t blocks = (columns + BLOCK - 1) / BLOCK;
+#pragma omp parallel for if (rows * columns >= PARALLEL_FROM)
+    for (int64_t n = 0; n < rows; ++n) fold_row(rule, n, accum + n * columns, exponents + n * blocks, dW + n * columns);
+}
+
+// Fold, then move every weight by `rate` = -lr * 16 residual steps per unit of update. Returns the changed trits.
+ARB_API int64_t arb_momentum_update(uint8_t* packed, uint8_t* accum, int8_t* exponents, const float* dW, int64_t rows,
+                                    int64_t columns, uint32_t key, const float* power, float decay, float share,
+                                    float beta, float nesterov, float max_update, float rate) {
+    const Rule rule{columns, power, decay, share, beta, nesterov, key};
+    const int64_t blocks = (columns + BLOCK - 1) / BLOCK, width = packed_width(columns);
+    const bool parallel = rows * columns >= PARALLEL_FROM;
+    std::vector<int64_t> row_sum(rows), column_sum(columns);
+    std::vector<float> row_scale(rows), column_scale(columns);
+    int32_t absmax = 0;
+    int64_t total = 0, power_sum = 0, flips = 0;
+    const auto state = [&](int64_t n) { return accum + n * columns; };
+    const auto steps = [&](int64_t n) { return exponents + n * blocks; };
+    const auto gradient = [&](int64_t n) { return dW + n * columns; };
+
+#pragma omp parallel for if (parallel) reduction(max : absmax)
+    for (int64_t n = 0; n < rows; ++n) {
+        const int32_t row_max = fold_row(rule, n, state(n), steps(n), gradient(n));
+        absmax = row_max > absmax ? row_max : absmax;
+    }
+    const float scale = fixed_point_scale(absmax, 15);
+
+#pragma omp parallel if (parallel) reduction(+ : total)
+    {
+        std::vector<int64_t> own(columns);
+#pragma omp for
+        for (int64_t n = 0; n < rows; ++n) {
+            row_sum[n] = square_row(rule, state(n), steps(n), gradient(n), scale, own.data());
+            total += row_sum[n];
+        }
+#pragma omp critical
+        for (int64_t k = 0; k < columns; ++k) column_sum[k] += own[k];
+    }
+    const float root = square_root(total);
+    for (int64_t n = 0; n < rows; ++n) row_scale[n] = row_sum[n] > 0 ? 1.0f / square_root(row_sum[n]) : 0.0f;
+    for (int64_t k = 0; k < columns; ++k) column_scale[k] = column_sum[k] > 0 ? root / square_root(column_sum[k]) : 0.0f;
+
+#pragma omp parallel for if (parallel) reduction(+ : power_sum)
+    for (int64_t n = 0; n < rows; ++n)
+        power_sum += power_row(rule, state(n), steps(n), gradient(n), scale, row_scale[n], column_scale.data());
+    const float size_root = (float)(1024.0 * std::sqrt((double)(rows * columns)));
+    const float inverse_rms = power_sum > 0 ? 1.0f / square_root(power_sum) * size_root : 0.0f;
+
+#pragma omp parallel if (parallel) reduction(+ : flips)
+    {
+        std::vector<int8_t> trits(5 * width);
+#pragma omp for
+        for (int64_t n = 0; n < rows; ++n)
+            flips += move_row(rule, n, state(n), steps(n), gradient(n), scale, row_scale[n], column_scale.data(),
+                              inverse_rms, max_update, rate, packed + n * width, trits.data());
+    }
+    return flips;
+}

@@ -1,0 +1,60 @@
+"""int8 matmul: exact sums at any shape, through every instruction set, and the same floats behind the scales."""
+
+import pytest
+import torch
+from helpers import BACKENDS, NOT_BUILT, random_trits, shapes
+
+from arb_kernels.backend import instruction_set, use_backend
+from arb_kernels.int8_matmul import int8_matmul
+
+SIZES = shapes((1, 1, 1), (5, 17, 3), (12, 32, 64), (13, 33, 66), (100, 47, 129), (7, 517, 51), (493, 31, 40))
+
+
+def operands(R, C, K, trits):
+    rows = torch.randint(-127, 128, (R, K), dtype=torch.int8)
+    columns = random_trits(C, K) if trits else torch.randint(-127, 128, (C, K), dtype=torch.int8)
+    return rows, columns, torch.rand(R) + 0.5, torch.rand(C) + 0.5
+
+
+@pytest.mark.parametrize("instructions", ["best", "avx2"])
+@pytest.mark.parametrize("trits", [True, False], ids=["trits", "int8"])
+@pytest.mark.parametrize("R, C, K", SIZES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_int8_matmul(monkeypatch, backend, R, C, K, trits, instructions):
+    monkeypatch.setenv("ARB_ISA", instructions)
+    rows, columns, row_scale, column_scale = operands(R, C, K, trits)
+    sums = (rows.long() @ columns.long().T).float()
+    with use_backend(backend):
+        scaled = int8_matmul(rows, columns, row_scale, column_scale, trits=trits)
+        assert torch.equal(scaled, sums * row_scale[:, None] * column_scale)
+        transposed = int8_matmul(rows, columns.T.contiguous(), row_scale, transposed=True, trits=trits)
+        assert torch.equal(transposed, sums * row_scale[:, None])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sums_at_the_edge_of_the_codes(backend):
+    """All codes at -128 or 127: the unsigned operand's offset comes off exactly."""
+    rows = torch.full((3, 1000), -128, dtype=torch.int8)
+    columns = torch.full((2, 1000), 127, dtype=torch.int8)
+    columns[1] = -128
+    with use_backend(backend):
+        out = int8_matmul(rows, columns, torch.ones(3))
+    assert torch.equal(out, torch.tensor([-128.0 * 127 * 1000, 128.0 * 128 * 1000]).expand(3, 2))
+
+
+@NOT_BUILT
+def test_every_thread_count_gives_the_same_bits():
+    rows, columns, row_scale, column_scale = operands(700, 300, 129, trits=False)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = int8_matmul(rows, columns, row_scale, column_scale)
+        torch.set_num_threads(3)
+        assert torch.equal(one, int8_matmul(rows, columns, row_scale, column_scale))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_the_lesser_instruction_set_can_be_forced(monkeypatch):
+    monkeypatch.setenv("ARB_ISA", "avx2")
+    assert instruction_set() <= 1
