@@ -12,7 +12,7 @@ class ArbTrainingArguments(TrainingArguments):
     """learning_rate is in cells of the latent line per step: 0.03 to 0.05 at every width tried."""
 
     output_dir: str = field(default="runs/pretrain", metadata={"help": "Folder of checkpoints, plots and final/."})
-    max_steps: int = field(default=1000, metadata={"help": "Optimizer steps."})
+    max_steps: int = field(default=1500, metadata={"help": "Optimizer steps."})
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Blocks per device and micro-batch."})
     per_device_eval_batch_size: int = field(default=16, metadata={"help": "Blocks per device in evaluation."})
     learning_rate: float = field(default=0.035, metadata={"help": "Cells of the latent line per step."})
