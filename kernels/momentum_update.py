@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch.autograd.graph import increment_version
 
 from .backend import uses_native
 from .exponents import QUARTERS, fixed_point_scale, power_of_two, power_table, quarter_octaves_covering
@@ -191,6 +192,7 @@ def momentum_fold(
             beta if decay else 1.0,
             1 - beta,
         )
+        increment_version((accum, accum_exp))
         return
     new_accum, new_exp = naive_momentum_fold(accum, accum_exp, dW, key, beta, decay, bits)
     accum.copy_(new_accum)
@@ -226,6 +228,7 @@ def momentum_update(
             MAX_UPDATE,
             -lr * MomentumFormat(bits).cell,
         )
+        increment_version((packed, accum, accum_exp))
         return torch.tensor(flips)
     *state, flips = naive_momentum_update(packed, accum, accum_exp, dW, key, lr, beta, micro_batches, bits)
     for tensor, new in zip((packed, accum, accum_exp), state, strict=True):

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from arb_kernels.decode_layout import decode_linear
 from arb_kernels.int8_matmul import int8_matmul
 from arb_kernels.quantise import quantise_gradient, quantise_tokens
 
@@ -79,5 +80,17 @@ class TernaryLinear(TernaryMatrix, nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        function = Int8LinearFunction if self.integer_matmuls else FloatLinearFunction
-        return function.apply(x, self)
+        if not self.integer_matmuls:
+            return FloatLinearFunction.apply(x, self)
+        return Int8LinearFunction.apply(x, self) if torch.is_grad_enabled() else self._infer(x)
+
+    def _infer(self, x: torch.Tensor) -> torch.Tensor:
+        """The same result from weights that are laid out once: what evaluation and generation run."""
+        weight, scale = self.inference_weight()
+        values = x.reshape(-1, self.columns).float()
+        if weight.dtype == torch.uint8:
+            y = decode_linear(values, weight, self.rows, scale)
+        else:
+            codes, token_scale = quantise_tokens(values)
+            y = int8_matmul(codes, weight, token_scale, scale, trits=True)
+        return y.to(x.dtype).view(*x.shape[:-1], self.rows)

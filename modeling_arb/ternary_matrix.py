@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -10,12 +11,22 @@ from transformers import initialization as init
 from transformers.utils import logging
 
 from arb_kernels.correlation_update import correlation_octaves
+from arb_kernels.decode_layout import decodes_natively, to_decode_layout
 from arb_kernels.exponents import EIGHTHS, power_of_two
 from arb_kernels.groups import num_groups, spread_groups
 from arb_kernels.packing import TRITS_PER_BYTE, packed_width, unpack_trits
 from arb_kernels.state_layout import StateTensor, state_layout
 
 logger = logging.get_logger(__name__)
+
+
+class DecodedWeight(NamedTuple):
+    """What `inference_weight` made, and from which state; holding the tensors keeps their ids from being reused."""
+
+    versions: list[tuple[int, int]]
+    tensors: list[torch.Tensor]
+    weight: torch.Tensor
+    scale: torch.Tensor
 
 
 class TernaryMatrix(nn.Module):
@@ -28,6 +39,7 @@ class TernaryMatrix(nn.Module):
 
     shared = False
     update_handler: Callable[[TernaryMatrix, torch.Tensor], None] | None = None
+    _decoded: DecodedWeight | None = None
 
     def setup_state(self, rows: int, columns: int, config, init_fan_in: int) -> None:
         """Register the buffers that `config` (an ArbConfig) asks for; weights start with variance 1 / init_fan_in."""
@@ -40,6 +52,7 @@ class TernaryMatrix(nn.Module):
             logger.warning_once(
                 f"compute='int8' needs one scale a row: float matmuls, as group_size={config.group_size}"
             )
+        self.inference_tensors = [name for name, spec in self.layout().items() if spec.inference]
         for name, spec in self.layout().items():
             if spec.inference or config.training_state:
                 self.register_buffer(name, torch.zeros(spec.shape, dtype=spec.dtype))
@@ -91,6 +104,19 @@ class TernaryMatrix(nn.Module):
                 correlation_octaves(self.corr_accum, self.step_counter, self.columns, self.group_size)
             )
         return scale
+
+    def inference_weight(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The trits as the backend multiplies them fastest, and the row scale float32 (rows,).
+
+        Made at the first use and kept until the state changes: a transient like the attention cache, never saved.
+        """
+        tensors = [getattr(self, name) for name in self.inference_tensors]
+        versions = [(id(tensor), tensor._version) for tensor in tensors]
+        if self._decoded is None or self._decoded.versions != versions:
+            trits = self.trits()
+            weight = to_decode_layout(trits) if decodes_natively(trits.device) else trits
+            self._decoded = DecodedWeight(versions, tensors, weight, self.scale().flatten())
+        return self._decoded.weight, self._decoded.scale
 
     def effective_weight(self, dtype: torch.dtype) -> torch.Tensor:
         """(rows, columns): W_eff = S * T, a transient made for one matmul."""

@@ -7,7 +7,8 @@
 #include <memory>
 #include <vector>
 
-#include "common.h"
+#include "matvec.h"
+#include "quantise.h"
 
 #ifdef ARB_X86
 #include <immintrin.h>
@@ -270,6 +271,29 @@ ARB_API void arb_int8_matmul(int isa, const int8_t* rows, const int8_t* columns,
     multiply({rows, (const uint8_t*)columns, transposed ? TRANSPOSED : ROW_MAJOR, R, C, K, (K + 3) / 4, offset,
               row_scale, column_scale, out, sums},
              isa);
+}
+
+// codes int8 (M, K) against the decode layout of N weight rows (decode_layout.py).
+ARB_API void arb_two_bit_matmul(int isa, const int8_t* codes, const uint8_t* layout, int64_t M, int64_t N, int64_t K,
+                                const float* token_scale, const float* row_scale, float* out) {
+    const int64_t steps = (K + 15) / 16 * 4;
+    multiply({codes, layout, TWO_BIT, M, N, K, steps, 1, token_scale, row_scale, out, nullptr}, isa);
+}
+
+// The same for at most MATVEC_ROWS tokens, from float activations: one call a layer, as generation makes thousands.
+ARB_API void arb_two_bit_matvec(int isa, const float* values, const uint8_t* layout, int64_t M, int64_t N, int64_t K,
+                                const float* row_scale, float* out) {
+    const int64_t chunks = (K + 15) / 16;
+    const Buffer codes = allocate(M * chunks * 16);
+    int32_t sums[MATVEC_ROWS];
+    float token_scale[MATVEC_ROWS];
+    for (int64_t m = 0; m < M; ++m) {
+        int8_t* row = (int8_t*)codes.get() + m * chunks * 16;
+        token_scale[m] = quantise_row(values + m * K, K, row);
+        memset(row + K, 0, chunks * 16 - K);
+        sums[m] = sum_row(row, K);
+    }
+    two_bit_matvec(isa, (int8_t*)codes.get(), layout, M, N, chunks, sums, token_scale, row_scale, out);
 }
 #else
 ARB_API int arb_instruction_set() { return 0; }

@@ -3,7 +3,7 @@
 #include <cmath>
 #include <vector>
 
-#include "common.h"
+#include "quantise.h"
 
 namespace {
 
@@ -52,14 +52,16 @@ float inverse_of(int32_t absmax_bits) {
 
 }  // namespace
 
+float quantise_row(const float* row, int64_t length, int8_t* codes) {
+    const int32_t absmax = largest(row, length);
+    round_row(row, length, inverse_of(absmax), codes);
+    return scale_of(absmax);
+}
+
 // values (M, K) -> codes int8 (M, K), scale (M): values ~ codes * scale.
 ARB_API void arb_quantise_tokens(const float* values, int64_t M, int64_t K, int8_t* codes, float* scale) {
 #pragma omp parallel for if (M * K >= PARALLEL_FROM)
-    for (int64_t m = 0; m < M; ++m) {
-        const int32_t absmax = largest(values + m * K, K);
-        scale[m] = scale_of(absmax);
-        round_row(values + m * K, K, inverse_of(absmax), codes + m * K);
-    }
+    for (int64_t m = 0; m < M; ++m) scale[m] = quantise_row(values + m * K, K, codes + m * K);
 }
 
 // gradient (M, N), column_factor (N), row_factor (M) -> gradient * column_factor as by_token int8 (M, N) with token_scale

@@ -1,0 +1,70 @@
+"""Two bits a weight in memory, for decoding on a CPU: reading 1.6 bits takes more instructions than it saves traffic.
+
+Blocks of 16 rows of the weight matrix, and in a block chunks of 16 columns in 64 bytes: byte 4 * i + j of a chunk holds
+row i at the columns j, 4 + j, 8 + j and 12 + j, lowest bits first, as trit + 1. Four masked shifts of one vector then
+give four vectors of 16 rows x 4 columns, what one int8 dot-product instruction takes. Padding is the code 0 and is
+harmless: columns meet zero activations, and rows are not written.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from .backend import backend_for, instruction_set, uses_native
+from .int8_matmul import naive_int8_matmul
+from .native_library import native_library, pointer
+from .quantise import naive_quantise_tokens, quantise_tokens
+
+ROWS, COLUMNS = 16, 16  # of a chunk
+MATVEC_TOKENS = 8  # matvec.h: up to so many the weights are read once, beyond they are unpacked tile by tile
+
+
+def decodes_natively(device: torch.device) -> bool:
+    """Whether there is a kernel here that this layout was made for."""
+    return device.type == "cpu" and backend_for(device) == "native" and instruction_set() > 0
+
+
+def to_decode_layout(trits: torch.Tensor) -> torch.Tensor:
+    """int8 (N, K) in {-1, 0, 1} -> uint8 (ceil(N / 16), ceil(K / 16), 64)."""
+    N, K = trits.shape
+    codes = F.pad((trits + 1).view(torch.uint8), (0, -K % COLUMNS, 0, -N % ROWS))
+    codes = codes.view(-1, ROWS, codes.shape[1] // COLUMNS, 4, 4)  # block, row, chunk, part, column in part
+    packed = codes[:, :, :, 0]
+    for part in range(1, 4):
+        packed = packed | codes[:, :, :, part] << 2 * part
+    return packed.transpose(1, 2).reshape(len(codes), -1, 4 * ROWS)
+
+
+def from_decode_layout(layout: torch.Tensor, N: int, K: int) -> torch.Tensor:
+    """The inverse: int8 (N, K)."""
+    parts = torch.stack([layout >> 2 * part & 3 for part in range(4)], dim=2)  # block, chunk, part, 64
+    codes = parts.unflatten(-1, (ROWS, 4)).permute(0, 3, 1, 2, 4)  # block, row, chunk, part, column in part
+    return codes.reshape(len(layout) * ROWS, -1)[:N, :K].to(torch.int8) - 1
+
+
+def naive_decode_linear(
+    values: torch.Tensor, layout: torch.Tensor, num_rows: int, row_scale: torch.Tensor
+) -> torch.Tensor:
+    codes, token_scale = naive_quantise_tokens(values)
+    trits = from_decode_layout(layout, num_rows, values.shape[1])
+    return naive_int8_matmul(codes, trits, token_scale, row_scale)
+
+
+def decode_linear(values: torch.Tensor, layout: torch.Tensor, num_rows: int, row_scale: torch.Tensor) -> torch.Tensor:
+    """Quantised activations times ternary weights: float32 (M, K), row_scale float32 (N,) -> float32 (M, N)."""
+    instructions = instruction_set()
+    if not instructions or not values.numel() or not uses_native(values, layout, row_scale):
+        return naive_decode_linear(values, layout, num_rows, row_scale)
+    (M, K), library = values.shape, native_library()
+    out = torch.empty(M, num_rows)
+    if M <= MATVEC_TOKENS:
+        library.arb_two_bit_matvec(
+            instructions, pointer(values), pointer(layout), M, num_rows, K, pointer(row_scale), pointer(out)
+        )
+        return out
+    codes, token_scale = quantise_tokens(values)
+    library.arb_two_bit_matmul(
+        instructions, pointer(codes), pointer(layout), M, num_rows, K, *map(pointer, (token_scale, row_scale, out))
+    )
+    return out

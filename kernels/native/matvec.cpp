@@ -1,0 +1,91 @@
+#include "matvec.h"
+
+#ifdef ARB_X86
+#include <immintrin.h>
+
+namespace {
+
+constexpr int64_t LANES = 16, CHUNK = 64;
+
+// Four sums a row at first, so that no multiply waits for the one before it.
+template <int ROWS>
+__attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni"))) void block_avx512(const int8_t* rows, int64_t stride,
+                                                                                   const uint8_t* layout,
+                                                                                   int64_t chunks, int32_t* sums) {
+    constexpr int PARTS = ROWS <= 4 ? 4 : 2;
+    const __m512i mask = _mm512_set1_epi8(3);
+    __m512i part[ROWS][PARTS];
+    for (int i = 0; i < ROWS; ++i)
+        for (int j = 0; j < PARTS; ++j) part[i][j] = _mm512_setzero_si512();
+    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+        const __m512i codes = _mm512_loadu_si512(layout + chunk * CHUNK);
+        const __m512i depth[4] = {_mm512_and_si512(codes, mask), _mm512_and_si512(_mm512_srli_epi16(codes, 2), mask),
+                                  _mm512_and_si512(_mm512_srli_epi16(codes, 4), mask),
+                                  _mm512_and_si512(_mm512_srli_epi16(codes, 6), mask)};
+#pragma GCC unroll 8
+        for (int i = 0; i < ROWS; ++i)
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; ++j) {
+                int32_t four;
+                memcpy(&four, rows + i * stride + chunk * LANES + 4 * j, 4);
+                const __m512i x = _mm512_set1_epi32(four);
+                asm("vpdpbusd %2, %1, %0" : "+v"(part[i][j % PARTS]) : "v"(depth[j]), "v"(x));
+            }
+    }
+    for (int i = 0; i < ROWS; ++i) {
+        __m512i sum = part[i][0];
+        for (int j = 1; j < PARTS; ++j) sum = _mm512_add_epi32(sum, part[i][j]);
+        _mm512_storeu_si512(sums + i * LANES, sum);
+    }
+}
+
+template <int ROWS>
+__attribute__((target("avx2"))) void block_avx2(const int8_t* rows, int64_t stride, const uint8_t* layout,
+                                                int64_t chunks, int32_t* sums) {
+    const __m256i mask = _mm256_set1_epi8(3), ones = _mm256_set1_epi16(1);
+    for (int half = 0; half < 2; ++half) {
+        __m256i sum[ROWS];
+        for (int i = 0; i < ROWS; ++i) sum[i] = _mm256_setzero_si256();
+        for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+            __m256i codes = _mm256_loadu_si256((const __m256i*)(layout + chunk * CHUNK + 32 * half));
+            for (int j = 0; j < 4; ++j, codes = _mm256_srli_epi16(codes, 2)) {
+                const __m256i depth = _mm256_and_si256(codes, mask);
+                for (int i = 0; i < ROWS; ++i) {
+                    int32_t four;
+                    memcpy(&four, rows + i * stride + chunk * LANES + 4 * j, 4);
+                    const __m256i pairs = _mm256_maddubs_epi16(depth, _mm256_set1_epi32(four));
+                    sum[i] = _mm256_add_epi32(sum[i], _mm256_madd_epi16(pairs, ones));
+                }
+            }
+        }
+        for (int i = 0; i < ROWS; ++i) _mm256_storeu_si256((__m256i*)(sums + i * LANES + 8 * half), sum[i]);
+    }
+}
+
+template <int ROWS>
+void block(int64_t count, int isa, const int8_t* rows, int64_t stride, const uint8_t* layout, int64_t chunks,
+           int32_t* sums) {
+    if constexpr (ROWS > 0) {
+        if (count < ROWS) return block<ROWS - 1>(count, isa, rows, stride, layout, chunks, sums);
+        if (isa == 2) return block_avx512<ROWS>(rows, stride, layout, chunks, sums);
+        block_avx2<ROWS>(rows, stride, layout, chunks, sums);
+    }
+}
+
+}  // namespace
+
+void two_bit_matvec(int isa, const int8_t* rows, const uint8_t* layout, int64_t R, int64_t C, int64_t chunks,
+                    const int32_t* row_sums, const float* row_scale, const float* column_scale, float* out) {
+    const int64_t blocks = (C + LANES - 1) / LANES;
+#pragma omp parallel for schedule(static) if (C * chunks >= (1 << 13))
+    for (int64_t b = 0; b < blocks; ++b) {
+        int32_t sums[MATVEC_ROWS * LANES];
+        block<MATVEC_ROWS>(R, isa, rows, chunks * LANES, layout + b * chunks * CHUNK, chunks, sums);
+        for (int64_t i = 0; i < R; ++i)
+            for (int64_t lane = 0; lane < LANES && b * LANES + lane < C; ++lane) {
+                const int64_t c = b * LANES + lane;
+                out[i * C + c] = (float)(sums[i * LANES + lane] - row_sums[i]) * row_scale[i] * column_scale[c];
+            }
+    }
+}
+#endif
