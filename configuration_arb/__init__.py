@@ -1,6 +1,6 @@
 """ArbConfig and its presets."""
 
-from .configuration_arb import ArbConfig
+from .configuration_arb import COMPUTE, ArbConfig
 from .presets import PRESETS, preset_config
 
-__all__ = ["PRESETS", "ArbConfig", "preset_config"]
+__all__ = ["COMPUTE", "PRESETS", "ArbConfig", "preset_config"]

@@ -21,12 +21,15 @@ import argparse
 import json
 import os
 import platform
+from contextlib import nullcontext
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 import transformers
 
-from configuration_arb import PRESETS
+from arb_kernels.backend import BACKENDS, describe_backend, use_backend
+from configuration_arb import COMPUTE, PRESETS
 from training_arb.atomic_files import write_json
 from training_arb.byte_data import load_corpus
 from training_arb.command_line import HelpFormatter, run
@@ -55,7 +58,13 @@ def parse() -> argparse.Namespace:
     add("--preset", default="arb-bench", help=f"shape: {', '.join(PRESETS)}")
     add("--adam-rates", default="3e-3,6e-3,1e-2", help="AdamW's learning rates to try")
     add("--ternary-rates", default="0.035,0.05", help="TrueTernary's learning rates to try, in cells per step")
-    add("--update-backend", choices=["auto", "torch"], default="auto", help="what runs the update rules")
+    add("--compute", choices=COMPUTE, default="auto", help="TrueTernary's matmuls")
+    add(
+        "--update-backend",
+        choices=["auto", *BACKENDS],
+        default="auto",
+        help="kernels; all give the same bits",
+    )
     add("--scale-update-interval", type=int, default=1, help="flip: vote on scales every so many steps; 0: never")
     add("--accum-threshold", type=int, default=32, help="flip: votes after which a trit moves")
     add("--print-every", type=int, default=100, help="steps between held-out losses of the curve")
@@ -67,6 +76,12 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     keep_freed_memory()
+    with nullcontext() if args.update_backend == "auto" else use_backend(args.update_backend):
+        compare(args)
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Train every configuration, print the table, write JSON and plot."""
     names = [name for name in args.configs.split(",") if name]
     for name in names:
         if name not in CONFIGS:
@@ -76,7 +91,17 @@ def main() -> None:
             raise ValueError(f"{field}={getattr(args, field)} must be at least {least}")
     rates = {"TrueTernary": parse_rates(args, "ternary_rates")}
     rates |= dict.fromkeys(ADAM_CONFIGS, parse_rates(args, "adam_rates"))
-    shared = ("preset", "steps", "batch", "ctx", "seed", "accum_threshold", "scale_update_interval", "print_every")
+    shared = (
+        "preset",
+        "steps",
+        "batch",
+        "ctx",
+        "seed",
+        "accum_threshold",
+        "scale_update_interval",
+        "print_every",
+        "compute",
+    )
     settings = BenchmarkSettings(**{field: getattr(args, field) for field in shared})
     data = " ".join(args.data or ["Python's standard library"])
     train_ids, held_out = load_corpus(args.data, args.ctx)
@@ -141,7 +166,9 @@ def reusable_rows(args: argparse.Namespace, settings: BenchmarkSettings, data: s
     if not args.json or not Path(args.json).is_file():
         raise ValueError(f"reuse_base: json={args.json!r} is no earlier result to take AdamW's rows from")
     earlier = json.loads(Path(args.json).read_text(encoding="utf-8"))
-    for key, value in {**vars(settings), "data": data}.items():
+    wanted = {**vars(settings), "data": data}
+    del wanted["compute"]  # AdamW's matmuls are float whatever TrueTernary's are
+    for key, value in wanted.items():
         found = earlier["data"] if key == "data" else earlier["settings"].get(key)
         if found != value:
             raise ValueError(f"reuse_base: {args.json} was measured with {key}={found!r}, not {value!r}")
@@ -152,6 +179,7 @@ def environment() -> dict:
     return {
         "cpu": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
+        "kernels": describe_backend(torch.device("cpu")),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,

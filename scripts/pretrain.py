@@ -23,6 +23,7 @@ import torch
 from transformers import HfArgumentParser, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from arb_kernels.backend import describe_backend
 from configuration_arb import PRESETS, preset_config
 from modeling_arb import ArbForCausalLM
 from tokenization_arb import ArbTokenizer
@@ -55,6 +56,7 @@ class PretrainArguments:
     update_rule: str = field(default="momentum", metadata={"help": "momentum, flip or correlation."})
     group_size: int = field(default=0, metadata={"help": "Weights per scale exponent; 0: the whole row."})
     momentum_bits: int = field(default=4, metadata={"help": "Bits of residual and of momentum: 4 or 8."})
+    compute: str = field(default="auto", metadata={"help": "Matmuls: int8, float, or auto (int8 where it can)."})
     eval_blocks: int = field(default=64, metadata={"help": "Held-out blocks in evaluations during training."})
     eval_bytes: int = field(default=200_000, metadata={"help": "Held-out bytes in the final evaluation."})
     prompt: str = field(default="def ", metadata={"help": "What the final sample continues."})
@@ -84,7 +86,7 @@ def sample(model: ArbForCausalLM, tokenizer: ArbTokenizer, prompt: str, length: 
     """A seeded sample that continues `prompt`."""
     set_seed(0)
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
-    ids = model.generate(**inputs, max_new_tokens=length, do_sample=True, temperature=0.7)
+    ids = model.generate(**inputs, max_new_tokens=length, do_sample=True, top_p=0.9)
     return tokenizer.decode(ids[0])
 
 
@@ -107,6 +109,7 @@ def main() -> None:
         update_rule=arguments.update_rule,
         group_size=arguments.group_size,
         momentum_bits=arguments.momentum_bits,
+        compute=arguments.compute,
         max_position_embeddings=max(arguments.ctx, 4096),
     )
     if arguments.dataset:
@@ -122,6 +125,7 @@ def main() -> None:
         step_bytes = args.train_batch_size * args.gradient_accumulation_steps * args.world_size * arguments.ctx
         print(f"model     {arguments.preset}: {audit.logical_weights:,} ternary weights, rule {config.update_rule}")
         print(f"state     {audit.state_bytes:,} bytes, {audit.state_bytes / audit.logical_weights:.3f} a weight")
+        print(f"compute   {config.compute}, {describe_backend(args.device)}")
         print(f"data      {source}: {size}, and {len(held_out):,} held out")
         print(f"training  steps {args.max_steps} of {step_bytes:,} bytes on {args.device}, from {resume or 'scratch'}")
     trainer = ArbTrainer(

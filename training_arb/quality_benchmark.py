@@ -42,6 +42,7 @@ class BenchmarkSettings:
     accum_threshold: int
     scale_update_interval: int
     print_every: int
+    compute: str = "auto"
 
 
 @dataclass
@@ -83,7 +84,8 @@ def build(name: str, settings: BenchmarkSettings, rate: float) -> tuple[ArbForCa
 
 def _config(name: str, settings: BenchmarkSettings) -> ArbConfig:
     rule = UPDATE_RULES.get(name, "momentum")
-    return preset_config(settings.preset, update_rule=rule, group_size=GROUP_SIZES.get(name, 0))
+    groups = GROUP_SIZES.get(name, 0)
+    return preset_config(settings.preset, update_rule=rule, group_size=groups, compute=settings.compute)
 
 
 def rate_at(step: int, steps: int) -> float:
