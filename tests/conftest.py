@@ -1,7 +1,12 @@
 """What every test starts from: a fixed seed, and fresh buffers that hold poison instead of convenient zeros."""
 
+import os
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels' modules are imported
 
 POISON = {
     torch.uint8: 0xAA,
@@ -36,3 +41,10 @@ def poison(monkeypatch):
     monkeypatch.setattr(torch, "empty", _poisoned(torch.empty))
     monkeypatch.setattr(torch, "empty_like", _poisoned(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", _poisoned(torch.Tensor.new_empty))
+
+
+@pytest.fixture
+def triton_device():
+    """Where the Triton kernels run: a GPU, or the CPU through Triton's interpreter."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
