@@ -91,18 +91,7 @@ def compare(args: argparse.Namespace) -> None:
             raise ValueError(f"{field}={getattr(args, field)} must be at least {least}")
     rates = {"TrueTernary": parse_rates(args, "ternary_rates")}
     rates |= dict.fromkeys(ADAM_CONFIGS, parse_rates(args, "adam_rates"))
-    shared = (
-        "preset",
-        "steps",
-        "batch",
-        "ctx",
-        "seed",
-        "accum_threshold",
-        "scale_update_interval",
-        "print_every",
-        "compute",
-    )
-    settings = BenchmarkSettings(**{field: getattr(args, field) for field in shared})
+    settings = BenchmarkSettings(**{field.name: getattr(args, field.name) for field in fields(BenchmarkSettings)})
     data = " ".join(args.data or ["Python's standard library"])
     train_ids, held_out = load_corpus(args.data, args.ctx)
     reused = reusable_rows(args, settings, data) if args.reuse_base else {}
