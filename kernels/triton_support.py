@@ -109,6 +109,16 @@ def clamp(x, limit):
 
 
 @jit
+def cast_float(x, dtype: tl.constexpr):
+    """float32 -> dtype, to nearest even. The interpreter truncates to bfloat16, so it gets nothing to cut off."""
+    if dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+        x = tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)
+    return x.to(dtype)
+
+
+@jit
 def digit_of(code, plane):
     """uint8 or int32 byte of packed trits, digit number 0..4 (a compile-time or a run-time one) -> trit, int32."""
     code = code.to(tl.int32)
