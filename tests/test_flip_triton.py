@@ -1,0 +1,56 @@
+"""The flip rule's Triton kernels: every tensor equal to the reference's after each of several steps."""
+
+import pytest
+import torch
+from helpers import assert_same, random_trits
+
+from arb_kernels.flip_triton import triton_flip_fold, triton_flip_update
+from arb_kernels.flip_update import flip_fold, flip_update
+from arb_kernels.groups import num_groups
+from arb_kernels.packing import pack_trits
+
+NAMES = ("packed", "E", "T_accum", "E_accum", "flips")
+CASES = [
+    pytest.param(*case, id="{}x{}-G{}-threshold{}".format(*case))
+    for case in [(1, 1, 1, 1), (3, 5, 4, 1), (7, 33, 32, 3), (2, 333, 333, 2), (5, 100, 96, 2), (37, 64, 6, 4)]
+]
+
+
+def fresh_state(rows, columns, group, device):
+    groups = num_groups(columns, group)
+    E = torch.randint(-128, 128, (rows, groups))
+    E[0] = 127  # the end of its range
+    votes = (torch.zeros(rows, width, dtype=torch.int8) for width in (columns, groups))
+    state = (pack_trits(random_trits(rows, columns)), E.to(torch.int8), *votes)
+    return [tensor.to(device) for tensor in state]
+
+
+@pytest.mark.parametrize("rows, columns, group, threshold", CASES)
+def test_steps_equal_the_reference(triton_device, rows, columns, group, threshold):
+    state = fresh_state(rows, columns, group, triton_device)
+    mine = [tensor.clone() for tensor in state]
+    for step in range(6):
+        dW = torch.randn(rows, columns, device=triton_device) * (torch.rand(rows, columns) > 0.2).to(triton_device)
+        dW += 0.5 * (step % 2)
+        scale_votes = step != 3
+        before = [tensor.clone() for tensor in mine]
+        folded = flip_fold(state[0], state[2], state[3], dW, group, scale_votes)
+        my_folded = triton_flip_fold(mine[0], mine[2], mine[3], dW, group, scale_votes)
+        for name, ref, out in zip(("T_accum", "E_accum"), folded, my_folded, strict=True):
+            assert_same(f"folded {name} at step {step}", ref, out)
+        *state, flips = flip_update(*state, dW, group, threshold, scale_votes)
+        *new, my_flips = triton_flip_update(*mine, dW, group, threshold, scale_votes)
+        for name, ref, out in zip(NAMES, (*state, flips), (*new, my_flips), strict=True):
+            assert_same(f"{name} at step {step}", ref, out)
+        for name, kept, tensor in zip(NAMES, before, mine, strict=False):
+            assert_same(f"the input {name}", kept, tensor)
+        mine = new
+
+
+def test_votes_stop_at_127(triton_device):
+    packed, _, T_accum, E_accum = fresh_state(3, 40, 40, triton_device)
+    T_accum, E_accum = T_accum + 127, E_accum - 127
+    for dW in (torch.ones(3, 40, device=triton_device), -torch.ones(3, 40, device=triton_device)):
+        expected = flip_fold(packed, T_accum, E_accum, dW, 40)
+        for ref, out in zip(expected, triton_flip_fold(packed, T_accum, E_accum, dW, 40), strict=True):
+            assert torch.equal(ref, out)
