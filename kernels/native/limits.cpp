@@ -32,6 +32,7 @@ __attribute__((target("avx512f,avx512vnni"))) static int32_t multiply_avx512(int
     for (int64_t r = 0; r < rounds; ++r)
 #pragma GCC unroll 16
         for (int i = 0; i < 16; ++i) asm volatile("vpdpbusd %1, %1, %0" : "+v"(sum[i]) : "v"(x));
+#pragma GCC unroll 16
     for (int i = 1; i < 16; ++i) sum[0] = _mm512_add_epi32(sum[0], sum[i]);
     return _mm512_reduce_add_epi32(sum[0]);
 }
@@ -40,6 +41,7 @@ __attribute__((target("avx2"))) static int32_t multiply_avx2(int64_t rounds) {
     __m256i sum[8];
     __m256i x = _mm256_set1_epi32(0x01020301);
     const __m256i ones = _mm256_set1_epi16(1);
+#pragma GCC unroll 8
     for (int i = 0; i < 8; ++i) sum[i] = _mm256_set1_epi32(i);
     for (int64_t r = 0; r < rounds; ++r)
 #pragma GCC unroll 8
@@ -47,6 +49,7 @@ __attribute__((target("avx2"))) static int32_t multiply_avx2(int64_t rounds) {
             asm volatile("" : "+x"(x));
             sum[i] = _mm256_add_epi32(sum[i], _mm256_madd_epi16(_mm256_maddubs_epi16(x, x), ones));
         }
+#pragma GCC unroll 8
     for (int i = 1; i < 8; ++i) sum[0] = _mm256_add_epi32(sum[0], sum[i]);
     return _mm256_extract_epi32(sum[0], 0);
 }

@@ -16,6 +16,7 @@
 namespace {
 
 constexpr int64_t LANES = 16, PANEL = 2 * LANES, DEPTH = 4, TILE_ROWS = 12, TILES_PER_TASK = 40;
+constexpr int64_t PREFETCH = 1024;  // bytes ahead in a panel, which streams from the second-level cache
 enum Source { ROW_MAJOR, TRANSPOSED, TWO_BIT };
 
 struct Matmul {
@@ -50,7 +51,7 @@ void pack_rows(const Matmul& m, int64_t r0, int8_t* packed, int32_t* row_sums) {
 }
 
 // Columns c0 .. c0 + 15 of a (C, K) matrix.
-void panel_from_rows(const Matmul& m, int64_t c0, uint8_t* panel) {
+ARB_CLONES void panel_from_rows(const Matmul& m, int64_t c0, uint8_t* panel) {
     const int64_t lanes = m.C - c0 < LANES ? m.C - c0 : LANES, whole = m.K / DEPTH;
     if (lanes < LANES || whole < m.steps) memset(panel, 0, m.steps * LANES * DEPTH);
     const uint32_t shift = 0x01010101u * (uint32_t)m.offset;
@@ -99,7 +100,7 @@ void panel_from_columns(const Matmul& m, int64_t c0, uint8_t* panel) {
 }
 
 // Columns c0 .. c0 + 15 of the decode layout: 64 bytes hold 16 columns x 16 depths, two bits each.
-void panel_from_two_bits(const Matmul& m, int64_t c0, uint8_t* panel) {
+ARB_CLONES void panel_from_two_bits(const Matmul& m, int64_t c0, uint8_t* panel) {
     const uint64_t* source = (const uint64_t*)(m.columns + c0 * m.steps);
     uint64_t* out = (uint64_t*)panel;
     for (int64_t chunk = 0; chunk < m.steps / 4; ++chunk, source += 8, out += 32)
@@ -142,6 +143,8 @@ AVX512 void tile_avx512(const Matmul& m, int64_t r, int64_t c, const int8_t* row
     for (int64_t step = 0; step < m.steps; ++step) {
         const __m512i w0 = _mm512_load_si512(left + step * LANES * DEPTH);
         const __m512i w1 = _mm512_load_si512(right + step * LANES * DEPTH);
+        _mm_prefetch(left + step * LANES * DEPTH + PREFETCH, _MM_HINT_T0);
+        _mm_prefetch(right + step * LANES * DEPTH + PREFETCH, _MM_HINT_T0);
 #pragma GCC unroll 12
         for (int i = 0; i < ROWS; ++i) {
             int32_t four;
