@@ -93,7 +93,7 @@ def correlation_factors_kernel(
     votes = tl.sum(tl.reshape(agreement, (BN, GROUPS, PLACES)), axis=2)
     group = (tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)) // parts
     p_corr = corr_ptr + row_64 * groups + group[None, :]
-    tl.atomic_add(p_corr, -votes.to(tl.int64), mask=(row < N)[:, None] & (group < groups)[None, :])
+    tl.atomic_add(p_corr, -votes.to(tl.int64), mask=(row < N)[:, None] & (group < groups)[None, :], sem="relaxed")
 
 
 def triton_correlation_update(

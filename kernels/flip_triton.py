@@ -99,7 +99,7 @@ def flip_move_kernel(
         flips += (trit != old_trit).to(tl.int32)
         new_byte = new_byte * 3 + tl.where(trit < 0, 2, trit)
     tl.store(new_packed_ptr + bytes_of_row, new_byte.to(tl.uint8), mask=byte_mask)
-    tl.atomic_add(flips_ptr, tl.sum(flips).to(tl.int64))
+    tl.atomic_add(flips_ptr, tl.sum(flips).to(tl.int64), sem="relaxed")
 
 
 def _votes(packed, E, T_accum, E_accum, dW, group_size, threshold, scale_votes):

@@ -143,7 +143,7 @@ def momentum_fold_kernel(
         step = tl.load(power_ptr + 128 + exponent)
         direction = _momentum(b_accum, step[:, None], BITS) * beta + b_dW * nesterov
         absmax = tl.max(tl.where(mask, magnitude_bits(direction), 0))
-        tl.atomic_max(scalars_ptr + _ABSMAX, absmax.to(tl.int64))
+        tl.atomic_max(scalars_ptr + _ABSMAX, absmax.to(tl.int64), sem="relaxed")
 
 
 @jit
@@ -188,9 +188,9 @@ def momentum_squares_kernel(
     steps = round_half_even(direction * _fixed_point_scale(scalars_ptr)).to(tl.int32)
     squares = (steps * steps).to(tl.int64)
     of_rows = tl.sum(squares, axis=1)
-    tl.atomic_add(row_sum_ptr + local_row, of_rows, mask=local_row < rows)
-    tl.atomic_add(column_sum_ptr + column, tl.sum(squares, axis=0), mask=column < columns)
-    tl.atomic_add(scalars_ptr + _TOTAL, tl.sum(of_rows, axis=0))
+    tl.atomic_add(row_sum_ptr + local_row, of_rows, mask=local_row < rows, sem="relaxed")
+    tl.atomic_add(column_sum_ptr + column, tl.sum(squares, axis=0), mask=column < columns, sem="relaxed")
+    tl.atomic_add(scalars_ptr + _TOTAL, tl.sum(of_rows, axis=0), sem="relaxed")
 
 
 @jit
@@ -227,7 +227,7 @@ def momentum_power_kernel(
     column_scale = tl.load(column_scale_ptr + column, mask=column < columns, other=0.0)
     unit = direction * _fixed_point_scale(scalars_ptr) * row_scale[:, None] * column_scale[None, :]
     steps = round_half_even(clamp(unit * 1024.0, 31744.0)).to(tl.int32)
-    tl.atomic_add(scalars_ptr + _POWER, tl.sum((steps * steps).to(tl.int64)))
+    tl.atomic_add(scalars_ptr + _POWER, tl.sum((steps * steps).to(tl.int64)), sem="relaxed")
 
 
 @jit(do_not_specialize=["key"])
@@ -295,7 +295,7 @@ def momentum_move_kernel(
         flips += (mask & (trit != old_trit)).to(tl.int32)
         new_byte = new_byte * 3 + tl.where(trit < 0, 2, trit)
     tl.store(p_packed, new_byte.to(tl.uint8), mask=byte_mask)
-    tl.atomic_add(scalars_ptr + _FLIPS, tl.sum(flips).to(tl.int64))
+    tl.atomic_add(scalars_ptr + _FLIPS, tl.sum(flips).to(tl.int64), sem="relaxed")
 
 
 def triton_momentum_fold(
@@ -369,7 +369,7 @@ def triton_momentum_update(
         momentum_move_kernel,
         (ceil_div(rows, _MOVE_ROWS), ceil_div(width, _MOVE_BYTES)),
         *(packed, *state, *shape_and_direction, width, signed_word(key)),
-        *(UPDATE_STEPS * dW.numel() ** 0.5, MAX_UPDATE, -lr * 2**bits),
+        *(UPDATE_STEPS * dW.numel() ** 0.5, MAX_UPDATE, -lr * 2.0**bits),
         **(options | {"BR": _MOVE_ROWS, "BB": _MOVE_BYTES}),
     )
     return scalars[-1]

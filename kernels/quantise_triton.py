@@ -96,10 +96,12 @@ def gradient_maxima_kernel(
         gradient_ptr, column_factor_ptr, row_factor_ptr, M, N, BY_COLUMN, B
     )
     token_max = tl.max(magnitude_bits(by_token), axis=1)
-    tl.atomic_max(token_max_ptr + row, token_max, mask=row < M)
-    tl.atomic_max(key_ptr, tl.max(token_max, axis=0))
+    tl.atomic_max(token_max_ptr + row, token_max, mask=row < M, sem="relaxed")
+    tl.atomic_max(key_ptr, tl.max(token_max, axis=0), sem="relaxed")
     if BY_COLUMN:
-        tl.atomic_max(column_max_ptr + column, tl.max(magnitude_bits(by_column), axis=0), mask=column < N)
+        tl.atomic_max(
+            column_max_ptr + column, tl.max(magnitude_bits(by_column), axis=0), mask=column < N, sem="relaxed"
+        )
 
 
 @jit

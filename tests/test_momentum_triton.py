@@ -12,7 +12,7 @@ KEYS = (77, 0xFFFFFFFF, 0x80000000, 1, 16, 0)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("rows, columns", shapes((1, 1), (3, 5), (33, 100), (64, 128), (17, 413)))
+@pytest.mark.parametrize("rows, columns", shapes((1, 1), (3, 5), (33, 100), (32, 64), (17, 413)))
 def test_in_place_kernels_equal_the_reference(triton_device, rows, columns, bits):
     """Over steps of growing and shrinking gradients, dead rows and columns, one and more micro-batches."""
     state = [tensor.to(triton_device) for tensor in random_momentum_state(rows, columns, bits)]
@@ -44,6 +44,7 @@ def test_fold_alone(triton_device, decay):
         assert_same("accum_exp", ref[1], accum_exp)
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered")
 @pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e-12, 1e12, 1e30], ids=str)
 def test_extreme_gradients(triton_device, scale):
     """Exponents at both ends of their range, and squares that are not normal numbers."""
