@@ -1,0 +1,43 @@
+"""How much memory is in use at a moment, as opposed to kept by the allocator: what a leak shows in."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import sys
+
+import psutil
+import torch
+
+MEGABYTE = 2**20
+
+
+class _Mallinfo2(ctypes.Structure):
+    """malloc.h; arena bytes in use, and bytes in blocks that malloc mapped on their own."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
+    ]
+
+
+def live_memory_mb(device: torch.device) -> float:
+    """Allocated memory in MB: of the device; on the CPU of the process's heap, or, without glibc, what is resident."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        return torch.cuda.memory_allocated(device) / MEGABYTE
+    describe = getattr(ctypes.CDLL(None), "mallinfo2", None) if sys.platform.startswith("linux") else None
+    if describe is None:
+        return psutil.Process().memory_info().rss / MEGABYTE
+    describe.restype, describe.argtypes = _Mallinfo2, []
+    heap = describe()
+    return (heap.uordblks + heap.hblkhd) / MEGABYTE
+
+
+def peak_device_mb(device: torch.device) -> float:
+    """The most that was ever allocated on an accelerator, in MB; 0 on the CPU, whose peak is the process's."""
+    return torch.cuda.max_memory_allocated(device) / MEGABYTE if device.type == "cuda" else 0.0
