@@ -1,0 +1,210 @@
+"""Greedy generation at batch 1 with a cache: the ternary model against its own shape in float, one run each a round.
+
+ternary  the model as it generates: decode kernels on 2 bits a weight       fp32, bf16  the same blocks with F.linear
+
+tokens_per_s: new bytes over the time of generate(), prompt included. token_ms: from one new byte to the next.
+limit_tokens_per_s: DRAM bandwidth, measured in the same rounds, over the bytes of the weights that a step multiplies; a
+model that fits into the cache can pass it. --profile shows what the ternary model's steps spend their time on; the
+native kernels, which torch's profiler does not know, appear as the self time of their layer.
+
+examples:
+  python scripts/bench_generate.py --preset arb-tiny --prompt-bytes 8 --new-bytes 8 --repeats 2
+  python scripts/bench_generate.py --preset arb-14m,200m --prompt-bytes 32 --new-bytes 64 --json generate.json
+  python scripts/bench_generate.py --preset 200m --models ternary --profile
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+
+import numpy as np
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile, record_function
+from transformers.generation.streamers import BaseStreamer
+
+from configuration_arb import PRESETS, ArbConfig, preset_config
+from modeling_arb import ArbForCausalLM
+from modeling_arb.ternary_linear import TernaryLinear
+from training_arb.bench_report import report
+from training_arb.command_line import HelpFormatter, run
+from training_arb.float_baselines import ArbFloatBaseline, FloatLinear
+from training_arb.measurement import (
+    MILLISECONDS,
+    LimitJobs,
+    Limits,
+    Timing,
+    describe_environment,
+    interleaved,
+    set_threads,
+)
+
+SHAPES = {  # beyond the presets: large enough to generate from DRAM
+    "200m": {"hidden_size": 1536, "num_hidden_layers": 7, "num_attention_heads": 24, "intermediate_size": 6144},
+}
+MODELS = ("ternary", "fp32", "bf16")
+COLUMNS = {
+    "preset": "",
+    "model": "",
+    "tokens_per_s": ".1f",
+    "prompt_ms_p50": ".1f",
+    "token_ms_p20": ".3f",
+    "token_ms_p50": ".3f",
+    "token_ms_p80": ".3f",
+    "weight_mb": ".1f",
+    "limit_tokens_per_s": ".1f",
+    "fraction_of_limit": ".3f",
+}
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add = parser.add_argument
+    add("--preset", default="arb-14m,200m", help=f"comma-separated shapes: {', '.join([*PRESETS, *SHAPES])}")
+    add("--models", default=",".join(MODELS), help="comma-separated competitors")
+    add("--prompt-bytes", type=int, default=32, help="length of the prompt")
+    add("--new-bytes", type=int, default=64, help="bytes to generate")
+    add("--repeats", type=int, default=7, help="rounds over all models")
+    add("--threads", type=int, help="default: torch's own choice")
+    add("--limit-mb", type=int, default=512, help="buffer whose reading tells the DRAM bandwidth")
+    add("--seed", type=int, default=0, help="of weights and prompt")
+    add("--profile", action="store_true", help="show where the ternary model's time goes")
+    add("--json", metavar="OUT", help="write the rows here")
+    return parser.parse_args()
+
+
+class TokenClock(BaseStreamer):
+    """When the prompt and every new byte arrived."""
+
+    def __init__(self):
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing is held back."""
+
+
+class Generator:
+    """One model and what it took, call by call: seconds to the first new byte, and between the others."""
+
+    def __init__(self, model: ArbForCausalLM, prompt: torch.Tensor, new_bytes: int):
+        self.model, self.prompt, self.new_bytes = model.eval(), prompt, new_bytes
+        # a byte that happens to mean the end would cut a run short
+        self.model.generation_config.eos_token_id = None
+        self.calls: list[np.ndarray] = []
+
+    def __call__(self) -> None:
+        clock = TokenClock()
+        self.model.generate(
+            self.prompt,
+            attention_mask=torch.ones_like(self.prompt),
+            max_new_tokens=self.new_bytes,
+            do_sample=False,
+            streamer=clock,
+        )
+        self.calls.append(np.diff(clock.times))
+
+    def weight_bytes(self) -> int:
+        """Of the matrices that every step multiplies."""
+        layers = self.model.modules()
+        sizes = [m.inference_weight()[0].nbytes if isinstance(m, TernaryLinear) else _float_bytes(m) for m in layers]
+        return sum(sizes)
+
+    def row(self, timing: Timing, repeats: int, limits: Limits) -> dict:
+        calls = self.calls[-repeats:]
+        token = Timing.of(np.concatenate([call[1:] for call in calls]).tolist())
+        bandwidth = limits.dram_gb_per_s
+        limit = None if bandwidth is None else 1e9 * bandwidth / self.weight_bytes()
+        return {
+            "tokens_per_s": self.new_bytes / timing.p50,
+            "prompt_ms_p50": float(np.median([call[0] for call in calls])) * MILLISECONDS,
+            **token.row("token_ms", MILLISECONDS),
+            "weights": self.model.num_parameters(),
+            "weight_mb": self.weight_bytes() / 1e6,
+            "limit_tokens_per_s": limit,
+            "fraction_of_limit": None if limit is None else 1 / token.p50 / limit,
+            "dram_gb_per_s": bandwidth,
+        }
+
+
+def _float_bytes(module: nn.Module) -> int:
+    return module.weight.nbytes if isinstance(module, FloatLinear) else 0
+
+
+def main() -> None:
+    args = parse()
+    for field, least in (("prompt_bytes", 1), ("new_bytes", 2), ("repeats", 1), ("limit_mb", 1)):
+        if getattr(args, field) < least:
+            raise ValueError(f"{field}={getattr(args, field)} must be at least {least}")
+    wanted = args.models.split(",")
+    for name in wanted:
+        if name not in MODELS:
+            raise ValueError(f"models={name!r} is not one of {', '.join(MODELS)}")
+    configs = {preset: shape_config(preset) for preset in args.preset.split(",")}
+    for preset, config in configs.items():
+        if args.prompt_bytes + args.new_bytes > config.max_position_embeddings:
+            raise ValueError(f"new_bytes={args.new_bytes}: {preset} has {config.max_position_embeddings} positions")
+    set_threads(args.threads)
+    limit_jobs, rows = LimitJobs(1_000_000 * args.limit_mb), []
+    prompt = torch.randint(32, 127, (1, args.prompt_bytes), generator=torch.Generator().manual_seed(args.seed))
+    for preset, config in configs.items():
+        torch.manual_seed(args.seed)
+        models = build(config, wanted)
+        generators = {name: Generator(model, prompt, args.new_bytes) for name, model in models.items()}
+        timings = interleaved({**generators, **limit_jobs.jobs}, args.repeats, label=preset)
+        limits = limit_jobs.limits(timings)
+        for name, generator in generators.items():
+            rows.append({"preset": preset, "model": name, **generator.row(timings[name], args.repeats, limits)})
+        if args.profile and "ternary" in models:
+            print(f"{preset}, {args.new_bytes} steps:\n{profile_table(generators['ternary'])}", flush=True)
+    settings = {key: getattr(args, key) for key in ("prompt_bytes", "new_bytes", "repeats", "seed")}
+    report({"rows": rows, **settings, "env": describe_environment()}, COLUMNS, args.json)
+
+
+def shape_config(preset: str) -> ArbConfig:
+    shape = SHAPES.get(preset.removeprefix("arb-"))
+    if shape is None and preset not in PRESETS:
+        raise ValueError(f"preset={preset!r} is not one of {', '.join([*PRESETS, *SHAPES])}")
+    return preset_config("arb-14m" if shape else preset, training_state=False, **(shape or {}))
+
+
+def build(config: ArbConfig, wanted: list[str]) -> dict[str, ArbForCausalLM]:
+    models: dict[str, ArbForCausalLM] = {}
+    if "ternary" in wanted:
+        models["ternary"] = ArbForCausalLM(config)
+    if {"fp32", "bf16"} & {*wanted}:
+        models["fp32"] = ArbFloatBaseline(copy.deepcopy(config), straight_through=False)
+    if "bf16" in wanted:
+        models["bf16"] = copy.deepcopy(models["fp32"]).to(torch.bfloat16)
+        models["bf16"].config.dtype = "bfloat16"
+    return {name: models[name] for name in wanted}
+
+
+def profile_table(generator: Generator) -> str:
+    """torch's profile of one generate(), with the time inside each kind of module set apart."""
+    ranges: list[record_function] = []
+
+    def enter(module: nn.Module, _inputs) -> None:
+        ranges.append(record_function(f"[{type(module).__name__}]"))
+        ranges[-1].__enter__()
+
+    def leave(_module: nn.Module, _inputs, _output) -> None:
+        ranges.pop().__exit__(None, None, None)
+
+    own = [module for module in generator.model.modules() if type(module).__module__.startswith("modeling_arb")]
+    hooks = [hook for m in own for hook in (m.register_forward_pre_hook(enter), m.register_forward_hook(leave))]
+    try:
+        with profile(activities=[ProfilerActivity.CPU]) as recorded:
+            generator()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return recorded.key_averages().table(sort_by="self_cpu_time_total", row_limit=24, max_name_column_width=40)
+
+
+if __name__ == "__main__":
+    run(main)

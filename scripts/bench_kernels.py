@@ -1,0 +1,170 @@
+"""Time the CPU kernels against the machine's physical limits and against their peers, all in the same rounds.
+
+cpu_matvec    decode_linear at a batch of at most 8, weights from DRAM; limit: DRAM bandwidth at 2 bits a weight
+cpu_matmul    decode_linear at larger batches; limit: the int8 dot-product instruction from registers
+cpu_update    momentum_update, gradient and state from DRAM; limit: reading and writing each of them once
+cpu_quantise  quantise_tokens, activations from DRAM; limit: reading floats and writing codes once
+
+Peers: torch F.linear in fp32 and bf16, torch._int_mm (on codes that are ready), fused AdamW, and ggml's TQ1_0 and TQ2_0
+where scripts/build_ggml_peer.sh has built them. An operation is one multiply or one add. A limit is the best of the
+rounds, so a fraction of it can pass 1 on a noisy machine. A shape is out x in, the weight matrix's.
+
+examples:
+  python scripts/bench_kernels.py --ops cpu_matvec --shapes 512x512 --repeats 5 --cold-mb 16
+  python scripts/bench_kernels.py --shapes 4096x4096,2048x8192 --batch 1,128 --threads 2 --json kernels.json
+  ARB_GGML=~/ggml-peer python scripts/bench_kernels.py --ops cpu_matvec,cpu_matmul --json kernels.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+from pathlib import Path
+
+import torch
+
+from training_arb.bench_report import plot_fractions, report
+from training_arb.command_line import HelpFormatter, run
+from training_arb.ggml_peer import BLOCK, ENVIRONMENT, find_ggml
+from training_arb.kernel_contest import (
+    OWN,
+    Contest,
+    batches_of,
+    matmul_contest,
+    quantise_contest,
+    update_contest,
+)
+from training_arb.measurement import (
+    MICROSECONDS,
+    LimitJobs,
+    Limits,
+    Timing,
+    describe_environment,
+    interleaved,
+    set_threads,
+)
+
+OPS = ("cpu_matvec", "cpu_matmul", "cpu_update", "cpu_quantise")
+BURST_SECONDS = 0.02
+COLUMNS = {
+    "op": "",
+    "shape": "",
+    "batch": "d",
+    "threads": "d",
+    "us_p20": ".1f",
+    "us_p50": ".1f",
+    "us_p80": ".1f",
+    "gops_p50": ".1f",
+    "limit_gops": ".1f",
+    "fraction_of_limit": ".3f",
+    "gb_per_s": ".1f",
+}
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add = parser.add_argument
+    add("--ops", default=",".join(OPS), help="comma-separated kernels")
+    add("--shapes", default="4096x4096,2048x8192", help="comma-separated weight matrices, out x in")
+    add("--batch", default="1,128", help="comma-separated numbers of tokens; each kernel takes those it is made for")
+    add("--threads", type=int, help="of all competitors; default: torch's own choice")
+    add("--repeats", type=int, default=30, help="rounds over all competitors")
+    add("--cold-mb", type=int, default=256, help="operands to cycle through, a competitor; the limit reads twice that")
+    add("--ggml", metavar="PATH", help=f"ggml's CPU library or its folder; default: {ENVIRONMENT}")
+    add("--seed", type=int, default=0, help="of the operands")
+    add("--json", metavar="OUT", help="write the rows here, and a plot beside it")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    ops, shapes, batches = parse_ops(args.ops), parse_shapes(args.shapes), parse_batches(args.batch)
+    for field in ("repeats", "cold_mb"):
+        if getattr(args, field) < 1:
+            raise ValueError(f"{field}={getattr(args, field)} must be at least 1")
+    plan = [(op, shape, batch) for op in ops for batch in batches_of(op, batches) for shape in shapes]
+    ggml = find_ggml(args.ggml)
+    threads = set_threads(args.threads)
+    torch.manual_seed(args.seed)
+    if ggml is None:
+        print(f"no ggml: give --ggml PATH or set {ENVIRONMENT}; its rows are left out")
+    elif any(shape[1] % BLOCK for shape in shapes):
+        print(f"ggml's rows are left out where a shape has no multiple of {BLOCK} columns")
+
+    env, rows = describe_environment(), []
+    limit_jobs = LimitJobs(2_000_000 * args.cold_mb)
+    for op, shape, batch in plan:
+        cold_bytes = 1e6 * args.cold_mb
+        if op == "cpu_update":
+            contest = update_contest(shape, cold_bytes)
+        elif op == "cpu_quantise":
+            contest = quantise_contest(shape, batch, cold_bytes)
+        else:
+            contest = matmul_contest(op, shape, batch, cold_bytes, threads, ggml)
+        jobs = {name: competitor.job() for name, competitor in contest.competitors.items()}
+        timings = interleaved({**jobs, **limit_jobs.jobs}, args.repeats, BURST_SECONDS, contest.title)
+        rows += contest_rows(contest, timings, limit_jobs.limits(timings), threads)
+        # its operands make room for the next one's
+        del contest, jobs
+        gc.collect()
+
+    if args.json:
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+        plot_fractions(rows, Path(args.json).with_suffix(".png"), f"{env['cpu']}, {threads} threads")
+    report({"rows": rows, "repeats": args.repeats, "cold_mb": args.cold_mb, "env": env}, COLUMNS, args.json)
+
+
+def contest_rows(contest: Contest, timings: dict[str, Timing], limits: Limits, threads: int) -> list[dict]:
+    rows = []
+    for name, competitor in contest.competitors.items():
+        timing = timings[name]
+        gops = competitor.operations / timing.p50 / 1e9
+        limit = limits.gops(competitor.operations, contest.least_bytes)
+        rows.append(
+            {
+                "op": contest.op if name == OWN else f"{contest.op}:{name}",
+                "peer": name,
+                "contest": contest.title,
+                "shape": "x".join(map(str, contest.shape)),
+                "batch": contest.batch,
+                "threads": threads,
+                **timing.row("us", MICROSECONDS),
+                "gops_p50": gops,
+                "limit_gops": limit,
+                "fraction_of_limit": None if limit is None else gops / limit,
+                "gb_per_s": competitor.bytes / timing.p50 / 1e9,
+                "dram_gb_per_s": limits.dram_gb_per_s,
+                "int8_gops": limits.int8_gops,
+            }
+        )
+    return rows
+
+
+def parse_ops(text: str) -> list[str]:
+    ops = [op for op in text.split(",") if op]
+    for op in ops or [text]:
+        if op not in OPS:
+            raise ValueError(f"ops={op!r} is not one of {', '.join(OPS)}")
+    return ops
+
+
+def parse_shapes(text: str) -> list[tuple[int, int]]:
+    shapes = []
+    for shape in text.split(","):
+        sizes = shape.split("x")
+        if len(sizes) != 2 or not all(size.isascii() and size.isdigit() and int(size) for size in sizes):
+            raise ValueError(f"shapes={shape!r} must be OUTxIN, such as 4096x4096")
+        shapes.append((int(sizes[0]), int(sizes[1])))
+    return shapes
+
+
+def parse_batches(text: str) -> list[int]:
+    batches = text.split(",")
+    for batch in batches:
+        if not (batch.isascii() and batch.isdigit() and int(batch)):
+            raise ValueError(f"batch={batch!r} must be a positive number of tokens")
+    return [int(batch) for batch in batches]
+
+
+if __name__ == "__main__":
+    run(main)

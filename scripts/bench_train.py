@@ -1,0 +1,207 @@
+"""Time training steps of several configurations in turn, one step each a round, in one process.
+
+Adam_FP32    float weights and fused AdamW               Adam_STE     the same with straight-through ternary weights
+TrueTernary  the momentum rule, the default              SignSGD_Old, Correlation  the other two rules, groups of 32
+
+step_ms: forward, backward and update. update_ms: the part inside the update, which TrueTernary runs during backward,
+matrix by matrix, and AdamW after it. --compute is how ternary rules with one scale a row multiply; all others multiply
+floats. Peak memory cannot be told apart in one process: each row's is that of a process of its own.
+
+examples:
+  python scripts/bench_train.py --preset arb-tiny --batch 2 --ctx 32 --configs Adam_FP32,TrueTernary --steps 3
+  python scripts/bench_train.py --preset arb-14m --batch 8 --ctx 256 --steps 20 --json train.json
+  python scripts/bench_train.py --configs TrueTernary --compute int8 --threads 1 --steps 10
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from tqdm.auto import tqdm
+
+from configuration_arb import PRESETS, preset_config
+from modeling_arb import ArbForCausalLM
+from training_arb.bench_report import report
+from training_arb.command_line import HelpFormatter, run
+from training_arb.cpu_allocator import keep_freed_memory
+from training_arb.float_baselines import ArbFloatBaseline
+from training_arb.integer_optimizer import IntegerOptimizer
+from training_arb.measurement import MILLISECONDS, describe_environment, interleaved, set_threads
+from training_arb.quality_benchmark import (
+    ADAM_CONFIGS,
+    CONFIGS,
+    GROUP_SIZES,
+    UPDATE_RULES,
+    peak_memory_mb,
+    reset_peak_memory,
+)
+
+COMPUTES = ("int8", "float")
+PEAK_STEPS = 4  # AdamW's state is there from the second on
+COLUMNS = {
+    "config": "",
+    "compute": "",
+    "step_ms_p20": ".1f",
+    "step_ms_p50": ".1f",
+    "step_ms_p80": ".1f",
+    "update_ms_p50": ".2f",
+    "update_share": ".3f",
+    "bytes_per_s": ".0f",
+    "peak_mem_mb": ".0f",
+    "start_mem_mb": ".0f",
+}
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add = parser.add_argument
+    add("--preset", default="arb-14m", help=f"shape: {', '.join(PRESETS)}")
+    add("--batch", type=int, default=8, help="windows per step")
+    add("--ctx", type=int, default=256, help="bytes per window")
+    add("--configs", default="Adam_FP32,Adam_STE,TrueTernary", help=f"comma-separated, of {', '.join(CONFIGS)}")
+    add("--steps", type=int, default=20, help="timed steps of each configuration")
+    add("--compute", default="int8,float", help="comma-separated, of int8, float")
+    add("--threads", type=int, help="default: torch's own choice")
+    add("--seed", type=int, default=0, help="of weights and data")
+    add("--json", metavar="OUT", help="write the rows here")
+    add("--only-peak-memory", action="store_true", help="run one configuration briefly; print its peak, nothing else")
+    return parser.parse_args()
+
+
+@dataclass
+class Trainee:
+    """A configuration, ready to step; the times inside its updates as they come."""
+
+    model: ArbForCausalLM
+    optimizer: torch.optim.Optimizer
+    block: torch.Tensor
+    update_seconds: list[float] = field(default_factory=list)
+
+    def step(self) -> None:
+        self.update_seconds.append(0.0)
+        self.model(self.block, labels=self.block).loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def timed(self, update: Callable) -> Callable:
+        """`update`, adding the time it takes to the current step's."""
+
+        def wrapper(*args, **kwargs):
+            started = time.perf_counter()
+            result = update(*args, **kwargs)
+            self.update_seconds[-1] += time.perf_counter() - started
+            return result
+
+        return wrapper
+
+
+class TimedRule:
+    """An update rule whose updates are timed."""
+
+    def __init__(self, rule, timed: Callable[[Callable], Callable]):
+        self.fold, self.update = rule.fold, timed(rule.update)
+
+
+def build(name: str, compute: str, args: argparse.Namespace) -> Trainee:
+    torch.manual_seed(args.seed)
+    rule, group_size = UPDATE_RULES.get(name, "momentum"), GROUP_SIZES.get(name, 0)
+    config = preset_config(args.preset, update_rule=rule, group_size=group_size, compute=compute)
+    block = torch.randint(0, 256, (args.batch, args.ctx), generator=torch.Generator().manual_seed(args.seed))
+    if name in ADAM_CONFIGS:
+        model = ArbFloatBaseline(config, straight_through=name == "Adam_STE")
+        trainee = Trainee(model, torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), fused=True), block)
+        trainee.optimizer.step = trainee.timed(trainee.optimizer.step)
+    else:
+        model = ArbForCausalLM(config)
+        trainee = Trainee(model, IntegerOptimizer(model, seed=args.seed), block)
+        trainee.optimizer.rule = TimedRule(trainee.optimizer.rule, trainee.timed)
+    return trainee
+
+
+def main() -> None:
+    args = parse()
+    keep_freed_memory()
+    runs = parse_runs(args)
+    set_threads(args.threads)
+    if args.only_peak_memory:
+        print(json.dumps(peak_memory(*runs[0], args)))
+        return
+
+    trainees = {f"{name} {compute}": build(name, compute, args) for name, compute in runs}
+    jobs = {label: trainee.step for label, trainee in trainees.items()}
+    timings = interleaved(jobs, args.steps, label=f"{args.preset}, {args.batch} x {args.ctx} bytes")
+    rows = []
+    for (name, compute), (label, trainee) in zip(runs, trainees.items(), strict=True):
+        timing, update = timings[label], statistics.median(trainee.update_seconds[-args.steps :])
+        rows.append(
+            {
+                "config": name,
+                "compute": compute,
+                **timing.row("step_ms", MILLISECONDS),
+                "update_ms_p50": update * MILLISECONDS,
+                "update_share": update / timing.p50,
+                "bytes_per_s": args.batch * args.ctx / timing.p50,
+            }
+        )
+    weights = next(iter(trainees.values())).model.num_parameters()
+    # so that the processes to come have the memory
+    trainees.clear()
+    jobs.clear()
+    for row in tqdm(rows, desc="peak memory", leave=False):
+        row |= peak_memory_apart(row["config"], row["compute"], args)
+    settings = {key: getattr(args, key) for key in ("preset", "batch", "ctx", "steps", "seed")}
+    report({"rows": rows, **settings, "weights": weights, "env": describe_environment()}, COLUMNS, args.json)
+
+
+def parse_runs(args: argparse.Namespace) -> list[tuple[str, str]]:
+    """(configuration, how it multiplies), each once."""
+    for field_name, least in (("batch", 1), ("ctx", 8), ("steps", 1)):
+        if getattr(args, field_name) < least:
+            raise ValueError(f"{field_name}={getattr(args, field_name)} must be at least {least}")
+    names, computes = args.configs.split(","), args.compute.split(",")
+    for field_name, values, known in (("configs", names, CONFIGS), ("compute", computes, COMPUTES)):
+        for value in values:
+            if value not in known:
+                raise ValueError(f"{field_name}={value!r} is not one of {', '.join(known)}")
+    longest = preset_config(args.preset).max_position_embeddings
+    if args.ctx > longest:
+        raise ValueError(f"ctx={args.ctx} is more than the {longest} positions of preset={args.preset!r}")
+    runs = []
+    for name in names:
+        chooses = name not in ADAM_CONFIGS and not GROUP_SIZES.get(name, 0)
+        runs += [(name, compute) for compute in (computes if chooses else ["float"])]
+    return list(dict.fromkeys(runs))
+
+
+def peak_memory(name: str, compute: str, args: argparse.Namespace) -> dict[str, float]:
+    """Resident memory of this process in MB: before the model is built, and at most."""
+    reset_peak_memory()
+    before = peak_memory_mb()
+    trainee = build(name, compute, args)
+    for _ in range(PEAK_STEPS):
+        trainee.step()
+    return {"peak_mem_mb": peak_memory_mb(), "start_mem_mb": before}
+
+
+def peak_memory_apart(name: str, compute: str, args: argparse.Namespace) -> dict[str, float]:
+    """`peak_memory` in a process of its own."""
+    command = [sys.executable, __file__, "--only-peak-memory", "--configs", name, "--compute", compute]
+    for option in ("preset", "batch", "ctx", "seed"):
+        command += [f"--{option}", str(getattr(args, option))]
+    command += ["--threads", str(torch.get_num_threads())]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{name}: no peak memory: {done.stderr.strip()}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,132 @@
+"""Run a few steps of one exact shape: forward, or with --backward also backward and the update of every weight.
+
+The first call builds what later ones find ready: kernels compiled for these shapes, tables, memory. It comes before the
+steps and is timed apart, so this also warms the caches of a real run on the same machine. Random bytes, fresh weights.
+
+live_mb_by_step: memory in use after each step, which stays level unless something leaks. Exit code 2 on bad input.
+
+examples:
+  python scripts/smoke.py --preset arb-tiny --ctx 16 --batch 1 --backward
+  python scripts/smoke.py --preset arb-14m --ctx 256 --batch 8 --steps 5 --backward --json smoke.json
+  python scripts/smoke.py --preset arb-14m --device cuda --ctx 256 --batch 8 --backward --update-rule flip
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+
+import torch
+from tqdm.auto import tqdm
+
+from arb_kernels.backend import describe_backend
+from configuration_arb import PRESETS, preset_config
+from modeling_arb import ArbForCausalLM
+from training_arb.atomic_files import write_json
+from training_arb.command_line import HelpFormatter, run
+from training_arb.cpu_allocator import keep_freed_memory
+from training_arb.integer_optimizer import IntegerOptimizer
+from training_arb.live_memory import live_memory_mb, peak_device_mb
+from training_arb.measurement import describe_environment
+from training_arb.quality_benchmark import peak_memory_mb
+from training_arb.state_audit import audit_model
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    add = parser.add_argument
+    add("--preset", default="arb-tiny", help=f"shape: {', '.join(PRESETS)}")
+    add("--device", default="cpu", help="cpu, cuda or cuda:N")
+    add("--ctx", type=int, default=64, help="bytes per window")
+    add("--batch", type=int, default=2, help="windows per step")
+    add("--steps", type=int, default=3, help="steps after the first call")
+    add("--max-moe-iters", type=int, help="iterations of the expert graph's loop, for presets that have one")
+    add("--backward", action="store_true", help="also run backward and update the weights")
+    add("--update-rule", default="momentum", help="momentum, flip or correlation")
+    add("--seed", type=int, default=0, help="of weights and bytes")
+    add("--json", metavar="OUT", help="write the result here")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    for field, least in (("ctx", 5), ("batch", 1), ("steps", 1)):
+        if getattr(args, field) < least:
+            raise ValueError(f"{field}={getattr(args, field)} must be at least {least}")
+    config = preset_config(args.preset, update_rule=args.update_rule)
+    if args.max_moe_iters is not None and config.moe_graph is None:
+        raise ValueError(f"max_moe_iters={args.max_moe_iters}: preset={args.preset!r} has no expert graph to iterate")
+    if args.ctx > config.max_position_embeddings:
+        raise ValueError(f"ctx={args.ctx} is more than the {config.max_position_embeddings} positions of the preset")
+    device = checked_device(args.device)
+    keep_freed_memory()
+    torch.manual_seed(args.seed)
+    model = ArbForCausalLM(config).to(device)
+    optimizer = IntegerOptimizer(model, seed=args.seed) if args.backward else None
+    audit = audit_model(model, optimizer)
+    print(f"{args.preset}: {audit.logical_weights:,} weights, {audit.state_bytes:,} bytes of state, {args.update_rule}")
+    print(f"{args.batch} x {args.ctx} bytes, {describe_backend(device)}", flush=True)
+    block = torch.randint(0, 256, (args.batch, args.ctx), generator=torch.Generator().manual_seed(args.seed)).to(device)
+
+    _, first_call_ms = timed_step(model, optimizer, block)
+    losses, live, times = [], [], []
+    for _ in tqdm(range(args.steps), desc="steps", mininterval=2, leave=False):
+        loss, milliseconds = timed_step(model, optimizer, block)
+        losses.append(loss)
+        times.append(milliseconds)
+        live.append(live_memory_mb(device))
+
+    result = {
+        "state_bytes": audit_model(model, optimizer).state_bytes,
+        "logical_weights": audit.logical_weights,
+        "live_mb_by_step": live,
+        "peak_rss_mb": peak_memory_mb(),
+        "peak_device_mb": peak_device_mb(device),
+        "loss": losses,
+        "first_call_ms": first_call_ms,
+        "warm_ms": statistics.median(times),
+        "backend": describe_backend(device),
+        "backward": args.backward,
+        "update_rule": args.update_rule,
+        "env": describe_environment(args.device),
+    }
+    for step, (loss, milliseconds, megabytes) in enumerate(zip(losses, times, live, strict=True)):
+        print(f"step {step}: loss {loss:.4f}, {milliseconds:.1f} ms, {megabytes:.1f} MB live")
+    print(f"first call {first_call_ms:.1f} ms, then {result['warm_ms']:.1f} ms; peak {result['peak_rss_mb']:.0f} MB")
+    print()
+    if args.json:
+        write_json(args.json, result)
+    print(json.dumps(result), flush=True)
+
+
+def checked_device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device={name!r} must be cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device={name!r} must be cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device={name!r}: torch sees {torch.cuda.device_count()} such devices")
+    return device
+
+
+def timed_step(model: ArbForCausalLM, optimizer: IntegerOptimizer | None, block: torch.Tensor) -> tuple[float, float]:
+    """One step's loss in nats per byte and its milliseconds, waiting for the device."""
+    started = time.perf_counter()
+    with torch.set_grad_enabled(optimizer is not None):
+        loss = model(block, labels=block).loss
+    if optimizer is not None:
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    value = loss.item()
+    if block.is_cuda:
+        torch.cuda.synchronize(block.device)
+    return value, 1000 * (time.perf_counter() - started)
+
+
+if __name__ == "__main__":
+    run(main)
