@@ -34,6 +34,7 @@ from training_arb.command_line import HelpFormatter, run
 from training_arb.cpu_allocator import keep_freed_memory
 from training_arb.float_baselines import ArbFloatBaseline
 from training_arb.integer_optimizer import IntegerOptimizer
+from training_arb.integer_rules import UpdateRule
 from training_arb.measurement import MILLISECONDS, describe_environment, interleaved, set_threads
 from training_arb.quality_benchmark import (
     ADAM_CONFIGS,
@@ -106,7 +107,7 @@ class Trainee:
 class TimedRule:
     """An update rule whose updates are timed."""
 
-    def __init__(self, rule, timed: Callable[[Callable], Callable]):
+    def __init__(self, rule: UpdateRule, timed: Callable[[Callable], Callable]):
         self.fold, self.update = rule.fold, timed(rule.update)
 
 

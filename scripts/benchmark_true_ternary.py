@@ -68,7 +68,7 @@ def parse() -> argparse.Namespace:
     add("--scale-update-interval", type=int, default=1, help="flip: vote on scales every so many steps; 0: never")
     add("--accum-threshold", type=int, default=32, help="flip: votes after which a trit moves")
     add("--print-every", type=int, default=100, help="steps between held-out losses of the curve")
-    add("--reuse-base", action="store_true", help="take AdamW's rows from an earlier --json OUT of the same settings")
+    add("--reuse-base", action="store_true", help="train TrueTernary only; the rest from an earlier --json OUT")
     add("--json", metavar="OUT", help="write the results here, and a plot beside it")
     return parser.parse_args()
 
@@ -151,17 +151,17 @@ def row(name: str, result: BenchmarkResult) -> str:
 
 
 def reusable_rows(args: argparse.Namespace, settings: BenchmarkSettings, data: str) -> dict[str, BenchmarkResult]:
-    """AdamW's rows of an earlier run with the same settings and data."""
+    """All rows but TrueTernary's of an earlier run with the same settings and data."""
     if not args.json or not Path(args.json).is_file():
-        raise ValueError(f"reuse_base: json={args.json!r} is no earlier result to take AdamW's rows from")
+        raise ValueError(f"reuse_base: json={args.json!r} is no earlier result to take rows from")
     earlier = json.loads(Path(args.json).read_text(encoding="utf-8"))
     wanted = {**vars(settings), "data": data}
-    del wanted["compute"]  # AdamW's matmuls are float whatever TrueTernary's are
+    del wanted["compute"]  # TrueTernary's alone
     for key, value in wanted.items():
         found = earlier["data"] if key == "data" else earlier["settings"].get(key)
         if found != value:
             raise ValueError(f"reuse_base: {args.json} was measured with {key}={found!r}, not {value!r}")
-    return {name: BenchmarkResult(**row) for name, row in earlier["configs"].items() if name in ADAM_CONFIGS}
+    return {name: BenchmarkResult(**row) for name, row in earlier["configs"].items() if name != "TrueTernary"}
 
 
 def environment() -> dict:

@@ -133,7 +133,7 @@ def main() -> None:
         args,
         run_description={"data": source, "ctx": arguments.ctx},
         train_dataset=train,
-        eval_dataset=ByteBlocks(held_out[: arguments.eval_blocks * arguments.ctx], arguments.ctx),
+        eval_dataset=ByteBlocks(held_out, arguments.ctx, arguments.eval_blocks),
         data_collator=collate_blocks,
     )
     trainer.train(resume_from_checkpoint=resume)

@@ -295,3 +295,9 @@ def test_collate_blocks():
     batch = collate_blocks([{"input_ids": torch.arange(start, start + 9)} for start in (0, 100)])
     assert batch["input_ids"].tolist() == [list(range(9)), list(range(100, 109))]
     assert batch["labels"].tolist() == [[IGNORE] * 3 + list(range(3, 9)), [IGNORE] * 3 + list(range(103, 109))]
+
+
+@pytest.mark.parametrize("most, first_ids", [(None, [0, 4, 8, 12, 16]), (3, [0, 8, 16]), (9, [0, 4, 8, 12, 16])])
+def test_blocks_spread_evenly_when_only_some_are_kept(most, first_ids):
+    blocks = ByteBlocks(np.arange(22, dtype=np.uint16), 4, most)
+    assert [blocks[i]["input_ids"][0].item() for i in range(len(blocks))] == first_ids

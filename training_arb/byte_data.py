@@ -108,10 +108,12 @@ def load_corpus(patterns: Sequence[str] | None, ctx: int) -> tuple[np.ndarray, n
 
 
 class ByteBlocks(Dataset):
-    """Block i of `ctx` consecutive ids, int64 (ctx,)."""
+    """Block i of `ctx` consecutive ids, int64 (ctx,). `most`: keep so many blocks, evenly spread over the text."""
 
-    def __init__(self, ids: np.ndarray, ctx: int):
+    def __init__(self, ids: np.ndarray, ctx: int, most: int | None = None):
         self.blocks = ids[: len(ids) // ctx * ctx].reshape(-1, ctx)
+        if most is not None and most < len(self.blocks):
+            self.blocks = self.blocks[np.linspace(0, len(self.blocks) - 1, most).round().astype(int)]
 
     def __len__(self) -> int:
         return len(self.blocks)

@@ -45,12 +45,17 @@ def plot_training(history: Sequence[dict], path: str | Path, title: str) -> None
 
 
 def plot_comparison(curves: dict[str, Sequence[tuple[int, float]]], path: str | Path, title: str) -> None:
-    """One held-out loss curve per configuration: (step, nats per byte), to a PNG."""
+    """Held-out losses (step, nats per byte) per configuration, to a PNG.
+
+    The last point is over all held-out text and the others over its beginning: it stands alone, off the line.
+    """
     figure, panel = plt.subplots(figsize=(8, 5), constrained_layout=True)
     for (name, points), colour in zip(curves.items(), COLOURS * (1 + len(curves) // len(COLOURS)), strict=False):
-        panel.plot(*zip(*points, strict=True), color=colour, label=f"{name}: {points[-1][1]:.3f}")
+        if points[:-1]:
+            panel.plot(*zip(*points[:-1], strict=True), color=colour)
+        panel.plot(*points[-1], "o", color=colour, label=f"{name}: {points[-1][1]:.3f}")
     panel.axhline(math.log(288), color="#aaaaaa", linestyle=":", label="uniform guess: ln 288")
-    panel.set(xlabel="step", ylabel="held-out loss, nats per byte", title=title)
+    panel.set(xlabel="step", ylabel="nats per byte: lines, first held-out windows; dots, all", title=title)
     panel.grid(alpha=0.25)
     panel.spines[["top", "right"]].set_visible(False)
     panel.legend(frameon=False)
