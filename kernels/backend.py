@@ -12,8 +12,9 @@ from contextlib import contextmanager
 import torch
 
 from .native_library import AVX2, AVX512_VNNI, native_library
+from .triton_support import triton, triton_runs_on
 
-BACKENDS = ("torch", "native")
+BACKENDS = ("torch", "native", "triton")
 _override: str | None = None
 
 
@@ -33,6 +34,8 @@ def _checked(name: str) -> str:
         raise ValueError(f"ARB_BACKEND={name!r} is not one of {', '.join(BACKENDS)}")
     if name == "native" and native_library() is None:
         raise ValueError("ARB_BACKEND='native', but the native kernels are not built: reinstall with a C++ compiler")
+    if name == "triton" and triton is None:
+        raise ValueError("ARB_BACKEND='triton', but triton is not installed: pip install triton")
     return name
 
 
@@ -41,15 +44,25 @@ def backend_for(device: torch.device) -> str:
     wanted = _override or os.environ.get("ARB_BACKEND")
     if wanted:
         return _checked(wanted)
-    return "native" if device.type == "cpu" and native_library() is not None else "torch"
+    if device.type == "cpu":
+        return "native" if native_library() is not None else "torch"
+    return "triton" if triton_runs_on(device) else "torch"
+
+
+def _all_contiguous(tensors: tuple[torch.Tensor | None, ...]) -> bool:
+    return all(tensor is None or tensor.is_contiguous() for tensor in tensors)
 
 
 def uses_native(*tensors: torch.Tensor | None) -> bool:
     """Whether the native kernels take these tensors: on the CPU, and contiguous where they are given."""
-    given = [tensor for tensor in tensors if tensor is not None]
-    if any(tensor.device.type != "cpu" or not tensor.is_contiguous() for tensor in given):
-        return False
-    return backend_for(given[0].device) == "native"
+    device = tensors[0].device
+    return device.type == "cpu" and backend_for(device) == "native" and _all_contiguous(tensors)
+
+
+def uses_triton(*tensors: torch.Tensor | None) -> bool:
+    """Whether the Triton kernels take these tensors: where Triton runs, and contiguous where they are given."""
+    device = tensors[0].device
+    return backend_for(device) == "triton" and triton_runs_on(device) and _all_contiguous(tensors)
 
 
 def instruction_set() -> int:
@@ -61,7 +74,7 @@ def instruction_set() -> int:
 
 def describe_backend(device: torch.device) -> str:
     """One line for people: which path the kernels take on `device`."""
-    if backend_for(device) == "torch":
-        return f"torch kernels on {device.type}"
+    if backend_for(device) != "native":
+        return f"{backend_for(device)} kernels on {device.type}"
     names = {AVX512_VNNI: "AVX-512 VNNI", AVX2: "AVX2"}
     return f"native kernels on {device.type}, {names.get(instruction_set(), 'portable')}"

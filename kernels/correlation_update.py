@@ -10,19 +10,28 @@ from __future__ import annotations
 
 import torch
 
+from .backend import uses_triton
+from .correlation_triton import triton_correlation_update
 from .groups import group_lengths, split_groups
 from .packing import unpack_trits
 
 STRENGTH = 4.0
 
 
+def naive_correlation_update(
+    packed: torch.Tensor, corr_accum: torch.Tensor, step_counter: torch.Tensor, dW: torch.Tensor, group_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    agreement = dW.sign().to(torch.int8) * unpack_trits(packed, dW.shape[1])
+    votes = split_groups(agreement, group_size).sum(-1, dtype=torch.int64)
+    return corr_accum - votes, step_counter + 1
+
+
 def correlation_update(
     packed: torch.Tensor, corr_accum: torch.Tensor, step_counter: torch.Tensor, dW: torch.Tensor, group_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Count one micro-batch's vote. dW: float32 (N, K). Returns the new corr_accum, step_counter."""
-    agreement = dW.sign().to(torch.int8) * unpack_trits(packed, dW.shape[1])
-    votes = split_groups(agreement, group_size).sum(-1, dtype=torch.int64)
-    return corr_accum - votes, step_counter + 1
+    update = triton_correlation_update if uses_triton(packed, corr_accum, dW) else naive_correlation_update
+    return update(packed, corr_accum, step_counter, dW, group_size)
 
 
 def correlation_octaves(corr_accum: torch.Tensor, step_counter: torch.Tensor, columns: int, group_size: int):

@@ -11,18 +11,24 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .backend import backend_for, instruction_set, uses_native
-from .int8_matmul import naive_int8_matmul
+from .backend import backend_for, instruction_set, uses_native, uses_triton
+from .int8_matmul import int8_matmul, naive_int8_matmul
+from .matvec_triton import triton_packed_matvec
 from .native_library import native_library, pointer
+from .packing import unpack_trits
 from .quantise import naive_quantise_tokens, quantise_tokens
 
 ROWS, COLUMNS = 16, 16  # of a chunk
+PACKED_TOKENS = 16  # up to so many, Triton multiplies with the packed bytes as they are
 MATVEC_TOKENS = 8  # matvec.h: up to so many the weights are read once, beyond they are unpacked tile by tile
 
 
-def decodes_natively(device: torch.device) -> bool:
-    """Whether there is a kernel here that this layout was made for."""
-    return device.type == "cpu" and backend_for(device) == "native" and instruction_set() > 0
+def decoding_form(packed: torch.Tensor, columns: int) -> torch.Tensor:
+    """packed uint8 (N, ceil(K / 5)) -> what `decode_linear` reads fastest here, to be made once: the decode layout for
+    the native kernels, the packed bytes themselves for Triton, trits int8 (N, K) for torch."""
+    if packed.device.type == "cpu" and backend_for(packed.device) == "native" and instruction_set():
+        return to_decode_layout(unpack_trits(packed, columns))
+    return packed if uses_triton(packed) else unpack_trits(packed, columns)
 
 
 def to_decode_layout(trits: torch.Tensor) -> torch.Tensor:
@@ -51,8 +57,20 @@ def naive_decode_linear(
     return naive_int8_matmul(codes, trits, token_scale, row_scale)
 
 
-def decode_linear(values: torch.Tensor, layout: torch.Tensor, num_rows: int, row_scale: torch.Tensor) -> torch.Tensor:
-    """Quantised activations times ternary weights: float32 (M, K), row_scale float32 (N,) -> float32 (M, N)."""
+def decode_linear(values: torch.Tensor, weight: torch.Tensor, num_rows: int, row_scale: torch.Tensor) -> torch.Tensor:
+    """Quantised activations times ternary weights: float32 (M, K), a weight as `decoding_form` makes it, row_scale
+    float32 (N,) -> float32 (M, N)."""
+    if weight.dim() == 3:
+        return _layout_linear(values, weight, num_rows, row_scale)
+    codes, token_scale = quantise_tokens(values)
+    if weight.dtype == torch.int8:
+        return int8_matmul(codes, weight, token_scale, row_scale, trits=True)
+    if len(values) <= PACKED_TOKENS and uses_triton(codes, weight, token_scale, row_scale):
+        return triton_packed_matvec(codes, weight, token_scale, row_scale)
+    return int8_matmul(codes, unpack_trits(weight, values.shape[1]), token_scale, row_scale, trits=True)
+
+
+def _layout_linear(values: torch.Tensor, layout: torch.Tensor, num_rows: int, row_scale: torch.Tensor) -> torch.Tensor:
     instructions = instruction_set()
     if not instructions or not values.numel() or not uses_native(values, layout, row_scale):
         return naive_decode_linear(values, layout, num_rows, row_scale)

@@ -9,12 +9,55 @@ from __future__ import annotations
 
 import torch
 
+from .backend import uses_triton
+from .flip_triton import triton_flip_fold, triton_flip_update
 from .groups import split_groups
 from .packing import pack_trits, unpack_trits
 
 
 def _vote(accum: torch.Tensor, votes: torch.Tensor) -> torch.Tensor:
     return (accum.to(torch.int16) - votes).clamp_(-127, 127).to(torch.int8)
+
+
+def naive_flip_fold(
+    packed: torch.Tensor,
+    T_accum: torch.Tensor,
+    E_accum: torch.Tensor,
+    dW: torch.Tensor,
+    group_size: int,
+    scale_votes: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    signs = dW.sign().to(torch.int8)
+    T_accum = _vote(T_accum, signs)
+    if scale_votes:
+        agreement = signs * unpack_trits(packed, dW.shape[1])
+        E_accum = _vote(E_accum, split_groups(agreement, group_size).sum(-1, dtype=torch.int32).sign())
+    return T_accum, E_accum
+
+
+def naive_flip_update(
+    packed: torch.Tensor,
+    E: torch.Tensor,
+    T_accum: torch.Tensor,
+    E_accum: torch.Tensor,
+    dW: torch.Tensor,
+    group_size: int,
+    threshold: int = 32,
+    scale_votes: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    T_accum, E_accum = naive_flip_fold(packed, T_accum, E_accum, dW, group_size, scale_votes)
+    trits = unpack_trits(packed, dW.shape[1])
+    moved = T_accum.abs() >= threshold
+    new_trits = torch.where(moved, (trits + T_accum.sign()).clamp_(-1, 1), trits)
+    scaled = E_accum.abs() >= threshold
+    new_E = torch.where(scaled, (E.to(torch.int16) + E_accum.sign()).clamp_(-128, 127), E).to(torch.int8)
+    return (
+        pack_trits(new_trits),
+        new_E,
+        T_accum.masked_fill(moved, 0),
+        E_accum.masked_fill(scaled, 0),
+        (new_trits != trits).sum(),
+    )
 
 
 def flip_fold(
@@ -26,12 +69,8 @@ def flip_fold(
     scale_votes: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Collect the votes of one micro-batch. dW: float32 (N, K). Returns the new T_accum, E_accum."""
-    signs = dW.sign().to(torch.int8)
-    T_accum = _vote(T_accum, signs)
-    if scale_votes:
-        agreement = signs * unpack_trits(packed, dW.shape[1])
-        E_accum = _vote(E_accum, split_groups(agreement, group_size).sum(-1, dtype=torch.int32).sign())
-    return T_accum, E_accum
+    fold = triton_flip_fold if uses_triton(packed, T_accum, E_accum, dW) else naive_flip_fold
+    return fold(packed, T_accum, E_accum, dW, group_size, scale_votes)
 
 
 def flip_update(
@@ -49,16 +88,5 @@ def flip_update(
     packed: uint8 (N, ceil(K/5)); threshold in votes, 1..127; scale_votes: whether this step votes on E. Returns the
     new packed, E, T_accum, E_accum and the number of changed trits, an int64 scalar.
     """
-    T_accum, E_accum = flip_fold(packed, T_accum, E_accum, dW, group_size, scale_votes)
-    trits = unpack_trits(packed, dW.shape[1])
-    moved = T_accum.abs() >= threshold
-    new_trits = torch.where(moved, (trits + T_accum.sign()).clamp_(-1, 1), trits)
-    scaled = E_accum.abs() >= threshold
-    new_E = torch.where(scaled, (E.to(torch.int16) + E_accum.sign()).clamp_(-128, 127), E).to(torch.int8)
-    return (
-        pack_trits(new_trits),
-        new_E,
-        T_accum.masked_fill(moved, 0),
-        E_accum.masked_fill(scaled, 0),
-        (new_trits != trits).sum(),
-    )
+    update = triton_flip_update if uses_triton(packed, E, T_accum, E_accum, dW) else naive_flip_update
+    return update(packed, E, T_accum, E_accum, dW, group_size, threshold, scale_votes)

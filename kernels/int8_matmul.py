@@ -8,18 +8,24 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .backend import instruction_set, uses_native
+from .backend import instruction_set, uses_native, uses_triton
 from .native_library import AVX512_VNNI, native_library, pointer
+from .quantise_triton import triton_scale_sums
 
 TRIT_OFFSET, INT8_OFFSET = 1, 128  # what makes a column operand unsigned, as the CPU's instructions want it
 _CUDA_MULTIPLE, _CUDA_LEAST_ROWS = 8, 17  # what torch._int_mm asks for there
 
 
+def _with_own_strides(matrix: torch.Tensor) -> torch.Tensor:
+    """A single row or column taken from a transposed matrix counts as contiguous whatever its strides, and the CPU's
+    GEMM then reads beyond it."""
+    return matrix.reshape(-1).view(matrix.shape) if 1 in matrix.shape else matrix
+
+
 def _library_matmul(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     """int8 (R, K) @ int8 (K, C) -> int32 (R, C) through the vendor's GEMM, padded where it wants round sizes."""
     if not rows.is_cuda:
-        # one row of a transposed matrix counts as contiguous with a stride of 1, which the CPU's GEMM misreads
-        return torch._int_mm(rows.reshape(-1).view(rows.shape), columns)
+        return torch._int_mm(_with_own_strides(rows), _with_own_strides(columns))
     (R, K), C = rows.shape, columns.shape[1]
     pad_k, pad_c = -K % _CUDA_MULTIPLE, -C % _CUDA_MULTIPLE
     padded = torch._int_mm(
@@ -52,6 +58,9 @@ def int8_matmul(
 
     trits: the columns hold nothing but -1, 0 and 1.
     """
+    if rows.numel() and columns.numel() and uses_triton(rows, columns, row_scale, column_scale):
+        sums = _library_matmul(rows, columns if transposed else columns.T)
+        return triton_scale_sums(sums, row_scale, column_scale)
     instructions = instruction_set()
     usable = instructions and (trits or instructions >= AVX512_VNNI) and rows.numel() and columns.numel()
     if not usable or not uses_native(rows, columns, row_scale, column_scale):

@@ -14,6 +14,8 @@ from __future__ import annotations
 import torch
 
 from .exponents import QUARTERS, power_table
+from .momentum_format import BLOCK as _BLOCK
+from .momentum_format import CLIP_RMS, MAX_UPDATE, UPDATE_STEPS
 from .triton_support import (
     ceil_div,
     clamp,
@@ -31,12 +33,9 @@ from .triton_support import (
     uniform_low,
 )
 
-CLIP_RMS = 2.5
-MAX_UPDATE = 2.0
-UPDATE_STEPS = 1024.0
-BLOCK = constexpr(64)
+BLOCK = constexpr(_BLOCK)
 _ABSMAX, _TOTAL, _POWER, _FLIPS = map(constexpr, range(4))  # places in the int64 scalars
-_TILE_ROWS, _MOVE_ROWS, _MOVE_BYTES, _SCALES = 32, 16, 64, 1024
+_TILE_ROWS, _MOVE_ROWS, _MOVE_BYTES, _SCALES = 32, 8, 64, 1024
 
 
 @jit

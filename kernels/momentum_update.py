@@ -13,54 +13,17 @@ the order of summation: every backend gives the same bits for the same dW and ke
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch.autograd.graph import increment_version
 
-from .backend import uses_native
+from .backend import uses_native, uses_triton
 from .exponents import QUARTERS, fixed_point_scale, power_of_two, power_table, quarter_octaves_covering
 from .groups import group_lengths, split_groups, spread_groups
+from .momentum_format import BLOCK, CLIP_RMS, MAX_UPDATE, STATISTIC_BITS, UPDATE_LIMIT, UPDATE_STEPS, MomentumFormat
+from .momentum_triton import triton_momentum_fold, triton_momentum_update
 from .native_library import native_library, pointer
 from .packing import pack_trits, unpack_trits
 from .random_bits import random_bits, uniform_from_high_bits, uniform_from_low_bits
-
-BLOCK = 64
-CLIP_RMS = 2.5
-MAX_UPDATE = 2.0
-STATISTIC_BITS = 15
-UPDATE_STEPS = 1024.0
-UPDATE_LIMIT = 31.0
-
-
-@dataclass(frozen=True)
-class MomentumFormat:
-    """How residual and momentum share one integer per weight."""
-
-    bits: int = 4
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return {4: torch.uint8, 8: torch.int16}[self.bits]
-
-    @property
-    def cell(self) -> int:
-        """Residual steps per cell of the latent line."""
-        return 2**self.bits
-
-    @property
-    def levels(self) -> int:
-        """Largest momentum code."""
-        return 2 ** (self.bits - 1) - 1
-
-    def split(self, accum: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """accum (N, K) -> residual, momentum code: signed integers (N, K)."""
-        signed = accum.view(torch.int8) if self.bits == 4 else accum
-        return (signed << self.bits) >> self.bits, signed >> self.bits
-
-    def join(self, residual: torch.Tensor, momentum: torch.Tensor) -> torch.Tensor:
-        joined = (momentum << self.bits) | (residual & (self.cell - 1))
-        return joined.view(torch.uint8) if self.bits == 4 else joined
 
 
 def _sum_in_tree(blocks: torch.Tensor) -> torch.Tensor:
@@ -194,6 +157,10 @@ def momentum_fold(
         )
         increment_version((accum, accum_exp))
         return
+    if uses_triton(accum, accum_exp, dW):
+        triton_momentum_fold(accum, accum_exp, dW, key, beta, decay, bits)
+        increment_version((accum, accum_exp))
+        return
     new_accum, new_exp = naive_momentum_fold(accum, accum_exp, dW, key, beta, decay, bits)
     accum.copy_(new_accum)
     accum_exp.copy_(new_exp)
@@ -230,6 +197,10 @@ def momentum_update(
         )
         increment_version((packed, accum, accum_exp))
         return torch.tensor(flips)
+    if uses_triton(packed, accum, accum_exp, dW):
+        flips = triton_momentum_update(packed, accum, accum_exp, dW, key, lr, beta, micro_batches, bits)
+        increment_version((packed, accum, accum_exp))
+        return flips
     *state, flips = naive_momentum_update(packed, accum, accum_exp, dW, key, lr, beta, micro_batches, bits)
     for tensor, new in zip((packed, accum, accum_exp), state, strict=True):
         tensor.copy_(new)

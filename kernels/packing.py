@@ -12,8 +12,9 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
-from .backend import uses_native
+from .backend import uses_native, uses_triton
 from .native_library import native_library, pointer
+from .packing_triton import triton_unpack_trits
 
 TRITS_PER_BYTE = 5
 LARGEST_BYTE = 3**TRITS_PER_BYTE - 1
@@ -51,6 +52,8 @@ def naive_unpack_trits(packed: torch.Tensor, num_trits: int, dtype: torch.dtype 
 
 def unpack_trits(packed: torch.Tensor, num_trits: int, dtype: torch.dtype = torch.int8) -> torch.Tensor:
     """uint8 (..., nb) -> `dtype` (..., num_trits) in {-1, 0, 1}."""
+    if packed.numel() and uses_triton(packed):
+        return triton_unpack_trits(packed, num_trits, dtype)
     if dtype != torch.int8 or packed.dim() != 2 or not packed.numel() or not uses_native(packed):
         return naive_unpack_trits(packed, num_trits, dtype)
     trits = torch.empty(len(packed), num_trits, dtype=torch.int8)

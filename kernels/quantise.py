@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import torch
 
-from .backend import uses_native
+from .backend import uses_native, uses_triton
 from .native_library import native_library, pointer
+from .quantise_triton import triton_quantise_gradient, triton_quantise_tokens
 from .random_bits import random_bits, uniform_from_high_bits, uniform_from_low_bits
 
 LEVELS = 127
@@ -37,6 +38,8 @@ def naive_quantise_tokens(values: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
 
 def quantise_tokens(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """float32 (M, K) -> codes int8 (M, K), scale float32 (M,): values ~ codes * scale, rounded to nearest."""
+    if values.numel() and uses_triton(values):
+        return triton_quantise_tokens(values)
     if not uses_native(values) or not values.numel():
         return naive_quantise_tokens(values)
     codes, scale = torch.empty_like(values, dtype=torch.int8), values.new_empty(len(values))
@@ -64,6 +67,8 @@ def quantise_gradient(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """float32 (M, N), with factors float32 (N,) and (M,) -> gradient * column_factor as int8 (M, N) with scale (M,),
     and gradient * row_factor as int8 (N, M), transposed, with scale (N,). Without a row_factor the second is None."""
+    if gradient.numel() and uses_triton(gradient, column_factor, row_factor):
+        return triton_quantise_gradient(gradient, column_factor, row_factor)
     if not uses_native(gradient, column_factor, row_factor) or not gradient.numel():
         return naive_quantise_gradient(gradient, column_factor, row_factor)
     tokens, columns = gradient.shape

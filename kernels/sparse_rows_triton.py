@@ -15,8 +15,9 @@ import torch
 
 from .exponents import QUARTERS, power_of_two
 from .groups import spread_groups
+from .momentum_format import BLOCK, MomentumFormat
 from .momentum_triton import triton_momentum_update
-from .momentum_update import BLOCK, MomentumFormat, fold_momentum, move_weights, normalise
+from .momentum_update import fold_momentum, move_weights, normalise
 from .packing import pack_trits, unpack_trits
 from .random_bits import _GOLDEN, _mix, _signed, uniform_from_high_bits, uniform_from_low_bits
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from .groups import num_groups
-from .momentum_update import BLOCK, MomentumFormat
+from .momentum_format import BLOCK, MomentumFormat
 from .packing import packed_width
 
 

@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from arb_kernels.groups import spread_groups
-from arb_kernels.packing import unpack_trits
+from arb_kernels.scaled_rows import gather_rows
 
 from .ternary_matrix import TernaryMatrix
 
@@ -42,9 +41,7 @@ class TernaryEmbedding(TernaryMatrix):
         """Decode only the rows asked for, unless the whole table is smaller."""
         if ids.numel() >= self.rows:
             return F.embedding(ids, self.effective_weight(dtype))
-        trits = unpack_trits(self.T_packed[ids], self.columns, torch.float32)
-        scale = self.scale()[ids.flatten()]
-        return (trits * spread_groups(scale, self.group_size, self.columns).view(*ids.shape, -1)).to(dtype)
+        return gather_rows(self.T_packed, ids, self.columns, self.scale()[ids], self.group_size, dtype)
 
     def forward(self, ids: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         anchor = torch.empty(0, device=ids.device, requires_grad=True)

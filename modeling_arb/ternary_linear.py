@@ -88,9 +88,5 @@ class TernaryLinear(TernaryMatrix, nn.Linear):
         """The same result from weights that are laid out once: what evaluation and generation run."""
         weight, scale = self.inference_weight()
         values = x.reshape(-1, self.columns).float()
-        if weight.dtype == torch.uint8:
-            y = decode_linear(values, weight, self.rows, scale)
-        else:
-            codes, token_scale = quantise_tokens(values)
-            y = int8_matmul(codes, weight, token_scale, scale, trits=True)
+        y = decode_linear(values, weight, self.rows, scale)
         return y.to(x.dtype).view(*x.shape[:-1], self.rows)

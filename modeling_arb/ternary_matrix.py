@@ -11,10 +11,11 @@ from transformers import initialization as init
 from transformers.utils import logging
 
 from arb_kernels.correlation_update import correlation_octaves
-from arb_kernels.decode_layout import decodes_natively, to_decode_layout
+from arb_kernels.decode_layout import decoding_form
 from arb_kernels.exponents import EIGHTHS, power_of_two
-from arb_kernels.groups import num_groups, spread_groups
+from arb_kernels.groups import num_groups
 from arb_kernels.packing import TRITS_PER_BYTE, packed_width, unpack_trits
+from arb_kernels.scaled_rows import effective_weight
 from arb_kernels.state_layout import StateTensor, state_layout
 
 logger = logging.get_logger(__name__)
@@ -113,15 +114,13 @@ class TernaryMatrix(nn.Module):
         tensors = [getattr(self, name) for name in self.inference_tensors]
         versions = [(id(tensor), tensor._version) for tensor in tensors]
         if self._decoded is None or self._decoded.versions != versions:
-            trits = self.trits()
-            weight = to_decode_layout(trits) if decodes_natively(trits.device) else trits
+            weight = decoding_form(self.T_packed, self.columns)
             self._decoded = DecodedWeight(versions, tensors, weight, self.scale().flatten())
         return self._decoded.weight, self._decoded.scale
 
     def effective_weight(self, dtype: torch.dtype) -> torch.Tensor:
         """(rows, columns): W_eff = S * T, a transient made for one matmul."""
-        trits = self.trits(torch.float32)
-        return (trits * spread_groups(self.scale(), self.group_size, self.columns)).to(dtype)
+        return effective_weight(self.T_packed, self.columns, self.scale(), self.group_size, dtype)
 
     @torch.no_grad()
     def hand_over(self, dW: torch.Tensor) -> None:

@@ -3,12 +3,14 @@
 import pytest
 import torch
 
-from arb_kernels.momentum_update import MomentumFormat
+from arb_kernels.momentum_format import MomentumFormat
 from arb_kernels.native_library import native_library
 from arb_kernels.packing import pack_trits
+from arb_kernels.triton_support import triton_runs_on
 
 NOT_BUILT = pytest.mark.skipif(native_library() is None, reason="the native kernels were not built here")
-BACKENDS = ["torch", pytest.param("native", marks=NOT_BUILT)]
+NO_TRITON = pytest.mark.skipif(not triton_runs_on(torch.device("cpu")), reason="triton cannot be interpreted here")
+BACKENDS = ["torch", pytest.param("native", marks=NOT_BUILT), pytest.param("triton", marks=NO_TRITON)]
 ERROR_RATIO = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 6e-3}
 
 

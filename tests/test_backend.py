@@ -5,9 +5,13 @@ import sys
 
 import pytest
 import torch
+from helpers import BACKENDS, assert_same
 
 from arb_kernels import backend, native_library
 from arb_kernels.backend import backend_for, describe_backend, use_backend, uses_native
+from configuration_arb import preset_config
+from modeling_arb import ArbForCausalLM
+from training_arb.integer_optimizer import IntegerOptimizer
 
 CPU = torch.device("cpu")
 HIDDEN = """
@@ -69,3 +73,34 @@ def test_training_works_without_the_library():
 
 def test_strided_tensors_take_the_reference():
     assert not uses_native(torch.zeros(4, 4).T)
+
+
+def train_a_little(rule, group_size):
+    """Two accumulated steps, an evaluation and a lookup of few ids: every kernel behind a public name."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 10, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 12}
+    shape |= {"qk_nope_head_dim": 3, "qk_rope_head_dim": 2, "v_head_dim": 5}
+    model = ArbForCausalLM(preset_config("arb-tiny", update_rule=rule, group_size=group_size, **shape))
+    optimizer = IntegerOptimizer(model, lr=0.3)
+    for last in (False, True):
+        ids = torch.randint(0, 256, (1, 6))
+        optimizer.last_micro_batch = last
+        model(ids, labels=ids).loss.backward()
+        if last:
+            optimizer.step()
+    with torch.no_grad():
+        logits = model(torch.randint(0, 256, (1, 4))).logits, model(torch.randint(0, 256, (1, 18))).logits
+    return dict(model.state_dict()), logits
+
+
+@pytest.mark.parametrize("rule, group_size", [("momentum", 0), ("flip", 8), ("correlation", 8), ("flip", 0)])
+@pytest.mark.parametrize("name", BACKENDS[1:])
+def test_a_model_trains_to_the_same_bits_on_every_backend(name, rule, group_size):
+    with use_backend("torch"):
+        expected, expected_logits = train_a_little(rule, group_size)
+    with use_backend(name):
+        state, logits = train_a_little(rule, group_size)
+    for tensor in expected:
+        assert_same(tensor, expected[tensor], state[tensor])
+    for ref, out in zip(expected_logits, logits, strict=True):
+        assert torch.equal(ref, out)

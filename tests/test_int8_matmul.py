@@ -7,7 +7,18 @@ from helpers import BACKENDS, NOT_BUILT, random_trits, shapes
 from arb_kernels.backend import instruction_set, use_backend
 from arb_kernels.int8_matmul import int8_matmul
 
-SIZES = shapes((1, 1, 1), (5, 17, 3), (12, 32, 64), (13, 33, 66), (100, 47, 129), (7, 517, 51), (493, 31, 40))
+SIZES = shapes(
+    (1, 1, 1),
+    (9, 5, 1),
+    (9, 1, 5),
+    (1, 9, 5),
+    (5, 17, 3),
+    (12, 32, 64),
+    (13, 33, 66),
+    (100, 47, 129),
+    (7, 517, 51),
+    (493, 31, 40),
+)
 
 
 def operands(R, C, K, trits):

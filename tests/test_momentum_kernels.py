@@ -12,7 +12,7 @@ SHAPES = shapes((1, 1), (3, 5), (33, 100), (64, 128), (47, 257), (300, 513))
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("rows, columns", SHAPES)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", BACKENDS[:2])  # Triton has tests of its own
 def test_in_place_kernels_equal_the_reference(backend, rows, columns, bits):
     """Over steps of growing and shrinking gradients, dead rows and columns, one and more micro-batches."""
     state = list(random_momentum_state(rows, columns, bits))

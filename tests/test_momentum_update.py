@@ -7,8 +7,8 @@ import pytest
 import torch
 from helpers import assert_same, random_gradient, random_momentum_state, random_trits, shapes
 
+from arb_kernels.momentum_format import MomentumFormat
 from arb_kernels.momentum_update import (
-    MomentumFormat,
     move_weights,
     naive_momentum_fold,
     naive_momentum_update,
