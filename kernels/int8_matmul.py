@@ -77,6 +77,5 @@ def int8_matmul(
         pointer(row_scale),
         pointer(column_scale),
         pointer(out),
-        None,
     )
     return out

@@ -22,7 +22,7 @@ _SIGNATURES = {
     "arb_quantise_tokens": (None, [_POINTER] + [_LONG] * 2 + [_POINTER] * 2),
     "arb_quantise_gradient": (None, [_POINTER] + [_LONG] * 2 + [_POINTER] * 6),
     "arb_unpack_trits": (None, [_POINTER] + [_LONG] * 2 + [_POINTER]),
-    "arb_int8_matmul": (None, [_INT] + [_POINTER] * 2 + [_INT] * 2 + [_LONG] * 3 + [_POINTER] * 4),
+    "arb_int8_matmul": (None, [_INT] + [_POINTER] * 2 + [_INT] * 2 + [_LONG] * 3 + [_POINTER] * 3),
     "arb_two_bit_matmul": (None, [_INT] + [_POINTER] * 2 + [_LONG] * 3 + [_POINTER] * 3),
     "arb_two_bit_matvec": (None, [_INT] + [_POINTER] * 2 + [_LONG] * 3 + [_POINTER] * 2),
     "arb_read_memory": (_LONG, [_POINTER, _LONG]),

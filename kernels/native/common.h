@@ -15,6 +15,9 @@
 #endif
 #define ARB_API extern "C" __attribute__((visibility("default")))
 
+// What arb_instruction_set returns and the matmuls take (native_library.py has the same numbers).
+enum InstructionSet { AVX2_ONLY = 1, AVX512_VNNI = 2 };
+
 // Below this many elements a second thread costs more than it brings.
 constexpr int64_t PARALLEL_FROM = 1 << 15;
 

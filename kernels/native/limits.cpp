@@ -61,8 +61,8 @@ ARB_API int64_t arb_multiply_registers(int isa, int64_t rounds) {
     int32_t sum = 0;
 #pragma omp parallel reduction(+ : operations) reduction(^ : sum)
     {
-        sum ^= isa == 2 ? multiply_avx512(rounds) : multiply_avx2(rounds);
-        operations += rounds * (isa == 2 ? 16 * 64 : 8 * 32) * 2;
+        sum ^= isa == AVX512_VNNI ? multiply_avx512(rounds) : multiply_avx2(rounds);
+        operations += rounds * (isa == AVX512_VNNI ? 16 * 64 : 8 * 32) * 2;
     }
     return sum == 1 ? operations + 1 : operations;
 }

@@ -1,4 +1,4 @@
-// int8 matmuls with int32 sums and a scaling epilogue: out[r, c] = sum_k rows[r, k] * columns[c, k] * row_scale[r] * column_scale[c].
+// int8 matmuls with int32 sums: out[r, c] = (sum_k rows[r, k] * columns[c, k]) * row_scale[r] * column_scale[c].
 //
 // One operand stays in its row-major int8 form and is broadcast four bytes at a time; the other is laid out in panels of
 // 16 columns x 4 depths, as unsigned bytes (value + offset): offset 1 for trits, 128 for any int8. The instruction
@@ -25,10 +25,9 @@ struct Matmul {
     Source source;
     int64_t R, C, K, steps;  // steps: groups of four depths
     int offset;
-    const float* row_scale;     // (R) or null
+    const float* row_scale;     // (R)
     const float* column_scale;  // (C) or null
-    float* out;                 // (R, C), null for int32 sums
-    int32_t* sums;              // (R, C)
+    float* out;                 // (R, C)
 };
 
 ARB_CLONES int32_t sum_row(const int8_t* row, int64_t K) {
@@ -122,9 +121,7 @@ void fill_panel(const Matmul& m, int64_t c0, uint8_t* panel) {
 AVX512 inline void store_lanes(const Matmul& m, int64_t r, int64_t c, __m512i sum, int32_t row_sum) {
     const __mmask16 mask = m.C - c >= LANES ? 0xFFFF : (__mmask16)((1u << (m.C - c)) - 1);
     sum = _mm512_sub_epi32(sum, _mm512_set1_epi32(m.offset * row_sum));
-    if (!m.out) return _mm512_mask_storeu_epi32(m.sums + r * m.C + c, mask, sum);
-    __m512 value = _mm512_cvtepi32_ps(sum);
-    if (m.row_scale) value = _mm512_mul_ps(value, _mm512_set1_ps(m.row_scale[r]));
+    __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(m.row_scale[r]));
     if (m.column_scale) value = _mm512_mul_ps(value, _mm512_maskz_loadu_ps(mask, m.column_scale + c));
     _mm512_mask_storeu_ps(m.out + r * m.C + c, mask, value);
 }
@@ -165,13 +162,7 @@ AVX2 inline void store_half(const Matmul& m, int64_t r, int64_t c, __m256i sum, 
     alignas(32) int32_t lanes[8];
     _mm256_store_si256((__m256i*)lanes, sum);
     for (int64_t i = 0; i < 8 && c + i < m.C; ++i) {
-        const int32_t exact = lanes[i] - m.offset * row_sum;
-        if (!m.out) {
-            m.sums[r * m.C + c + i] = exact;
-            continue;
-        }
-        float value = (float)exact;
-        if (m.row_scale) value *= m.row_scale[r];
+        float value = (float)(lanes[i] - m.offset * row_sum) * m.row_scale[r];
         if (m.column_scale) value *= m.column_scale[c + i];
         m.out[r * m.C + c + i] = value;
     }
@@ -246,7 +237,7 @@ void multiply(const Matmul& m, int isa) {
             for (int64_t tile = first; tile < tiles && tile < first + TILES_PER_TASK; ++tile) {
                 const int64_t r = tile * TILE_ROWS, count = m.R - r < TILE_ROWS ? m.R - r : TILE_ROWS;
                 const int8_t* packed = (int8_t*)rows.get() + tile * tile_bytes;
-                if (isa == 2) {
+                if (isa == AVX512_VNNI) {
                     tile_of<TILE_ROWS>(count, m, r, c, packed, left, right, row_sums.data());
                     continue;
                 }
@@ -259,28 +250,26 @@ void multiply(const Matmul& m, int isa) {
 
 }  // namespace
 
-// 2: AVX-512 with VNNI; 1: AVX2; 0: neither, and no matmul here.
+// AVX512_VNNI, AVX2_ONLY, or 0: neither, and no matmul here.
 ARB_API int arb_instruction_set() {
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
-        return 2;
-    return __builtin_cpu_supports("avx2") ? 1 : 0;
+        return AVX512_VNNI;
+    return __builtin_cpu_supports("avx2") ? AVX2_ONLY : 0;
 }
 
-// columns: int8 (C, K), or (K, C) if `transposed`. One of out and sums is null. AVX2 takes trits (offset 1) only.
+// columns: int8 (C, K), or (K, C) if `transposed`. column_scale may be null. AVX2 takes trits (offset 1) only.
 ARB_API void arb_int8_matmul(int isa, const int8_t* rows, const int8_t* columns, int transposed, int offset, int64_t R,
-                             int64_t C, int64_t K, const float* row_scale, const float* column_scale, float* out,
-                             int32_t* sums) {
-    multiply({rows, (const uint8_t*)columns, transposed ? TRANSPOSED : ROW_MAJOR, R, C, K, (K + 3) / 4, offset,
-              row_scale, column_scale, out, sums},
-             isa);
+                             int64_t C, int64_t K, const float* row_scale, const float* column_scale, float* out) {
+    const Source source = transposed ? TRANSPOSED : ROW_MAJOR;
+    multiply({rows, (const uint8_t*)columns, source, R, C, K, (K + 3) / 4, offset, row_scale, column_scale, out}, isa);
 }
 
 // codes int8 (M, K) against the decode layout of N weight rows (decode_layout.py).
 ARB_API void arb_two_bit_matmul(int isa, const int8_t* codes, const uint8_t* layout, int64_t M, int64_t N, int64_t K,
                                 const float* token_scale, const float* row_scale, float* out) {
     const int64_t steps = (K + 15) / 16 * 4;
-    multiply({codes, layout, TWO_BIT, M, N, K, steps, 1, token_scale, row_scale, out, nullptr}, isa);
+    multiply({codes, layout, TWO_BIT, M, N, K, steps, 1, token_scale, row_scale, out}, isa);
 }
 
 // The same for at most MATVEC_ROWS tokens, from float activations: one call a layer, as generation makes thousands.

@@ -67,7 +67,7 @@ void block(int64_t count, int isa, const int8_t* rows, int64_t stride, const uin
            int32_t* sums) {
     if constexpr (ROWS > 0) {
         if (count < ROWS) return block<ROWS - 1>(count, isa, rows, stride, layout, chunks, sums);
-        if (isa == 2) return block_avx512<ROWS>(rows, stride, layout, chunks, sums);
+        if (isa == AVX512_VNNI) return block_avx512<ROWS>(rows, stride, layout, chunks, sums);
         block_avx2<ROWS>(rows, stride, layout, chunks, sums);
     }
 }
