@@ -2,8 +2,8 @@
 
 cpu_matvec    decode_linear at a batch of at most 8, weights from DRAM; limit: DRAM bandwidth at 2 bits a weight
 cpu_matmul    decode_linear at larger batches; limit: the int8 dot-product instruction from registers
-cpu_update    momentum_update, gradient and state from DRAM; limit: reading and writing each of them once
-cpu_quantise  quantise_tokens, activations from DRAM; limit: reading floats and writing codes once
+cpu_update    momentum_update, gradient and state from DRAM; limit: reading each of them once
+cpu_quantise  quantise_tokens, activations from DRAM; limit: reading them once
 
 Peers: torch F.linear in fp32 and bf16, torch._int_mm (on codes that are ready), fused AdamW, and ggml's TQ1_0 and TQ2_0
 where scripts/build_ggml_peer.sh has built them. An operation is one multiply or one add. A limit is the best of the

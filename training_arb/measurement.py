@@ -96,7 +96,7 @@ class Limits:
     int8_gops: float | None = None
 
     def gops(self, operations: float, dram_bytes: float) -> float | None:
-        """The most operations (a multiply or an add is one) in 1e9/s for work that must read or write `dram_bytes`."""
+        """The most operations (a multiply or an add is one) in 1e9/s for work that must read `dram_bytes`."""
         if self.dram_gb_per_s is None or self.int8_gops is None:
             return None
         return min(self.dram_gb_per_s * operations / dram_bytes, self.int8_gops)
