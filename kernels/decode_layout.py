@@ -16,7 +16,7 @@ from .int8_matmul import int8_matmul, naive_int8_matmul
 from .matvec_triton import triton_packed_matvec
 from .native_library import native_library, pointer
 from .packing import unpack_trits
-from .quantise import naive_quantise_tokens, quantise_tokens
+from .quantise import quantise_tokens
 
 ROWS, COLUMNS = 16, 16  # of a chunk
 PACKED_TOKENS = 16  # up to so many, Triton multiplies with the packed bytes as they are
@@ -49,14 +49,6 @@ def from_decode_layout(layout: torch.Tensor, N: int, K: int) -> torch.Tensor:
     return codes.reshape(len(layout) * ROWS, -1)[:N, :K].to(torch.int8) - 1
 
 
-def naive_decode_linear(
-    values: torch.Tensor, layout: torch.Tensor, num_rows: int, row_scale: torch.Tensor
-) -> torch.Tensor:
-    codes, token_scale = naive_quantise_tokens(values)
-    trits = from_decode_layout(layout, num_rows, values.shape[1])
-    return naive_int8_matmul(codes, trits, token_scale, row_scale)
-
-
 def decode_linear(values: torch.Tensor, weight: torch.Tensor, num_rows: int, row_scale: torch.Tensor) -> torch.Tensor:
     """Quantised activations times ternary weights: float32 (M, K), a weight as `decoding_form` makes it, row_scale
     float32 (N,) -> float32 (M, N)."""
@@ -71,18 +63,28 @@ def decode_linear(values: torch.Tensor, weight: torch.Tensor, num_rows: int, row
 
 
 def _layout_linear(values: torch.Tensor, layout: torch.Tensor, num_rows: int, row_scale: torch.Tensor) -> torch.Tensor:
-    instructions = instruction_set()
-    if not instructions or not values.numel() or not uses_native(values, layout, row_scale):
-        return naive_decode_linear(values, layout, num_rows, row_scale)
-    (M, K), library = values.shape, native_library()
+    M, K = values.shape
+    if M > MATVEC_TOKENS or not values.numel() or not instruction_set() or not uses_native(values, layout, row_scale):
+        return layout_matmul(*quantise_tokens(values), layout, num_rows, row_scale)
     out = torch.empty(M, num_rows)
-    if M <= MATVEC_TOKENS:
-        library.arb_two_bit_matvec(
-            instructions, pointer(values), pointer(layout), M, num_rows, K, pointer(row_scale), pointer(out)
-        )
-        return out
-    codes, token_scale = quantise_tokens(values)
-    library.arb_two_bit_matmul(
-        instructions, pointer(codes), pointer(layout), M, num_rows, K, *map(pointer, (token_scale, row_scale, out))
+    native_library().arb_two_bit_matvec(
+        instruction_set(), pointer(values), pointer(layout), M, num_rows, K, pointer(row_scale), pointer(out)
+    )
+    return out
+
+
+def layout_matmul(
+    codes: torch.Tensor, token_scale: torch.Tensor, layout: torch.Tensor, num_rows: int, row_scale: torch.Tensor
+) -> torch.Tensor:
+    """What `quantise_tokens` gave, int8 (M, K) and float32 (M,), times the decode layout -> float32 (M, N)."""
+    M, K = codes.shape
+    if not codes.numel() or not instruction_set() or not uses_native(codes, token_scale, layout, row_scale):
+        return naive_int8_matmul(codes, from_decode_layout(layout, num_rows, K), token_scale, row_scale)
+    out = torch.empty(M, num_rows)
+    native_library().arb_two_bit_matmul(
+        instruction_set(),
+        *map(pointer, (codes, layout)),
+        *(M, num_rows, K),
+        *map(pointer, (token_scale, row_scale, out)),
     )
     return out

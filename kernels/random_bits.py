@@ -47,11 +47,16 @@ def stream_key(*counters: int) -> int:
     return key
 
 
+def random_bits_of_rows(key: int, row_ids: torch.Tensor, columns: int) -> torch.Tensor:
+    """row_ids int (R,) -> int32 (R, columns): those rows of a stream of 32 random bits an element."""
+    row_keys = _mix(row_ids.int() ^ _signed(key))
+    steps = torch.arange(columns, dtype=torch.int32, device=row_ids.device) * _signed(_GOLDEN)
+    return _mix(row_keys[:, None] + steps)
+
+
 def random_bits(key: int, rows: int, columns: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """int32 (rows, columns): 32 random bits for each element of a stream."""
-    row_keys = _mix(torch.arange(rows, dtype=torch.int32, device=device) ^ _signed(key))
-    steps = torch.arange(columns, dtype=torch.int32, device=device) * _signed(_GOLDEN)
-    return _mix(row_keys[:, None] + steps)
+    return random_bits_of_rows(key, torch.arange(rows, dtype=torch.int32, device=device), columns)
 
 
 def uniform_from_low_bits(bits: torch.Tensor) -> torch.Tensor:

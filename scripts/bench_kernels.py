@@ -1,13 +1,13 @@
 """Time the CPU kernels against the machine's physical limits and against their peers, all in the same rounds.
 
-cpu_matvec    decode_linear at a batch of at most 8, weights from DRAM; limit: DRAM bandwidth at 2 bits a weight
-cpu_matmul    decode_linear at larger batches; limit: the int8 dot-product instruction from registers
+cpu_matvec    at most 8 tokens, quantised on the way, weights from DRAM; limit: DRAM bandwidth at 2 bits a weight
+cpu_matmul    more tokens, int8 already; limit: the int8 dot-product instruction from registers
 cpu_update    momentum_update, gradient and state from DRAM; limit: reading each of them once
 cpu_quantise  quantise_tokens, activations from DRAM; limit: reading them once
 
 Peers: torch F.linear in fp32 and bf16, torch._int_mm (on codes that are ready), fused AdamW, and ggml's TQ1_0 and TQ2_0
-where scripts/build_ggml_peer.sh has built them. An operation is one multiply or one add. A limit is the best of the
-rounds, so a fraction of it can pass 1 on a noisy machine. A shape is out x in, the weight matrix's.
+where scripts/build_ggml_peer.sh has built them. An operation is one multiply or one add. Limits are medians of
+the same rounds, so a fraction can pass 1 on a noisy machine. A shape is out x in, the weight matrix's.
 
 examples:
   python scripts/bench_kernels.py --ops cpu_matvec --shapes 512x512 --repeats 5 --cold-mb 16

@@ -24,7 +24,6 @@ from arb_kernels.packing_triton import (
     triton_unpack_trits,
 )
 from arb_kernels.quantise_triton import triton_quantise_gradient, triton_quantise_tokens, triton_scale_sums
-from arb_kernels.sparse_rows_triton import triton_sparse_momentum_update
 
 CAPABILITIES = (80, 90)
 INEXACT = ("fma.rn.f32", ".ftz", "div.full", ".approx")  # float instructions that round another way than torch
@@ -57,7 +56,7 @@ def call_everything():
         triton_momentum_fold(accum, accum_exp, dW, 1, bits=bits)
         triton_momentum_update(packed, accum, accum_exp, dW, 1, 0.1, bits=bits)
     accum = torch.zeros(ROWS, COLUMNS, dtype=uint8)
-    triton_sparse_momentum_update(packed, accum, accum_exp, ids, dW[:4], 1, 0.1)
+    triton_momentum_update(packed, accum, accum_exp, dW[:4], 1, 0.1, row_ids=ids)
     triton_quantise_tokens(dW)
     triton_quantise_gradient(dW, dW[0], dW[:, 0])
     triton_quantise_gradient(dW, dW[0], None)

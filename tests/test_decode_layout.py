@@ -7,7 +7,9 @@ import torch
 from helpers import BACKENDS, NOT_BUILT, random_trits, shapes
 
 from arb_kernels.backend import use_backend
-from arb_kernels.decode_layout import decode_linear, from_decode_layout, naive_decode_linear, to_decode_layout
+from arb_kernels.decode_layout import decode_linear, from_decode_layout, to_decode_layout
+from arb_kernels.int8_matmul import naive_int8_matmul
+from arb_kernels.quantise import naive_quantise_tokens
 from configuration_arb import preset_config
 from modeling_arb.ternary_linear import TernaryLinear
 from training_arb.integer_rules import Moment, MomentumRule
@@ -35,12 +37,14 @@ def test_bytes_are_where_the_kernels_look():
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_decode_linear(monkeypatch, backend, rows, columns, tokens, instructions):
     monkeypatch.setenv("ARB_ISA", instructions)
-    layout = to_decode_layout(random_trits(rows, columns))
+    trits = random_trits(rows, columns)
+    layout = to_decode_layout(trits)
     values, scale = torch.randn(tokens, columns), torch.rand(rows)
     values[tokens // 2] *= tokens == 1  # an all-zero token among others
     with use_backend(backend):
         out = decode_linear(values, layout, rows, scale)
-    assert torch.equal(naive_decode_linear(values, layout, rows, scale), out)
+    codes, token_scale = naive_quantise_tokens(values)
+    assert torch.equal(naive_int8_matmul(codes, trits, token_scale, scale), out)
 
 
 def make_layer():

@@ -24,7 +24,6 @@ from training_arb.measurement import (
 
 def test_percentiles_and_units():
     timing = Timing.of([seconds / 1000 for seconds in range(1, 102)])
-    assert timing.best == pytest.approx(0.001)
     assert timing.row("step_ms", 1e3) == pytest.approx({"step_ms_p20": 21, "step_ms_p50": 51, "step_ms_p80": 81})
 
 
@@ -37,7 +36,7 @@ def test_every_job_runs_once_a_round_in_changing_order():
     assert len(rounds) == 12
     assert all(sorted(order) == list("abc") for order in rounds)
     assert len(set(rounds)) > 1
-    assert all(timing.best <= timing.p20 <= timing.p50 <= timing.p80 for timing in timings.values())
+    assert all(timing.p20 <= timing.p50 <= timing.p80 for timing in timings.values())
 
 
 def test_a_fast_job_is_called_in_bursts(monkeypatch):

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from arb_kernels.decode_layout import MATVEC_TOKENS, decode_linear, to_decode_layout
+from arb_kernels.decode_layout import MATVEC_TOKENS, decode_linear, layout_matmul, to_decode_layout
 from arb_kernels.momentum_update import momentum_update
 from arb_kernels.packing import pack_trits
 from arb_kernels.quantise import naive_quantise_tokens, quantise_tokens
@@ -81,7 +81,8 @@ def _checked(name: str, product: torch.Tensor, reference: torch.Tensor) -> None:
 def matmul_contest(
     op: str, shape: tuple[int, int], batch: int, cold_bytes: float, threads: int, ggml: ctypes.CDLL | None
 ) -> Contest:
-    """decode_linear with weights from DRAM against torch's float and int8 matmuls and, where it is built, ggml's."""
+    """Int8 activations times two-bit weights from DRAM, against torch's float and int8 matmuls and, where it is built,
+    ggml's. A matvec quantises its activations on the way; beyond MATVEC_TOKENS that is an operation of its own."""
     N, K = shape
     trits, x = torch.randint(-1, 2, (N, K), dtype=torch.int8), torch.randn(batch, K)
     reference = F.linear(x, trits.float())
@@ -96,7 +97,10 @@ def matmul_contest(
 
     row_scale, x16 = torch.ones(N), x.bfloat16()
     codes, token_scale = quantise_tokens(x)
-    add(OWN, to_decode_layout(trits), lambda weight: decode_linear(x, weight, N, row_scale))
+    if batch > MATVEC_TOKENS:
+        add(OWN, to_decode_layout(trits), lambda weight: layout_matmul(codes, token_scale, weight, N, row_scale))
+    else:
+        add(OWN, to_decode_layout(trits), lambda weight: decode_linear(x, weight, N, row_scale))
     add("torch_fp32", trits.float(), lambda weight: F.linear(x, weight))
     add("torch_bf16", trits.bfloat16(), lambda weight: F.linear(x16, weight))
     add("torch_int_mm", trits, lambda weight: torch._int_mm(codes, weight.T), token_scale[:, None])

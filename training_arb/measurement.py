@@ -1,8 +1,8 @@
 """One way to time, to say where, and to know what the machine could do at best.
 
 Competitors are timed round-robin in a random order, so that noise on a shared machine hits all of them alike, and rows
-hold percentiles instead of a mean. The physical limits are measured among them, in the same rounds: a limit is the best
-that was seen, a row the median of what a kernel did.
+hold percentiles instead of a mean. The physical limits are measured among them, in the same rounds, and are medians
+too: on a shared machine DRAM bandwidth moves by a factor of two within seconds, for kernel and limit alike.
 """
 
 from __future__ import annotations
@@ -37,11 +37,10 @@ class Timing:
     p20: float
     p50: float
     p80: float
-    best: float
 
     @classmethod
     def of(cls, seconds: Sequence[float]) -> Timing:
-        return cls(*np.percentile(seconds, [20, 50, 80]).tolist(), best=min(seconds))
+        return cls(*np.percentile(seconds, [20, 50, 80]).tolist())
 
     def row(self, name: str, per_second: float) -> dict[str, float]:
         """`{name}_p20`, `{name}_p50` and `{name}_p80` in units of which a second has `per_second`."""
@@ -90,7 +89,7 @@ def rotating(call: Callable[[int], object], copies: int) -> Callable[[], object]
 
 @dataclass(frozen=True)
 class Limits:
-    """What the machine did at best, with the threads that torch has; None where there is no native kernel to ask."""
+    """What the machine can do, with the threads that torch has; None where there is no native kernel to ask."""
 
     dram_gb_per_s: float | None = None
     int8_gops: float | None = None
@@ -125,8 +124,8 @@ class LimitJobs:
         if not self.jobs:
             return Limits()
         return Limits(
-            dram_gb_per_s=self.buffer.numel() / timings[self.READ].best / 1e9,
-            int8_gops=self.operations / timings[self.MULTIPLY].best / 1e9,
+            dram_gb_per_s=self.buffer.numel() / timings[self.READ].p50 / 1e9,
+            int8_gops=self.operations / timings[self.MULTIPLY].p50 / 1e9,
         )
 
 

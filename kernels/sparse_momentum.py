@@ -13,20 +13,14 @@ from __future__ import annotations
 
 import torch
 
+from .backend import uses_triton
 from .exponents import QUARTERS, power_of_two
 from .groups import spread_groups
 from .momentum_format import BLOCK, MomentumFormat
 from .momentum_triton import triton_momentum_update
 from .momentum_update import fold_momentum, move_weights, normalise
 from .packing import pack_trits, unpack_trits
-from .random_bits import _GOLDEN, _mix, _signed, uniform_from_high_bits, uniform_from_low_bits
-
-
-def _bits_of_rows(key: int, row_ids: torch.Tensor, columns: int) -> torch.Tensor:
-    """int32 (R, columns): those rows of `random_bits`, without the rows between them."""
-    row_keys = _mix(row_ids.int() ^ _signed(key))
-    steps = torch.arange(columns, dtype=torch.int32, device=row_ids.device) * _signed(_GOLDEN)
-    return _mix(row_keys[:, None] + steps)
+from .random_bits import random_bits_of_rows, uniform_from_high_bits, uniform_from_low_bits
 
 
 def naive_sparse_momentum_update(
@@ -40,10 +34,10 @@ def naive_sparse_momentum_update(
     beta: float = 0.9,
     bits: int = 4,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`triton_sparse_momentum_update` as a pure function: returns the touched rows of the new packed, accum and
+    """`sparse_momentum_update` as a pure function: returns the touched rows of the new packed, accum and
     accum_exp, in the order of row_ids, and the changed trits' number."""
     form = MomentumFormat(bits)
-    noise = _bits_of_rows(key, row_ids, dW.shape[1])
+    noise = random_bits_of_rows(key, row_ids, dW.shape[1])
     residual, codes = form.split(accum[row_ids])
     codes, exponent = fold_momentum(
         codes, accum_exp[row_ids], dW, uniform_from_low_bits(noise), beta, True, form.levels
@@ -55,7 +49,7 @@ def naive_sparse_momentum_update(
     return pack_trits(new_trits), form.join(residual, codes), exponent, (new_trits != trits).sum()
 
 
-def triton_sparse_momentum_update(
+def sparse_momentum_update(
     packed: torch.Tensor,
     accum: torch.Tensor,
     accum_exp: torch.Tensor,
@@ -72,4 +66,9 @@ def triton_sparse_momentum_update(
     int64 (R,), each row once; dW: float32 (R, K), the step's mean gradient of those rows; lr: cells per step. Returns
     the number of changed trits, int64 ().
     """
-    return triton_momentum_update(packed, accum, accum_exp, dW, key, lr, beta, 1, bits, row_ids.contiguous())
+    if uses_triton(packed, accum, accum_exp, dW):
+        return triton_momentum_update(packed, accum, accum_exp, dW, key, lr, beta, 1, bits, row_ids.contiguous())
+    *rows, flips = naive_sparse_momentum_update(packed, accum, accum_exp, row_ids, dW, key, lr, beta, bits)
+    for tensor, new in zip((packed, accum, accum_exp), rows, strict=True):
+        tensor[row_ids] = new
+    return flips

@@ -2,28 +2,31 @@
 
 import pytest
 import torch
-from helpers import assert_same, random_gradient, random_momentum_state, shapes
+from helpers import BACKENDS, assert_same, random_gradient, random_momentum_state, shapes
 
+from arb_kernels.backend import use_backend
 from arb_kernels.momentum_update import naive_momentum_update
-from arb_kernels.random_bits import random_bits
-from arb_kernels.sparse_rows_triton import _bits_of_rows, naive_sparse_momentum_update, triton_sparse_momentum_update
+from arb_kernels.random_bits import random_bits, random_bits_of_rows
+from arb_kernels.sparse_momentum import naive_sparse_momentum_update, sparse_momentum_update
 
 NAMES = ("packed", "accum", "accum_exp")
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("rows, touched, columns", shapes((1, 1, 1), (9, 2, 5), (50, 33, 100), (300, 7, 193)))
-def test_kernel_equals_the_reference(triton_device, rows, touched, columns, bits):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_in_place_equals_the_reference(backend, rows, touched, columns, bits):
     """Over steps that touch other rows each time; the others stay as they are."""
-    state = [tensor.to(triton_device) for tensor in random_momentum_state(rows, columns, bits)]
+    state = list(random_momentum_state(rows, columns, bits))
     for step in range(4):
-        row_ids = torch.randperm(rows, device=triton_device)[:touched]
-        dW = random_gradient(touched, columns, 10.0 ** (1 - 2 * step)).to(triton_device)
+        row_ids = torch.randperm(rows)[:touched]
+        dW = random_gradient(touched, columns, 10.0 ** (1 - 2 * step))
         expected = [tensor.clone() for tensor in state]
         *new_rows, flips = naive_sparse_momentum_update(*state, row_ids, dW, 0xFFFFFFF0 + step, 0.3, 0.9, bits)
         for tensor, new in zip(expected, new_rows, strict=True):
             tensor[row_ids] = new
-        my_flips = triton_sparse_momentum_update(*state, row_ids, dW, 0xFFFFFFF0 + step, 0.3, 0.9, bits)
+        with use_backend(backend):
+            my_flips = sparse_momentum_update(*state, row_ids, dW, 0xFFFFFFF0 + step, 0.3, 0.9, bits)
         for name, ref, out in zip(NAMES, expected, state, strict=True):
             assert_same(f"{name} at step {step}", ref, out)
         assert_same("flips", flips, my_flips)
@@ -42,7 +45,7 @@ def test_touching_every_row_is_the_dense_rule(bits):
 
 def test_rows_keep_the_random_bits_of_their_place():
     row_ids = torch.tensor([7, 0, 40])
-    assert_same("bits", random_bits(0x9ABCDEF0, 41, 13)[row_ids], _bits_of_rows(0x9ABCDEF0, row_ids, 13))
+    assert_same("bits", random_bits(0x9ABCDEF0, 41, 13)[row_ids], random_bits_of_rows(0x9ABCDEF0, row_ids, 13))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="state beyond 2^31 bytes needs a GPU")
@@ -55,6 +58,6 @@ def test_state_beyond_2_31_bytes(triton_device):
     row_ids = torch.tensor([0, rows - 1, rows // 2], device=triton_device)
     dW = random_gradient(3, columns).to(triton_device)
     *new_rows, flips = naive_sparse_momentum_update(*state, row_ids, dW, 3, 0.9)
-    assert_same("flips", flips, triton_sparse_momentum_update(*state, row_ids, dW, 3, 0.9))
+    assert_same("flips", flips, sparse_momentum_update(*state, row_ids, dW, 3, 0.9))
     for name, ref, tensor in zip(NAMES, new_rows, state, strict=True):
         assert_same(name, ref, tensor[row_ids])
