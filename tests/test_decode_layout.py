@@ -7,7 +7,7 @@ import torch
 from helpers import BACKENDS, NOT_BUILT, random_trits, shapes
 
 from arb_kernels.backend import use_backend
-from arb_kernels.decode_layout import decode_linear, from_decode_layout, to_decode_layout
+from arb_kernels.decode_layout import HUGE_PAGE, decode_linear, from_decode_layout, in_huge_pages, to_decode_layout
 from arb_kernels.int8_matmul import naive_int8_matmul
 from arb_kernels.quantise import naive_quantise_tokens
 from configuration_arb import preset_config
@@ -106,3 +106,15 @@ def test_kept_weights_are_no_state_and_take_a_quarter_byte():
     x = torch.randn(1, 70)
     with torch.no_grad():
         assert torch.equal(twin(x), layer(x) * 2)
+
+
+@NOT_BUILT
+def test_large_layouts_start_at_a_huge_page():
+    trits = random_trits(2048, 4100)
+    layout = to_decode_layout(trits)
+    assert layout.data_ptr() % HUGE_PAGE == 0
+    assert torch.equal(from_decode_layout(layout, 2048, 4100), trits)
+    small = torch.zeros(10)
+    assert in_huge_pages(small) is small
+    floats = torch.randn(1000, 1000)
+    assert torch.equal(in_huge_pages(floats), floats)

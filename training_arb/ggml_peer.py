@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from arb_kernels.decode_layout import in_huge_pages
+
 FORMATS = {"TQ1_0": 34, "TQ2_0": 35}  # enum ggml_type in ggml.h
 F32 = 0
 BLOCK = 256  # weights: what both formats quantise together, along K
@@ -85,7 +87,7 @@ class GgmlMatmul:
         quantised = torch.empty(N, row_bytes, dtype=torch.uint8)
         written = library.ggml_quantize_chunk(kind, values.data_ptr(), quantised.data_ptr(), 0, N, K, None)
         assert written == quantised.numel()
-        self.weights = quantised.expand(copies, N, row_bytes).contiguous()
+        self.weights = in_huge_pages(quantised.expand(copies, N, row_bytes).contiguous())
         self.x, self.out = x.float().contiguous(), torch.empty(M, N)
         self._backend = library.ggml_backend_cpu_init()
         library.ggml_backend_cpu_set_n_threads(self._backend, threads)

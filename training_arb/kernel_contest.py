@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from arb_kernels.decode_layout import MATVEC_TOKENS, decode_linear, layout_matmul, to_decode_layout
+from arb_kernels.decode_layout import MATVEC_TOKENS, decode_linear, in_huge_pages, layout_matmul, to_decode_layout
 from arb_kernels.momentum_update import momentum_update
 from arb_kernels.packing import pack_trits
 from arb_kernels.quantise import naive_quantise_tokens, quantise_tokens
@@ -92,7 +92,7 @@ def matmul_contest(
     def add(name: str, weight: torch.Tensor, multiply: Callable[[torch.Tensor], torch.Tensor], scale=1) -> None:
         _checked(name, multiply(weight) * scale, reference)
         copies = _copies(weight, cold_bytes)
-        weights = _repeated(weight, copies)
+        weights = [in_huge_pages(weight.clone()) for _ in range(copies)]
         competitors[name] = Competitor(lambda i: multiply(weights[i]), copies, operations, weight.nbytes)
 
     row_scale, x16 = torch.ones(N), x.bfloat16()

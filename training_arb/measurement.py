@@ -23,6 +23,7 @@ import torch
 from tqdm.auto import tqdm
 
 from arb_kernels.backend import describe_backend, instruction_set
+from arb_kernels.decode_layout import in_huge_pages
 from arb_kernels.native_library import native_library, pointer
 
 MICROSECONDS, MILLISECONDS = 1e6, 1e3  # in a second
@@ -107,7 +108,7 @@ class LimitJobs:
     READ, MULTIPLY = "limit: read DRAM", "limit: multiply registers"
 
     def __init__(self, buffer_bytes: int = 512_000_000):
-        self.buffer = torch.ones(max(1, buffer_bytes // READ_UNIT) * READ_UNIT, dtype=torch.uint8)
+        self.buffer = in_huge_pages(torch.ones(max(1, buffer_bytes // READ_UNIT) * READ_UNIT, dtype=torch.uint8))
         self.instructions = instruction_set()
         self.operations = 0
         self.jobs: dict[str, Callable[[], object]] = {}

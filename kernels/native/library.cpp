@@ -1,4 +1,15 @@
-// Version of the C ABI: raised with any change of a signature, so that a stale build is not called.
+// Version of the C ABI, raised when a function is added or changes so that a stale build is not called; and memory advice.
 #include "common.h"
 
-ARB_API int arb_abi_version() { return 1; }
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+ARB_API int arb_abi_version() { return 2; }
+
+// Ask for huge pages in [data, data + bytes), both multiples of the page size. Only advice: nothing depends on it.
+ARB_API void arb_advise_huge_pages(void* data, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    madvise(data, bytes, MADV_HUGEPAGE);
+#endif
+}
