@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 
@@ -15,6 +16,7 @@ from .native_library import AVX2, AVX512_VNNI, native_library
 from .triton_support import triton, triton_runs_on
 
 BACKENDS = ("torch", "native", "triton")
+CPU = torch.device("cpu")
 _override: str | None = None
 
 
@@ -50,13 +52,13 @@ def backend_for(device: torch.device) -> str:
 
 
 def _all_contiguous(tensors: tuple[torch.Tensor | None, ...]) -> bool:
-    return all(tensor is None or tensor.is_contiguous() for tensor in tensors)
+    # a list: a generator takes twice as long, at every linear layer of every token
+    return all([tensor is None or tensor.is_contiguous() for tensor in tensors])  # noqa: C419
 
 
 def uses_native(*tensors: torch.Tensor | None) -> bool:
     """Whether the native kernels take these tensors: on the CPU, and contiguous where they are given."""
-    device = tensors[0].device
-    return device.type == "cpu" and backend_for(device) == "native" and _all_contiguous(tensors)
+    return tensors[0].is_cpu and backend_for(CPU) == "native" and _all_contiguous(tensors)
 
 
 def uses_triton(*tensors: torch.Tensor | None) -> bool:
@@ -67,9 +69,14 @@ def uses_triton(*tensors: torch.Tensor | None) -> bool:
 
 def instruction_set() -> int:
     """The best matmul instructions here: AVX512_VNNI, AVX2, or 0 for none. ARB_ISA=avx2 keeps to the lesser one."""
-    library = native_library()
-    best = library.arb_instruction_set() if library is not None else 0
+    best = _best_instruction_set()
     return min(best, AVX2) if os.environ.get("ARB_ISA") == "avx2" else best
+
+
+@cache
+def _best_instruction_set() -> int:
+    library = native_library()
+    return library.arb_instruction_set() if library is not None else 0
 
 
 def describe_backend(device: torch.device) -> str:

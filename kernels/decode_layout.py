@@ -22,6 +22,7 @@ ROWS, COLUMNS = 16, 16  # of a chunk
 HUGE_PAGE = 2 << 20  # bytes
 PACKED_TOKENS = 16  # up to so many, Triton multiplies with the packed bytes as they are
 MATVEC_TOKENS = 8  # matvec.h: up to so many the weights are read once, beyond they are unpacked tile by tile
+MATVEC_COLUMNS = 1 << 19  # at most: codes of up to 2 are summed in int32 where they lie in the byte, 64 times as large
 
 
 def decoding_form(packed: torch.Tensor, columns: int) -> torch.Tensor:
@@ -80,11 +81,13 @@ def decode_linear(values: torch.Tensor, weight: torch.Tensor, num_rows: int, row
 
 def _layout_linear(values: torch.Tensor, layout: torch.Tensor, num_rows: int, row_scale: torch.Tensor) -> torch.Tensor:
     M, K = values.shape
-    if M > MATVEC_TOKENS or not values.numel() or not instruction_set() or not uses_native(values, layout, row_scale):
+    isa = instruction_set()
+    fits = M <= MATVEC_TOKENS and 0 < K <= MATVEC_COLUMNS and M > 0
+    if not (fits and isa and uses_native(values, layout, row_scale)):
         return layout_matmul(*quantise_tokens(values), layout, num_rows, row_scale)
     out = torch.empty(M, num_rows)
     native_library().arb_two_bit_matvec(
-        instruction_set(), pointer(values), pointer(layout), M, num_rows, K, pointer(row_scale), pointer(out)
+        *(isa, values.data_ptr(), layout.data_ptr(), M, num_rows, K, row_scale.data_ptr(), out.data_ptr())
     )
     return out
 

@@ -7,7 +7,14 @@ import torch
 from helpers import BACKENDS, NOT_BUILT, random_trits, shapes
 
 from arb_kernels.backend import use_backend
-from arb_kernels.decode_layout import HUGE_PAGE, decode_linear, from_decode_layout, in_huge_pages, to_decode_layout
+from arb_kernels.decode_layout import (
+    HUGE_PAGE,
+    MATVEC_COLUMNS,
+    decode_linear,
+    from_decode_layout,
+    in_huge_pages,
+    to_decode_layout,
+)
 from arb_kernels.int8_matmul import naive_int8_matmul
 from arb_kernels.quantise import naive_quantise_tokens
 from configuration_arb import preset_config
@@ -118,3 +125,12 @@ def test_large_layouts_start_at_a_huge_page():
     assert in_huge_pages(small) is small
     floats = torch.randn(1000, 1000)
     assert torch.equal(in_huge_pages(floats), floats)
+
+
+@NOT_BUILT
+@pytest.mark.parametrize("columns", [MATVEC_COLUMNS, MATVEC_COLUMNS + 1])
+def test_the_largest_sums_do_not_overflow(columns: int):
+    trits, x = torch.ones(3, columns, dtype=torch.int8), torch.ones(1, columns)
+    product = decode_linear(x, to_decode_layout(trits), 3, torch.ones(3))
+    codes, token_scale = naive_quantise_tokens(x)
+    assert torch.equal(product, naive_int8_matmul(codes, trits, token_scale, torch.ones(3)))
