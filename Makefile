@@ -26,4 +26,7 @@ lint: venv
 	$(BIN)/ruff format --check .
 
 bench: venv
-	$(BIN)/python scripts/benchmark_true_ternary.py --json runs/benchmark_true_ternary.json $(ARGS)
+	$(BIN)/python scripts/benchmark_true_ternary.py --json runs/benchmark_true_ternary.json
+	$(BIN)/python scripts/bench_kernels.py --json runs/bench_kernels.json
+	$(BIN)/python scripts/bench_train.py --json runs/bench_train.json
+	$(BIN)/python scripts/bench_generate.py --json runs/bench_generate.json
