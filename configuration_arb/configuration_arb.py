@@ -7,6 +7,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from .block_options import BLOCK_OPTIONS, check_blocks, complete_block
+
 VOCAB_SIZE = 288
 PAD_ID, EOS_ID, BOS_ID = 256, 257, 258
 UPDATE_RULES = ("momentum", "flip", "correlation")
@@ -18,7 +20,6 @@ AUTO_MAP = {
     "AutoModel": "modeling_arb.ArbModel",
     "AutoModelForCausalLM": "modeling_arb.ArbForCausalLM",
 }
-LATER_BLOCKS = ("text_sequencer", "memgram", "codebook", "moe_graph", "composite", "output_router", "sidecars")
 
 
 class ArbConfig(PreTrainedConfig):
@@ -32,8 +33,12 @@ class ArbConfig(PreTrainedConfig):
     model; an inference checkpoint goes without).
     Arithmetic: `compute` (int8: matmuls on int8 activations and gradients, exact int32 sums; float: on S * T in the
     activations' dtype; auto: int8 where one exponent a row lets it, that is with group_size 0).
-    Blocks that are off when None: `text_sequencer`, `memgram`, `codebook`, `moe_graph`, `composite`,
-    `output_router`, `sidecars`.
+    Head: `head_layers` (residual MLPs before the 288-way projection), `head_intermediate_size` (theirs; 0: four times
+    the width).
+    Blocks, each a dict or None for off; keys and defaults stand in block_options.py: `text_sequencer` (an LSTM over the
+    embedding), `memgram` (hashed n-gram memory), `sliding_window` (attention to the last bytes, older ones by the
+    block), `codebook` (shared vector quantisation: motifs), `moe_graph` (looped experts, messages along motif edges),
+    `composite` (a second book, of motif pairs), `output_router`, `video_head`, `talker_head`.
 
     Raises ValueError naming the field and its value when a combination makes no model.
     """
@@ -59,13 +64,17 @@ class ArbConfig(PreTrainedConfig):
     training_state: bool = True
     compute: str = "auto"
     packing_version: int = PACKING_VERSION
+    head_layers: int = 0
+    head_intermediate_size: int = 0
     text_sequencer: dict[str, Any] | None = None
     memgram: dict[str, Any] | None = None
+    sliding_window: dict[str, Any] | None = None
     codebook: dict[str, Any] | None = None
     moe_graph: dict[str, Any] | None = None
     composite: dict[str, Any] | None = None
     output_router: dict[str, Any] | None = None
-    sidecars: dict[str, Any] | None = None
+    video_head: dict[str, Any] | None = None
+    talker_head: dict[str, Any] | None = None
     use_cache: bool = True
     tie_word_embeddings: bool = False
     pad_token_id: int | None = PAD_ID
@@ -78,14 +87,18 @@ class ArbConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self._check_sizes()
         self._check_state()
+        for name in BLOCK_OPTIONS:
+            setattr(self, name, complete_block(name, getattr(self, name)))
+        check_blocks(self)
         self.intermediate_size = self.intermediate_size or 4 * self.hidden_size
+        self.head_intermediate_size = self.head_intermediate_size or 4 * self.hidden_size
         self.kv_latent_dim = self.kv_latent_dim or max(self.hidden_size // 2 - self.qk_rope_head_dim, 1)
 
     def _check_sizes(self) -> None:
         positive = ("hidden_size", "num_hidden_layers", "num_attention_heads", "qk_rope_head_dim", "v_head_dim")
         for name in (*positive, "max_position_embeddings"):
             self._require(name, _is_int(getattr(self, name)) and getattr(self, name) > 0, "a positive integer")
-        for name in ("intermediate_size", "qk_nope_head_dim", "kv_latent_dim"):
+        for name in ("intermediate_size", "qk_nope_head_dim", "kv_latent_dim", "head_layers", "head_intermediate_size"):
             self._require(name, _is_int(getattr(self, name)) and getattr(self, name) >= 0, "a non-negative integer")
         self._require("qk_rope_head_dim", self.qk_rope_head_dim % 2 == 0, "even: rotary position turns pairs")
         self._require(
@@ -106,8 +119,6 @@ class ArbConfig(PreTrainedConfig):
         self._require("compute", self.compute in COMPUTE, f"one of {', '.join(COMPUTE)}")
         known = self.packing_version == PACKING_VERSION
         self._require("packing_version", known, f"{PACKING_VERSION}, the only one that this version reads")
-        for name in LATER_BLOCKS:
-            self._require(name, getattr(self, name) is None, "None: this version does not have the block")
 
     def _require(self, name: str, holds: bool, expected: str) -> None:
         if not holds:

@@ -16,6 +16,7 @@ from .byte_embedding import ByteEmbedding
 from .byte_head import ByteHead, next_byte_loss
 from .checkpoint_integrity import check_loading_info, check_tensor_files, check_trits
 from .context_attention import ContextAttention
+from .integer_state import IntegerState
 from .rotary import rotary_angles
 from .ternary_matrix import TernaryMatrix
 from .ternary_mlp import TernaryMLP
@@ -47,19 +48,23 @@ class ArbPreTrainedModel(PreTrainedModel):
         ternary = sum(matrix.logical_weights for matrix in self.ternary_matrices().values())
         return ternary + super().num_parameters(only_trainable, exclude_embeddings)
 
+    def integer_states(self) -> dict[str, IntegerState]:
+        """Every module with persistent integer buffers by its name: matrices, tables, counts, edges."""
+        return {name: module for name, module in self.named_modules() if isinstance(module, IntegerState)}
+
     def ternary_matrices(self) -> dict[str, TernaryMatrix]:
         """Every ternary matrix by its name."""
         return {name: module for name, module in self.named_modules() if isinstance(module, TernaryMatrix)}
 
     def add_training_state(self) -> None:
         """Make a model from an inference checkpoint trainable: residual and momentum start at zero."""
-        for matrix in self.ternary_matrices().values():
-            matrix.add_training_state()
+        for module in self.integer_states().values():
+            module.add_training_state()
         self.config.training_state = True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, TernaryMatrix):
+        if isinstance(module, IntegerState):
             module.reset_state()
 
     def save_pretrained(
@@ -90,8 +95,8 @@ class ArbPreTrainedModel(PreTrainedModel):
     def _inference_state(self, state_dict: dict) -> dict:
         training = {
             f"{name}.{tensor}"
-            for name, matrix in self.ternary_matrices().items()
-            for tensor, spec in matrix.layout().items()
+            for name, module in self.integer_states().items()
+            for tensor, spec in module.layout().items()
             if not spec.inference
         }
         return {key: tensor for key, tensor in state_dict.items() if key not in training}

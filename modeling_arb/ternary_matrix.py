@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import nn
 from transformers import initialization as init
 from transformers.utils import logging
 
@@ -18,7 +17,21 @@ from arb_kernels.packing import TRITS_PER_BYTE, packed_width, unpack_trits
 from arb_kernels.scaled_rows import effective_weight
 from arb_kernels.state_layout import StateTensor, state_layout
 
+from .integer_state import IntegerState
+
 logger = logging.get_logger(__name__)
+
+
+INIT_CHUNK = 1 << 22  # elements drawn at a time, as int64: a large table must not need eight times its memory
+
+
+def _fill_at_random(tensor: torch.Tensor, below: int, modulo: torch.Tensor | None = None) -> None:
+    """Uniform integers in [0, below), then modulo a number per column, chunk of rows by chunk."""
+    if getattr(tensor, "_is_hf_initialized", False):
+        return
+    for rows in tensor.split(max(1, INIT_CHUNK // max(1, tensor.shape[1]))):
+        drawn = torch.randint(0, below, rows.shape, device=tensor.device)
+        rows.copy_(drawn if modulo is None else drawn % modulo)
 
 
 class DecodedWeight(NamedTuple):
@@ -30,7 +43,7 @@ class DecodedWeight(NamedTuple):
     scale: torch.Tensor
 
 
-class TernaryMatrix(nn.Module):
+class TernaryMatrix(IntegerState):
     """A (rows, columns) matrix of trits with one scale exponent per group, all of it integer buffers.
 
     A subclass that learns hands its dW over in backward, when an optimizer has armed it by setting `update_handler`.
@@ -54,9 +67,7 @@ class TernaryMatrix(nn.Module):
                 f"compute='int8' needs one scale a row: float matmuls, as group_size={config.group_size}"
             )
         self.inference_tensors = [name for name, spec in self.layout().items() if spec.inference]
-        for name, spec in self.layout().items():
-            if spec.inference or config.training_state:
-                self.register_buffer(name, torch.zeros(spec.shape, dtype=spec.dtype))
+        self.register_state(config.training_state)
 
     def layout(self) -> dict[str, StateTensor]:
         """The matrix's persistent tensors, training state included whether or not it is there."""
@@ -66,32 +77,18 @@ class TernaryMatrix(nn.Module):
     def logical_weights(self) -> int:
         return self.rows * self.columns
 
-    @property
-    def has_training_state(self) -> bool:
-        return all(hasattr(self, name) for name in self.layout())
-
-    def add_training_state(self) -> None:
-        """Give a matrix from an inference checkpoint its accumulators, at zero: residual at the cell's centre."""
-        for name, spec in self.layout().items():
-            if not hasattr(self, name):
-                self.register_buffer(name, torch.zeros(spec.shape, dtype=spec.dtype, device=self.T_packed.device))
-
     def reset_state(self) -> None:
         """Latents uniform over the three cells, S = sqrt(1.5 / fan_in): two thirds of the trits are not zero."""
+        super().reset_state()
         device = self.T_packed.device
         width = packed_width(self.columns)
         digits = torch.arange(TRITS_PER_BYTE, device=device)[:, None] * width + torch.arange(width, device=device)
         values = 3 ** (digits < self.columns).sum(0)  # of a byte whose padding digits stay zero
-        random_bytes = torch.randint(0, 3**TRITS_PER_BYTE, self.T_packed.shape, device=device)
-        init.copy_(self.T_packed, (random_bytes % values).to(torch.uint8))
+        _fill_at_random(self.T_packed, 3**TRITS_PER_BYTE, values)
         exponent = torch.log2(torch.tensor(1.5 / self.init_fan_in)) / 2 * EIGHTHS
         init.constant_(self.E, int(exponent.round().clamp(-128, 127)))
-        for name, _spec in self.layout().items():
-            if hasattr(self, name) and name not in ("T_packed", "E"):
-                init.zeros_(getattr(self, name))
         if hasattr(self, "accum"):
-            residual = torch.randint(0, 2**self.momentum_bits, self.accum.shape, device=device)
-            init.copy_(self.accum, residual.to(self.accum.dtype))
+            _fill_at_random(self.accum, 2**self.momentum_bits)
 
     def trits(self, dtype: torch.dtype = torch.int8) -> torch.Tensor:
         """(rows, columns) in {-1, 0, 1}."""

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from configuration_arb import PRESETS, ArbConfig, preset_config
+from configuration_arb.block_options import BLOCK_OPTIONS
 
-LATER = ("text_sequencer", "memgram", "codebook", "moe_graph", "composite", "output_router", "sidecars")
 POSITIVE = (
     "hidden_size",
     "num_hidden_layers",
@@ -15,7 +15,7 @@ POSITIVE = (
     "v_head_dim",
     "max_position_embeddings",
 )
-NOT_NEGATIVE = ("intermediate_size", "qk_nope_head_dim", "kv_latent_dim")
+NOT_NEGATIVE = ("intermediate_size", "qk_nope_head_dim", "kv_latent_dim", "head_layers", "head_intermediate_size")
 REFUSED = [
     *((name, value) for name in POSITIVE for value in (0, -8, 64.0, "64", True, None)),
     *((name, value) for name in NOT_NEGATIVE for value in (-1, 2.5, "16", True, None)),
@@ -27,8 +27,24 @@ REFUSED = [
     *(("group_size", value) for value in (-1, 1, 5, 256, 32.0, "row", False, None)),
     *(("momentum_bits", value) for value in (0, 2, 16, "4", None)),
     *(("packing_version", value) for value in (0, 2, None)),
-    *((name, {}) for name in LATER),
-    ("codebook", {"size": 4096}),
+]
+BOOK, GRAPH, MEMORY = {"size": 32, "dim": 8}, {"num_experts": 4}, {"slots": 8, "dim": 4}
+REFUSED_BLOCKS = [
+    ("codebook", {"codebook": {"size": 4096}}, "codebook.dim is missing"),
+    ("codebook", {"codebook": {"dim": 64}}, "codebook.size is missing"),
+    ("size", {"codebook": {**BOOK, "size": 0}}, "codebook.size=0 must be"),
+    ("commitment", {"codebook": {**BOOK, "commitment": -1}}, "codebook.commitment=-1 must be"),
+    ("unknown", {"codebook": {**BOOK, "rows": 3}}, "codebook.rows=3 is unknown"),
+    ("dict", {"memgram": 4}, "memgram=4 must be None or a dict"),
+    ("orders", {"memgram": {"slots": 8, "dim": 4, "orders": []}}, r"memgram.orders=\[\] must be"),
+    ("top_k", {"moe_graph": {"num_experts": 2, "top_k": 3}}, "moe_graph.top_k=3 must be at most num_experts=2"),
+    ("halt", {"moe_graph": {**GRAPH, "halt_threshold": 1.5}}, "moe_graph.halt_threshold=1.5 must be"),
+    ("edges", {"moe_graph": {**GRAPH, "active_edges": 9}}, "moe_graph.active_edges=9 needs codebook"),
+    ("pairs", {"composite": BOOK}, "composite is given but codebook is None"),
+    ("router", {"output_router": {}}, "output_router.num_heads is missing"),
+    ("heads", {"output_router": {"num_heads": 0}}, "output_router.num_heads=0 must be"),
+    ("stride", {"sliding_window": {"window": 4, "stride": 8}}, "sliding_window.stride=8 must be at most window=4"),
+    ("video", {"video_head": {}}, "video_head.latent_dim is missing"),
 ]
 
 
@@ -39,6 +55,21 @@ def test_refusal_names_field_and_value(name, value):
     message = str(refusal.value)
     assert message.startswith(f"{name}={value!r} must be ")
     assert "\n" not in message
+
+
+@pytest.mark.parametrize("given, message", [pytest.param(*case[1:], id=case[0]) for case in REFUSED_BLOCKS])
+def test_refused_blocks(given, message):
+    with pytest.raises(ValueError, match=message):
+        ArbConfig(**given)
+
+
+def test_blocks_are_completed_and_survive_a_checkpoint(tmp_path):
+    config = ArbConfig(codebook=BOOK, moe_graph={**GRAPH, "active_edges": 16}, memgram={**MEMORY, "orders": (2, 4)})
+    assert config.codebook == {"size": 32, "dim": 8, "commitment": 0.25, "hashes": 4, "probes": 4}
+    assert config.moe_graph["top_k"] == 2 and config.memgram["orders"] == [2, 4]
+    config.save_pretrained(tmp_path)
+    stored = ArbConfig.from_pretrained(tmp_path)
+    assert all(getattr(stored, name) == getattr(config, name) for name in BLOCK_OPTIONS)
 
 
 @pytest.mark.parametrize("group_size", [0, 4, 6, 8, 16, 32, 64, 96, 128])
@@ -55,7 +86,7 @@ def test_defaults():
     assert (config.pad_token_id, config.eos_token_id, config.bos_token_id) == (256, 257, 258)
     assert str(config.dtype) in ("float32", "torch.float32")
     assert config.training_state and not config.tie_word_embeddings
-    assert all(getattr(config, name) is None for name in LATER)
+    assert all(getattr(config, name) is None for name in BLOCK_OPTIONS)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from arb_kernels.packing import LARGEST_BYTE, count_invalid_bytes
 from configuration_arb import ArbConfig
 from modeling_arb import ArbForCausalLM
 from modeling_arb.checkpoint_integrity import open_tensor_file
+from modeling_arb.ternary_matrix import TernaryMatrix
 
 AREAS = {
     "byte_embedding": "byte embedding",
@@ -93,9 +94,10 @@ def _audit_tensors(model: ArbForCausalLM, tensors: dict[str, torch.Tensor]) -> S
     """Hold tensors, by name, against what the model's config lists. Tensors may be on the meta device."""
     audit = StateAudit()
     listed = {}
-    for name, matrix in model.ternary_matrices().items():
-        audit.areas[_area_of(name)] = audit.areas.get(_area_of(name), 0) + matrix.logical_weights
-        for key, spec in matrix.layout().items():
+    for name, module in model.integer_states().items():
+        if isinstance(module, TernaryMatrix):
+            audit.areas[_area_of(name)] = audit.areas.get(_area_of(name), 0) + module.logical_weights
+        for key, spec in module.layout().items():
             if spec.inference or model.config.training_state:
                 listed[f"{name}.{key}"] = spec
     for name, tensor in tensors.items():
