@@ -44,7 +44,7 @@ BLOCK_OPTIONS: dict[str, dict[str, Option]] = {
         "dim": _count(),
         "orders": Option([3, 4, 5], _orders, "a list of n-gram lengths from 1 to 16"),
     },
-    "sliding_window": {"window": _count(), "stride": _count(0, 0)},
+    "windowed_attention": {"window": _count(), "stride": _count(0, 0)},
     "codebook": {
         "size": _count(),
         "dim": _count(),
@@ -93,7 +93,7 @@ def complete_block(name: str, given: Any) -> dict[str, Any] | None:
 
 def check_blocks(config) -> None:
     """What blocks ask of each other. Raises ValueError naming the field and its value."""
-    moe, window = config.moe_graph, config.sliding_window
+    moe, window = config.moe_graph, config.windowed_attention
     if moe is not None and moe["top_k"] > moe["num_experts"]:
         raise ValueError(f"moe_graph.top_k={moe['top_k']} must be at most num_experts={moe['num_experts']}")
     if moe is not None and moe["active_edges"] and config.codebook is None:
@@ -101,4 +101,4 @@ def check_blocks(config) -> None:
     if config.composite is not None and config.codebook is None:
         raise ValueError("composite is given but codebook is None: it pairs the codebook's motifs")
     if window is not None and window["stride"] > window["window"]:
-        raise ValueError(f"sliding_window.stride={window['stride']} must be at most window={window['window']}")
+        raise ValueError(f"windowed_attention.stride={window['stride']} must be at most window={window['window']}")

@@ -36,7 +36,7 @@ class ArbConfig(PreTrainedConfig):
     Head: `head_layers` (residual MLPs before the 288-way projection), `head_intermediate_size` (theirs; 0: four times
     the width).
     Blocks, each a dict or None for off; keys and defaults stand in block_options.py: `text_sequencer` (an LSTM over the
-    embedding), `memgram` (hashed n-gram memory), `sliding_window` (attention to the last bytes, older ones by the
+    embedding), `memgram` (hashed n-gram memory), `windowed_attention` (attention to the last bytes, older ones by the
     block), `codebook` (shared vector quantisation: motifs), `moe_graph` (looped experts, messages along motif edges),
     `composite` (a second book, of motif pairs), `output_router`, `video_head`, `talker_head`.
 
@@ -68,7 +68,7 @@ class ArbConfig(PreTrainedConfig):
     head_intermediate_size: int = 0
     text_sequencer: dict[str, Any] | None = None
     memgram: dict[str, Any] | None = None
-    sliding_window: dict[str, Any] | None = None
+    windowed_attention: dict[str, Any] | None = None
     codebook: dict[str, Any] | None = None
     moe_graph: dict[str, Any] | None = None
     composite: dict[str, Any] | None = None
@@ -123,6 +123,12 @@ class ArbConfig(PreTrainedConfig):
     def _require(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
             raise ValueError(f"{name}={getattr(self, name)!r} must be {expected}")
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> ArbConfig:
+        """As transformers', but what overrides a stored field is checked like the field."""
+        own = {name: kwargs.pop(name) for name in cls.__annotations__ if name in kwargs}
+        return super().from_dict({**config_dict, **own}, **kwargs)
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
         """Write config.json with the full auto_map, so that the folder loads as remote code."""

@@ -39,11 +39,65 @@ def arb_14m(**overrides) -> ArbConfig:
     return ArbConfig(**{**shape, **overrides})
 
 
+def arb_tiny_full(**overrides) -> ArbConfig:
+    """arb-tiny with every text block on."""
+    blocks = {
+        "text_sequencer": {"hidden_size": 48},
+        "memgram": {"slots": 512, "dim": 16},
+        "windowed_attention": {"window": 32, "stride": 8},
+        "codebook": {"size": 64, "dim": 16},
+        "moe_graph": {"num_experts": 4, "active_edges": 256},
+        "composite": {"size": 256, "dim": 16},
+        "output_router": {"num_heads": 2, "gate_size": 16},
+        "head_layers": 1,
+    }
+    return arb_tiny(**{**blocks, **overrides})
+
+
+def arb_seed(**overrides) -> ArbConfig:
+    """The seeds' default stack at arb-small's width: text, vector quantisation and graph."""
+    blocks = {
+        "text_sequencer": {},
+        "codebook": {"size": 4096, "dim": 64},
+        "moe_graph": {"num_experts": 8, "active_edges": 4096},
+        "composite": {"size": 16384, "dim": 64},
+        "output_router": {"num_heads": 2},
+    }
+    return arb_small(**{**blocks, **overrides})
+
+
+def arb_3b(**overrides) -> ArbConfig:
+    """3.0B weights in the proportions of seed 004: ten million motifs, five million motif pairs."""
+    shape = {
+        "hidden_size": 2048,
+        "num_hidden_layers": 17,
+        "num_attention_heads": 16,
+        "intermediate_size": 8192,
+        "qk_nope_head_dim": 64,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "kv_latent_dim": 448,
+        "head_layers": 10,
+        "head_intermediate_size": 15296,
+        "text_sequencer": {"hidden_size": 1808},
+        "codebook": {"size": 10_000_000, "dim": 64},
+        "moe_graph": {"num_experts": 16, "expert_size": 6528, "active_edges": 1 << 18},
+        "composite": {"size": 5_000_000, "dim": 64, "hidden_size": 4352},
+        "output_router": {"num_heads": 3},
+        "video_head": {"latent_dim": 1024, "hidden_size": 18176},
+        "talker_head": {"num_codes": 1024, "hidden_size": 18304},
+    }
+    return ArbConfig(**{**shape, **overrides})
+
+
 PRESETS: dict[str, Callable[..., ArbConfig]] = {
     "arb-tiny": arb_tiny,
+    "arb-tiny-full": arb_tiny_full,
     "arb-bench": arb_bench,
     "arb-small": arb_small,
+    "arb-seed": arb_seed,
     "arb-14m": arb_14m,
+    "arb-3b": arb_3b,
 }
 
 

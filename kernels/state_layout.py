@@ -21,10 +21,17 @@ class StateTensor:
     inference: bool = False
 
 
+# Of tables of which a step touches few rows: sign votes need no norm over the rows that were not touched.
+TABLE_RULES = {"momentum": "flip", "flip": "flip", "correlation": "correlation"}
+
+
 def state_layout(
-    update_rule: str, rows: int, columns: int, group_size: int, momentum_bits: int = 4
+    update_rule: str, rows: int, columns: int, group_size: int, momentum_bits: int = 4, votes_by_row: bool = False
 ) -> dict[str, StateTensor]:
-    """The persistent tensors of a (rows, columns) ternary matrix by name, training state included."""
+    """The persistent tensors of a (rows, columns) ternary matrix by name, training state included.
+
+    votes_by_row: `correlation` counts the votes of each row, for tables whose rows are touched unequally often.
+    """
     groups = num_groups(columns, group_size)
     layout = {
         "T_packed": StateTensor((rows, packed_width(columns)), torch.uint8, "packed trits", inference=True),
@@ -39,7 +46,8 @@ def state_layout(
         layout["E_accum"] = StateTensor((rows, groups), torch.int8, "scale votes")
     elif update_rule == "correlation":
         layout["corr_accum"] = StateTensor((rows, groups), torch.int64, "correlation sums", inference=True)
-        layout["step_counter"] = StateTensor((), torch.int64, "vote counter", inference=True)
+        counters = (rows, 1) if votes_by_row else ()
+        layout["step_counter"] = StateTensor(counters, torch.int64, "vote counter", inference=True)
     else:
         raise ValueError(f"update_rule={update_rule!r} is unknown")
     return layout

@@ -9,19 +9,25 @@ from torch import nn
 from .byte_embedding import TRIGRAM
 from .norm import rms_norm
 from .ternary_linear import TernaryLinear
+from .ternary_mlp import TernaryMLP
 
 IGNORE = -100
 
 
 class ByteHead(nn.Module):
-    """(B, T, D) -> logits (B, T, 288)."""
+    """(B, T, D) -> logits (B, T, 288), through `head_layers` residual MLPs of its own."""
 
     def __init__(self, config):
         super().__init__()
         self.eps = config.rms_norm_eps
+        self.layers = nn.ModuleList(
+            TernaryMLP(config, config.head_intermediate_size) for _ in range(config.head_layers)
+        )
         self.proj = TernaryLinear(config.hidden_size, config.vocab_size, config)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = x + layer(x)
         return self.proj(rms_norm(x, self.eps))
 
 
@@ -44,3 +50,10 @@ def next_byte_loss(
     if num_items_in_batch is None:
         num_items_in_batch = (targets != IGNORE).sum().clamp(min=1)
     return total / num_items_in_batch
+
+
+def batch_share(labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor | float:
+    """How much of an accumulated step's scored bytes these labels (B, T) are: 1 where nothing is accumulated."""
+    if num_items_in_batch is None:
+        return 1.0
+    return (mask_incomplete_trigrams(labels)[:, 1:] != IGNORE).sum() / num_items_in_batch

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers.utils import logging
 
 from arb_kernels.packing import LARGEST_BYTE, count_invalid_bytes
 
@@ -22,7 +23,29 @@ SAFETENSORS_DTYPES = {
     "E_accum": ("I8",),
     "corr_accum": ("I64",),
     "step_counter": ("I64",),
+    "usage": ("I16",),
+    "fade_position": ("I64",),
+    "active_edge_src": ("I32",),
+    "active_edge_dst": ("I32",),
+    "active_edge_attr": ("I8",),
+    "active_edge_score": ("I8",),
+    "expert_bias": ("I8",),
 }
+
+# Where the modules of an optional block stand, and the config's field that asks for them.
+OPTIONAL_PARTS = {
+    "model.text_sequencer": "text_sequencer",
+    "model.memgram": "memgram",
+    "model.shared_vq": "codebook",
+    "model.moe_graph": "moe_graph",
+    "model.composite": "composite",
+    "output_router": "output_router",
+    "video_head": "video_head",
+    "talker_head": "talker_head",
+    "byte_head.layers": "head_layers",
+}
+
+logger = logging.get_logger(__name__)
 
 
 @contextmanager
@@ -49,12 +72,22 @@ def check_tensor_files(folder: str | Path) -> None:
                 raise ValueError(f"{path}: tensor {name} has dtype {dtype}, expected {' or '.join(expected)}")
 
 
-def check_loading_info(source: str, info: dict) -> None:
-    """Raises ValueError when a tensor was missing or of another shape than the config asks for."""
+def check_loading_info(source: str, info: dict, stored_config: dict) -> None:
+    """Raises ValueError when a tensor was missing or of another shape than the config asks for.
+
+    Blocks that the checkpoint's own config does not have may be missing: they start fresh, named in one warning.
+    """
     for name, found, expected in sorted(info["mismatched_keys"]):
         raise ValueError(f"{source}: tensor {name} has shape {tuple(found)}, the config asks for {tuple(expected)}")
+    new_parts = [part for part, field in OPTIONAL_PARTS.items() if not stored_config.get(field)]
+    fresh = set()
     for name in sorted(info["missing_keys"]):
-        raise ValueError(f"{source}: tensor {name} is missing")
+        part = next((part for part in new_parts if name.startswith(f"{part}.")), None)
+        if part is None:
+            raise ValueError(f"{source}: tensor {name} is missing")
+        fresh.add(part)
+    if fresh:
+        logger.warning(f"{source} does not have {', '.join(sorted(fresh))}: freshly initialised, to be trained")
 
 
 def check_trits(source: str, model: nn.Module) -> None:

@@ -1,7 +1,7 @@
 """Context attention: multi-head latent attention (DeepSeek-V2, section 2.1) with a sigmoid output gate, all ternary.
 
 Keys and values come from one small latent per token, plus one rotary key shared by all heads: the cache keeps only
-those. Every ternary matrix reads a normalised input, and queries and keys are normalised per head.
+those. Every ternary matrix reads a normalised input, and queries and keys are normalised per head. With `windowed_attention` a query sees the last bytes and summaries of those before.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache
 from .norm import rms_norm
 from .rotary import rotate
 from .ternary_linear import TernaryLinear
+from .windowed_context import WindowedContext, summarise_blocks
 
 
 class ContextAttention(nn.Module):
@@ -39,13 +40,18 @@ class ContextAttention(nn.Module):
         attention_mask: torch.Tensor | None,
         angles: tuple[torch.Tensor, torch.Tensor],
         past_key_values: Cache | None,
+        windowed: WindowedContext | None = None,
     ) -> torch.Tensor:
-        """attention_mask: (B, 1, T, P + T) or None for plain causal; angles: cos and sin of the T new positions."""
+        """attention_mask: (B, 1, T, P + T) or None for plain causal; angles: cos and sin of the T new positions;
+        windowed: what they see instead of all that attention_mask lets them."""
         x = rms_norm(x, self.eps)
         query = self._query(x, angles)
         latent, rotary_key = self._latent(x, angles)
         if past_key_values is not None:
             latent, rotary_key = past_key_values.update(latent, rotary_key, self.layer_idx)
+        if windowed is not None:
+            attention_mask = windowed.mask
+            latent, rotary_key = summarise_blocks(windowed, latent, rotary_key, self.eps)
         key, value = self._expand(latent, rotary_key)
         causal = attention_mask is None and query.shape[2] > 1
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, is_causal=causal)
@@ -65,7 +71,7 @@ class ContextAttention(nn.Module):
         return rms_norm(latent, self.eps), rotate(rms_norm(rotary_key, self.eps), angles)
 
     def _expand(self, latent: torch.Tensor, rotary_key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cached latents -> keys (B, H, S, nope + rope), values (B, H, S, v)."""
+        """Latents -> keys (B, H, S, nope + rope), values (B, H, S, v)."""
         up = self.kv_up_proj(latent.squeeze(1)).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         nope, value = up.split([self.nope_dim, self.v_dim], dim=-1)
         rotary_key = rotary_key.expand(-1, self.num_heads, -1, -1)

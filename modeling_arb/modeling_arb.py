@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from configuration_arb.configuration_arb import ArbConfig
 
-from .byte_embedding import ByteEmbedding
-from .byte_head import ByteHead, next_byte_loss
+from .byte_embedding import ByteEmbedding, preceded_by
+from .byte_head import ByteHead, batch_share, next_byte_loss
+from .cache_layers import SideLayers
 from .checkpoint_integrity import check_loading_info, check_tensor_files, check_trits
+from .composite_proposal import NO_MOTIF, CompositeProposal
 from .context_attention import ContextAttention
 from .integer_state import IntegerState
+from .memgram import MemGram
+from .modality_heads import TalkerHead, VideoHead
+from .moe_graph import MoEGraph
+from .output_router import OutputRouter
 from .rotary import rotary_angles
+from .shared_vq import SharedVQ
 from .ternary_matrix import TernaryMatrix
 from .ternary_mlp import TernaryMLP
+from .text_sequencer import TextSequencer
+
+LOCATING = ("revision", "subfolder", "cache_dir", "token", "local_files_only")  # what finds a checkpoint on the hub
 
 
 class ArbPreTrainedModel(PreTrainedModel):
@@ -101,6 +113,12 @@ class ArbPreTrainedModel(PreTrainedModel):
         }
         return {key: tensor for key, tensor in state_dict.items() if key not in training}
 
+    def _adjust_missing_and_unexpected_keys(self, loading_info) -> None:
+        """Missing tensors are judged in `from_pretrained`, in one line instead of transformers' table of them."""
+        super()._adjust_missing_and_unexpected_keys(loading_info)
+        self.__dict__["_missing_keys"] = set(loading_info.missing_keys)
+        loading_info.missing_keys.clear()
+
     @classmethod
     def from_pretrained(
         cls,
@@ -116,8 +134,10 @@ class ArbPreTrainedModel(PreTrainedModel):
         model, info = super().from_pretrained(
             pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
         )
+        info["missing_keys"] = model.__dict__.pop("_missing_keys", set())
         if not ignore_mismatched_sizes:
-            check_loading_info(source, info)
+            located = {name: kwargs[name] for name in LOCATING if name in kwargs}
+            check_loading_info(source, info, cls.config_class.get_config_dict(source, **located)[0])
         check_trits(source, model)
         return (model, info) if output_loading_info else model
 
@@ -128,20 +148,33 @@ class ContextBlock(GradientCheckpointingLayer):
     def __init__(self, config: ArbConfig, layer_idx: int):
         super().__init__()
         self.attention = ContextAttention(config, layer_idx)
-        self.mlp = TernaryMLP(config)
+        self.mlp = TernaryMLP(config, config.intermediate_size)
 
     def forward(self, x, attention_mask, angles, past_key_values):
         x = x + self.attention(x, attention_mask, angles, past_key_values)
         return x + self.mlp(x)
 
 
+@dataclass
+class ArbModelOutput(BaseModelOutputWithPast):
+    """auxiliary_loss (): what the blocks ask for beside the language loss; None where no block asks."""
+
+    auxiliary_loss: torch.Tensor | None = None
+
+
 class ArbModel(ArbPreTrainedModel):
-    """The backbone: byte ids (B, T) -> hidden states (B, T, D)."""
+    """The backbone and the blocks that the config asks for: byte ids (B, T) -> hidden states (B, T, D)."""
 
     def __init__(self, config: ArbConfig):
         super().__init__(config)
+        self.side_layers = SideLayers(config)
         self.byte_embedding = ByteEmbedding(config)
+        self.text_sequencer = TextSequencer(config) if config.text_sequencer else None
+        self.memgram = MemGram(config) if config.memgram else None
         self.blocks = nn.ModuleList(ContextBlock(config, i) for i in range(config.num_hidden_layers))
+        self.shared_vq = SharedVQ(config) if config.codebook else None
+        self.moe_graph = MoEGraph(config) if config.moe_graph else None
+        self.composite = CompositeProposal(config) if config.composite else None
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -155,43 +188,63 @@ class ArbModel(ArbPreTrainedModel):
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         **kwargs,
-    ) -> BaseModelOutputWithPast:
+    ) -> ArbModelOutput:
         """input_ids (B, T), attention_mask (B, P + T) with P cached positions."""
         cache = self._cache(past_key_values, use_cache)
-        input_ids = self._pad_masked(input_ids, attention_mask)
-        history = self._remember(input_ids, cache)
+        is_byte = _unmasked(attention_mask, input_ids)  # (B, T) or None
+        input_ids = input_ids if is_byte is None else input_ids.masked_fill(~is_byte, self.config.pad_token_id)
+        history = self.side_layers.append_tokens(cache, "ids", input_ids)
         x = self.byte_embedding(input_ids, history, self.dtype)  # (B, T, D)
-        position_ids = self._positions(position_ids, attention_mask, input_ids, history)
+        if self.text_sequencer is not None:
+            x = x + self._sequence(x, is_byte, cache)
+        if self.memgram is not None:
+            x = x + self.memgram(x, input_ids, history)
+        x = self._attend(x, attention_mask, self._positions(position_ids, attention_mask, input_ids, history), cache)
+        losses = []
+        if self.shared_vq is not None:
+            addition, motifs = self.shared_vq(x)
+            x = x + addition
+            losses.append(motifs.loss)
+        if self.moe_graph is not None:
+            on_motifs = (None, None) if self.shared_vq is None else (motifs.ids, self.shared_vq.book.rows_of)
+            addition, ponder = self.moe_graph(x, *on_motifs)
+            x = x + addition
+            losses.append(self.config.moe_graph["ponder_cost"] * ponder)
+        if self.composite is not None:
+            addition, loss = self.composite(x, motifs.ids, self._previous(motifs.ids, is_byte, cache))
+            x = x + addition
+            losses.append(loss)
+        return ArbModelOutput(
+            last_hidden_state=x, past_key_values=cache, auxiliary_loss=sum(losses) if losses else None
+        )
+
+    def _sequence(self, x: torch.Tensor, is_byte: torch.Tensor | None, cache: Cache | None) -> torch.Tensor:
+        addition, state = self.text_sequencer(x, is_byte, self.side_layers.read_state(cache, "sequencer"))
+        self.side_layers.write_state(cache, "sequencer", state)
+        return addition
+
+    def _attend(self, x, attention_mask, position_ids, cache: Cache | None) -> torch.Tensor:
         mask = create_causal_mask(self.config, x, attention_mask, cache, position_ids=position_ids)
         angles = rotary_angles(position_ids, self.config.qk_rope_head_dim, self.config.rope_theta)
         for block in self.blocks:
-            x = block(x, mask, angles, cache)  # (B, T, D)
-        return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=cache)
+            x = block(x, mask, angles, cache)
+        return x
+
+    def _previous(self, ids: torch.Tensor, is_byte: torch.Tensor | None, cache: Cache | None) -> torch.Tensor:
+        """The motif before each position, (B, T)."""
+        ids = ids if is_byte is None else ids.masked_fill(~is_byte, NO_MOTIF)
+        history = self.side_layers.append_tokens(cache, "motifs", ids)
+        return preceded_by(history, ids, 1, NO_MOTIF)[:, :-1]
 
     def _cache(self, past_key_values: Cache | None, use_cache: bool | None) -> Cache | None:
-        """The caller's cache, or a new one outside training. One layer more than the model: the ids seen so far."""
+        """The caller's cache, or a new one outside training."""
         if past_key_values is None:
             wanted = self.config.use_cache and not self.training if use_cache is None else use_cache
             if not wanted:
                 return None
             past_key_values = DynamicCache(config=self.config)
-        if len(past_key_values.layers) == self.config.num_hidden_layers:
-            past_key_values.layers.append(DynamicLayer())
+        self.side_layers.add_to(past_key_values)
         return past_key_values
-
-    def _pad_masked(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        """What stands under a masked position must not reach its neighbours' trigrams."""
-        if attention_mask is None or attention_mask.dim() != 2:
-            return input_ids
-        return input_ids.masked_fill(attention_mask[:, -input_ids.shape[1] :] == 0, self.config.pad_token_id)
-
-    def _remember(self, input_ids: torch.Tensor, cache: Cache | None) -> torch.Tensor:
-        """The ids before `input_ids`, (B, P); the cache gains `input_ids`."""
-        if cache is None:
-            return input_ids[:, :0]
-        seen = input_ids.to(torch.int16)[:, None, :, None]
-        seen, _ = cache.update(seen, seen[..., :0], self.config.num_hidden_layers)
-        return seen[:, 0, : -input_ids.shape[1], 0].long()
 
     def _positions(self, position_ids, attention_mask, input_ids, history) -> torch.Tensor:
         """(B, T): counted from each row's first unmasked byte, unless the caller gave them."""
@@ -203,12 +256,32 @@ class ArbModel(ArbPreTrainedModel):
         return torch.arange(start, start + input_ids.shape[1], device=input_ids.device)[None]
 
 
+def _unmasked(attention_mask: torch.Tensor | None, input_ids: torch.Tensor) -> torch.Tensor | None:
+    """bool (B, T), False under padding: what stands there must not reach its neighbours. None where nothing is."""
+    if attention_mask is None or attention_mask.dim() != 2:
+        return None
+    return attention_mask[:, -input_ids.shape[1] :] != 0
+
+
+@dataclass
+class ArbCausalLMOutput(CausalLMOutputWithPast):
+    """loss in nats per byte. auxiliary_loss () as ArbModelOutput's; video_latents and talker_logits (B, T, ...) where
+    the heads exist and were asked."""
+
+    auxiliary_loss: torch.Tensor | None = None
+    video_latents: torch.Tensor | None = None
+    talker_logits: torch.Tensor | None = None
+
+
 class ArbForCausalLM(ArbPreTrainedModel, GenerationMixin):
     """The language model: byte ids (B, T) -> logits (B, T, 288) and the loss in nats per byte."""
 
     def __init__(self, config: ArbConfig):
         super().__init__(config)
         self.model = ArbModel(config)
+        self.output_router = OutputRouter(config) if config.output_router else None
+        self.video_head = VideoHead(config) if config.video_head else None
+        self.talker_head = TalkerHead(config) if config.talker_head else None
         self.byte_head = ByteHead(config)
         self.post_init()
 
@@ -234,11 +307,39 @@ class ArbForCausalLM(ArbPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
+        video_targets: torch.Tensor | None = None,
+        talker_labels: torch.LongTensor | None = None,
+        output_modalities: bool = False,
         **kwargs,
-    ) -> CausalLMOutputWithPast:
-        """labels (B, T): the ids themselves, -100 where not scored; the shift by one byte happens inside."""
+    ) -> ArbCausalLMOutput:
+        """labels (B, T): the ids themselves, -100 where not scored; the shift by one byte happens inside.
+
+        The loss is the language model's; what blocks and other heads ask for joins its gradient, not its value.
+        video_targets (B, T, latent_dim) and talker_labels (B, T) train those heads; output_modalities: return theirs.
+        """
         outputs = self.model(input_ids, attention_mask, position_ids, past_key_values, use_cache)
+        x = outputs.last_hidden_state
+        if self.output_router is not None:
+            x = x + self.output_router(x)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.byte_head(outputs.last_hidden_state[:, kept])
+        logits = self.byte_head(x[:, kept])
         loss = None if labels is None else next_byte_loss(logits, labels, num_items_in_batch)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=outputs.past_key_values)
+        asked = {"video": (self.video_head, video_targets), "talker": (self.talker_head, talker_labels)}
+        spoken, auxiliary = {}, [outputs.auxiliary_loss]
+        for name, (head, targets) in asked.items():
+            if head is not None and (output_modalities or targets is not None):
+                spoken[name] = head(x)
+                auxiliary.append(None if targets is None else head.loss(spoken[name], targets))
+        given = [term for term in auxiliary if term is not None]
+        auxiliary_loss = sum(given) if given else None
+        if loss is not None and auxiliary_loss is not None:
+            weighted = auxiliary_loss * batch_share(labels, num_items_in_batch)
+            loss = loss + (weighted - weighted.detach())
+        return ArbCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            auxiliary_loss=auxiliary_loss,
+            video_latents=spoken.get("video"),
+            talker_logits=spoken.get("talker"),
+        )

@@ -98,10 +98,11 @@ class TernaryMatrix(IntegerState):
         """float32 (rows, groups): S = 2^(E / 8), under `correlation` also moved by the votes so far."""
         scale = power_of_two(self.E, EIGHTHS)
         if self.update_rule == "correlation":
-            scale = scale * torch.exp2(
-                correlation_octaves(self.corr_accum, self.step_counter, self.columns, self.group_size)
-            )
+            scale = scale * self._correlation_factor(self.corr_accum, self.step_counter)
         return scale
+
+    def _correlation_factor(self, corr_accum: torch.Tensor, step_counter: torch.Tensor) -> torch.Tensor:
+        return torch.exp2(correlation_octaves(corr_accum, step_counter, self.columns, self.group_size))
 
     def inference_weight(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The trits as the backend multiplies them fastest, and the row scale float32 (rows,).

@@ -13,11 +13,11 @@ from .ternary_linear import TernaryLinear
 class TernaryMLP(nn.Module):
     """(B, T, D) -> (B, T, D), added to the residual stream by the caller."""
 
-    def __init__(self, config):
+    def __init__(self, config, intermediate_size: int):
         super().__init__()
         self.eps = config.rms_norm_eps
-        self.up_proj = TernaryLinear(config.hidden_size, config.intermediate_size, config)
-        self.down_proj = TernaryLinear(config.intermediate_size, config.hidden_size, config)
+        self.up_proj = TernaryLinear(config.hidden_size, intermediate_size, config)
+        self.down_proj = TernaryLinear(intermediate_size, config.hidden_size, config)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         hidden = F.relu(self.up_proj(rms_norm(x, self.eps))).square()

@@ -158,7 +158,7 @@ def test_smoke_without_backward_changes_nothing(capsys):
         ("smoke", ["--device", "abacus"], "device='abacus'"),
         ("smoke", ["--device", "mps"], "device='mps'"),
         ("smoke", ["--device", "cuda:99"], "device='cuda:99'"),
-        ("smoke", ["--ctx", 4], "ctx=4"),
+        ("smoke", ["--ctx", 3], "ctx=3"),
         ("smoke", ["--ctx", 5000], "ctx=5000"),
         ("smoke", ["--steps", 0], "steps=0"),
     ],

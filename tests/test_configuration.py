@@ -43,7 +43,11 @@ REFUSED_BLOCKS = [
     ("pairs", {"composite": BOOK}, "composite is given but codebook is None"),
     ("router", {"output_router": {}}, "output_router.num_heads is missing"),
     ("heads", {"output_router": {"num_heads": 0}}, "output_router.num_heads=0 must be"),
-    ("stride", {"sliding_window": {"window": 4, "stride": 8}}, "sliding_window.stride=8 must be at most window=4"),
+    (
+        "stride",
+        {"windowed_attention": {"window": 4, "stride": 8}},
+        "windowed_attention.stride=8 must be at most window=4",
+    ),
     ("video", {"video_head": {}}, "video_head.latent_dim is missing"),
 ]
 
@@ -113,9 +117,9 @@ def test_presets(name):
 
 
 def test_presets_differ():
-    assert {"arb-tiny", "arb-small", "arb-14m"} <= set(PRESETS)
-    widths = [preset_config(name).hidden_size for name in PRESETS]
-    assert len(set(widths)) == len(widths)
+    assert {"arb-tiny", "arb-tiny-full", "arb-small", "arb-14m", "arb-3b"} <= set(PRESETS)
+    shapes = [preset_config(name).to_json_string() for name in PRESETS]
+    assert len(set(shapes)) == len(shapes)
 
 
 def test_a_preset_refuses_a_bad_override():

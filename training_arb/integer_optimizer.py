@@ -8,17 +8,20 @@ from __future__ import annotations
 import zlib
 
 import torch
-import torch.distributed as dist
 
 from arb_kernels.random_bits import stream_key
+from modeling_arb.integer_state import IntegerState, ObservedState
 from modeling_arb.modeling_arb import ArbPreTrainedModel
 from modeling_arb.ternary_matrix import TernaryMatrix
+from modeling_arb.ternary_table import TernaryTable
 
-from .integer_rules import CorrelationRule, FlipRule, Moment, MomentumRule, UpdateRule
+from .integer_rules import CorrelationRule, FlipRule, Moment, MomentumRule, TableRule, UpdateRule
+from .rank_exchange import average_over_ranks, join_ranks, num_ranks, used_on_any_rank
 
 
 class IntegerOptimizer(torch.optim.Optimizer):
-    """Arms every ternary matrix of `model`; `step()` only applies the shared ones and counts.
+    """Arms every ternary matrix of `model`; `step()` applies the shared ones, the touched rows of tables and what
+    blocks observed, and counts.
 
     lr: cells per step, read from the one (empty) parameter group, so that any scheduler drives it. Micro-batches of an
     accumulated step: set `last_micro_batch` False before the backward of all but the last; their losses come divided
@@ -32,6 +35,7 @@ class IntegerOptimizer(torch.optim.Optimizer):
         lr: float = 0.035,
         beta: float = 0.9,
         flip_threshold: int = 32,
+        table_threshold: int = 8,
         scale_update_interval: int = 1,
         seed: int = 0,
     ):
@@ -39,8 +43,9 @@ class IntegerOptimizer(torch.optim.Optimizer):
             raise ValueError(f"learning_rate={lr} must be in [0, 1): it is in cells of the latent line per step")
         if not 0 <= beta < 1:
             raise ValueError(f"momentum_beta={beta} must be in [0, 1)")
-        if not 1 <= flip_threshold <= 127:
-            raise ValueError(f"flip_threshold={flip_threshold} must be in 1..127: votes are int8")
+        for name, threshold in (("flip_threshold", flip_threshold), ("table_threshold", table_threshold)):
+            if not 1 <= threshold <= 127:
+                raise ValueError(f"{name}={threshold} must be in 1..127: votes are int8")
         if scale_update_interval < 0:
             raise ValueError(f"scale_update_interval={scale_update_interval} must not be negative")
         if not 0 <= seed < 1 << 64:
@@ -51,33 +56,53 @@ class IntegerOptimizer(torch.optim.Optimizer):
             "flip": FlipRule(flip_threshold, scale_update_interval),
             "correlation": CorrelationRule(),
         }
+        table_rules: dict[str, TableRule] = {
+            "flip": FlipRule(table_threshold, scale_update_interval),
+            "correlation": CorrelationRule(),
+        }
         self.rule = rules[model.config.update_rule]
+        self.table_rules = table_rules
         self.seed = seed
         self.steps = 0
         self.last_micro_batch = True
         self.last_checkpoint: str | None = None
-        self._names = {matrix: name for name, matrix in model.ternary_matrices().items()}
+        self._names = {module: name for name, module in model.integer_states().items()}
+        self._matrices = [module for module in self._names if isinstance(module, TernaryMatrix)]
+        self._observers = [module for module in self._names if isinstance(module, ObservedState)]
+        self._touched: dict[TernaryTable, list[tuple[torch.Tensor, torch.Tensor]]] = {
+            module: [] for module in self._matrices if isinstance(module, TernaryTable)
+        }
         self._micro_batches: dict[TernaryMatrix, int] = {}
         self._shared: dict[TernaryMatrix, torch.Tensor] = {}
         self._flips = torch.zeros((), dtype=torch.int64, device=model.device)
         self._moved_weights = 0
         if not model.config.training_state:
             model.add_training_state()
-        for matrix in self._names:
-            matrix.update_handler = self._receive
+        for matrix in self._matrices:
+            matrix.update_handler = self._receive_rows if isinstance(matrix, TernaryTable) else self._receive
+        for observer in self._observers:
+            observer.observing = True
 
     def detach(self) -> None:
         """Disarm the model: later backwards change nothing."""
-        for matrix in self._names:
+        for matrix in self._matrices:
             matrix.update_handler = None
+        for observer in self._observers:
+            observer.observing = False
+            observer.take_observations()
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
-        """Apply what shared matrices collected and advance the step counter."""
+        """Apply what shared matrices, tables and observers collected and advance the step counter."""
         assert closure is None, "integer updates happen in backward: there is no loss to evaluate again"
-        for matrix, dW in self._shared.items():
-            self._update(matrix, dW)
-        self._shared.clear()
+        self._update_shared()
+        for table, touched in self._touched.items():
+            self._update_rows(table, touched)
+            touched.clear()
+        for observer in self._observers:
+            seen = join_ranks(observer.take_observations())
+            if seen is not None:
+                observer.apply_observations(*seen, key=self._moment(observer).key)
         self._micro_batches.clear()
         self.steps += 1
 
@@ -101,13 +126,15 @@ class IntegerOptimizer(torch.optim.Optimizer):
         self._moved_weights = 0
         return rate
 
-    def _receive(self, matrix: TernaryMatrix, dW: torch.Tensor) -> None:
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(dW)
-            dW /= dist.get_world_size()
+    def _check_finite(self, matrix: TernaryMatrix, dW: torch.Tensor) -> None:
         if not torch.isfinite(dW.sum()):
             resume = f"; resume from {self.last_checkpoint}" if self.last_checkpoint else ""
             raise FloatingPointError(f"step {self.steps}: the gradient of {self._names[matrix]} is not finite{resume}")
+
+    def _receive(self, matrix: TernaryMatrix, dW: torch.Tensor) -> None:
+        if not matrix.shared:
+            average_over_ranks(dW)
+        self._check_finite(matrix, dW)
         if matrix.shared:
             self._shared[matrix] = self._shared[matrix].add_(dW) if matrix in self._shared else dW.clone()
         elif self.last_micro_batch:
@@ -116,13 +143,40 @@ class IntegerOptimizer(torch.optim.Optimizer):
             self.rule.fold(matrix, dW, self._moment(matrix))
             self._micro_batches[matrix] = self._micro_batches.get(matrix, 0) + 1
 
-    def _update(self, matrix: TernaryMatrix, dW: torch.Tensor) -> None:
-        flips = self.rule.update(matrix, dW, self._moment(matrix))
-        self._flips = self._flips.to(flips.device).add_(flips)
-        self._moved_weights += matrix.logical_weights
+    def _update_shared(self) -> None:
+        """A rank that did not use a matrix, an expert say, takes part with zeros."""
+        shared = [matrix for matrix in self._matrices if matrix.shared]
+        used = used_on_any_rank([matrix in self._shared for matrix in shared], self._flips.device)
+        for matrix in (matrix for matrix, is_used in zip(shared, used, strict=True) if is_used):
+            dW = self._shared.pop(matrix, None)
+            if dW is None:
+                dW = torch.zeros(matrix.rows, matrix.columns, device=matrix.T_packed.device)
+            average_over_ranks(dW)
+            self._update(matrix, dW)
 
-    def _moment(self, matrix: TernaryMatrix) -> Moment:
-        micro_batch = self._micro_batches.get(matrix, 0)
-        tensor_id = zlib.crc32(self._names[matrix].encode())
+    def _receive_rows(self, table: TernaryTable, row_ids: torch.Tensor, dW: torch.Tensor) -> None:
+        self._check_finite(table, dW)
+        self._touched[table].append((row_ids, dW))
+
+    def _update_rows(self, table: TernaryTable, touched: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        mine = tuple(torch.cat(column) for column in zip(*touched, strict=True)) if touched else None
+        everyone = join_ranks(mine)
+        if everyone is None:
+            return
+        row_ids, place = everyone[0].to(table.T_packed.device).unique(return_inverse=True)
+        dW = everyone[1].to(table.T_packed.device) / num_ranks()
+        dW = torch.ops.aten.embedding_dense_backward(dW, place, len(row_ids), -1, False)
+        self._count(self.table_rules[table.table_rule].update_rows(table, row_ids, dW, self._moment(table)), dW.numel())
+
+    def _update(self, matrix: TernaryMatrix, dW: torch.Tensor) -> None:
+        self._count(self.rule.update(matrix, dW, self._moment(matrix)), matrix.logical_weights)
+
+    def _count(self, flips: torch.Tensor, weights: int) -> None:
+        self._flips = self._flips.to(flips.device).add_(flips)
+        self._moved_weights += weights
+
+    def _moment(self, module: IntegerState) -> Moment:
+        micro_batch = self._micro_batches.get(module, 0)
+        tensor_id = zlib.crc32(self._names[module].encode())
         key = stream_key(self.seed, self.steps, micro_batch, tensor_id)
         return Moment(self.steps, micro_batch, key, self.param_groups[0]["lr"])

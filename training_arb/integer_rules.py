@@ -11,6 +11,7 @@ from arb_kernels.correlation_update import correlation_update
 from arb_kernels.flip_update import flip_fold, flip_update
 from arb_kernels.momentum_update import momentum_fold, momentum_update
 from modeling_arb.ternary_matrix import TernaryMatrix
+from modeling_arb.ternary_table import TernaryTable
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,14 @@ class UpdateRule(Protocol):
 def _write(matrix: TernaryMatrix, **tensors: torch.Tensor) -> None:
     for name, tensor in tensors.items():
         getattr(matrix, name).copy_(tensor)
+
+
+class TableRule(Protocol):
+    """update_rows: the step's mean gradient dW (R, K) of rows row_ids (R,); returns how many trits changed."""
+
+    def update_rows(
+        self, table: TernaryTable, row_ids: torch.Tensor, dW: torch.Tensor, moment: Moment
+    ) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -90,6 +99,19 @@ class FlipRule:
         _write(matrix, T_packed=packed, E=E, T_accum=T_accum, E_accum=E_accum)
         return flips
 
+    def update_rows(self, table: TernaryTable, row_ids: torch.Tensor, dW: torch.Tensor, moment: Moment) -> torch.Tensor:
+        tensors = (table.T_packed, table.E, table.T_accum, table.E_accum)
+        *rows, flips = flip_update(
+            *(tensor[row_ids] for tensor in tensors),
+            dW,
+            table.group_size,
+            self.threshold,
+            self._votes_on_scale(moment),
+        )
+        for tensor, new in zip(tensors, rows, strict=True):
+            tensor[row_ids] = new
+        return flips
+
 
 @dataclass(frozen=True)
 class CorrelationRule:
@@ -103,4 +125,10 @@ class CorrelationRule:
             matrix.T_packed, matrix.corr_accum, matrix.step_counter, dW, matrix.group_size
         )
         _write(matrix, corr_accum=corr_accum, step_counter=step_counter)
+        return torch.zeros((), dtype=torch.int64, device=dW.device)
+
+    def update_rows(self, table: TernaryTable, row_ids: torch.Tensor, dW: torch.Tensor, moment: Moment) -> torch.Tensor:
+        table.corr_accum[row_ids], table.step_counter[row_ids] = correlation_update(
+            table.T_packed[row_ids], table.corr_accum[row_ids], table.step_counter[row_ids], dW, table.group_size
+        )
         return torch.zeros((), dtype=torch.int64, device=dW.device)

@@ -18,10 +18,17 @@ from modeling_arb.checkpoint_integrity import open_tensor_file
 from modeling_arb.ternary_matrix import TernaryMatrix
 
 AREAS = {
-    "byte_embedding": "byte embedding",
-    "attention": "MLA attention",
-    "mlp": "MLP",
+    "byte_embedding": "embedding + sequencer",
+    "text_sequencer": "embedding + sequencer",
+    "memgram": "MemGram",
+    "blocks": "MLA attention",  # with the block's MLP
+    "shared_vq": "shared VQ + bridge",
+    "moe_graph": "MoEGraph",
+    "composite": "KG VQ + composite",
+    "output_router": "router",
     "byte_head": "ByteHead",
+    "video_head": "video/talker heads",
+    "talker_head": "video/talker heads",
 }
 
 
