@@ -1,7 +1,8 @@
 """Context attention: multi-head latent attention (DeepSeek-V2, section 2.1) with a sigmoid output gate, all ternary.
 
 Keys and values come from one small latent per token, plus one rotary key shared by all heads: the cache keeps only
-those. Every ternary matrix reads a normalised input, and queries and keys are normalised per head. With `windowed_attention` a query sees the last bytes and summaries of those before.
+those. Every ternary matrix reads a normalised input, and queries and keys are normalised per head. What a query sees
+can be narrowed to the last bytes and summaries of those before them (windowed_context.py).
 """
 
 from __future__ import annotations

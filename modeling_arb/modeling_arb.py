@@ -30,6 +30,7 @@ from .shared_vq import SharedVQ
 from .ternary_matrix import TernaryMatrix
 from .ternary_mlp import TernaryMLP
 from .text_sequencer import TextSequencer
+from .windowed_context import key_positions, windowed_context
 
 LOCATING = ("revision", "subfolder", "cache_dir", "token", "local_files_only")  # what finds a checkpoint on the hub
 
@@ -150,8 +151,8 @@ class ContextBlock(GradientCheckpointingLayer):
         self.attention = ContextAttention(config, layer_idx)
         self.mlp = TernaryMLP(config, config.intermediate_size)
 
-    def forward(self, x, attention_mask, angles, past_key_values):
-        x = x + self.attention(x, attention_mask, angles, past_key_values)
+    def forward(self, x, attention_mask, angles, past_key_values, windowed):
+        x = x + self.attention(x, attention_mask, angles, past_key_values, windowed)
         return x + self.mlp(x)
 
 
@@ -207,7 +208,7 @@ class ArbModel(ArbPreTrainedModel):
             losses.append(motifs.loss)
         if self.moe_graph is not None:
             on_motifs = (None, None) if self.shared_vq is None else (motifs.ids, self.shared_vq.book.rows_of)
-            addition, ponder = self.moe_graph(x, *on_motifs)
+            addition, ponder = self.moe_graph(x, *on_motifs, is_byte)
             x = x + addition
             losses.append(self.config.moe_graph["ponder_cost"] * ponder)
         if self.composite is not None:
@@ -226,8 +227,13 @@ class ArbModel(ArbPreTrainedModel):
     def _attend(self, x, attention_mask, position_ids, cache: Cache | None) -> torch.Tensor:
         mask = create_causal_mask(self.config, x, attention_mask, cache, position_ids=position_ids)
         angles = rotary_angles(position_ids, self.config.qk_rope_head_dim, self.config.rope_theta)
+        windowed = None
+        if self.config.windowed_attention is not None:
+            past = 0 if cache is None else cache.get_seq_length()
+            positions = key_positions(position_ids, attention_mask, past)
+            windowed = windowed_context(mask, positions, x.shape[1], **self.config.windowed_attention)
         for block in self.blocks:
-            x = block(x, mask, angles, cache)
+            x = block(x, mask, angles, cache, windowed)
         return x
 
     def _previous(self, ids: torch.Tensor, is_byte: torch.Tensor | None, cache: Cache | None) -> torch.Tensor:

@@ -38,14 +38,16 @@ class MoEGraph(nn.Module):
         x: torch.Tensor,
         motif_ids: torch.Tensor | None = None,
         motif_rows: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        is_byte: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """x (B, T, D); motif_ids int64 (B, T) and motif_rows, ids (...) -> rows (..., dim), or None for no messages.
+        """x (B, T, D); motif_ids int64 (B, T) and motif_rows, ids (...) -> rows (..., dim), or None for no messages;
+        is_byte (B, T), False under padding, or None.
 
         Returns what to add to the residual stream, (B, T, D), and the ponder cost () averaged over positions.
         """
         injected = x
         if self.motif_graph is not None and motif_ids is not None:
-            messages = self.motif_graph(motif_ids, motif_rows).to(x.dtype)
+            messages = self.motif_graph(motif_ids, motif_rows, is_byte).to(x.dtype)
             # without a gradient to pass on, autograd would skip the projection, and it would never learn
             injected = x + self.message_proj(messages.requires_grad_(torch.is_grad_enabled()))
         injected = injected.flatten(0, 1)

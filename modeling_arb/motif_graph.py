@@ -49,11 +49,17 @@ class MotifGraph(ObservedState):
         """src, dst, sign and score, each (active_edges,)."""
         return tuple(getattr(self, name) for name in EDGE_TENSORS)
 
-    def forward(self, motif_ids: torch.Tensor, motif_rows: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    def forward(
+        self,
+        motif_ids: torch.Tensor,
+        motif_rows: Callable[[torch.Tensor], torch.Tensor],
+        is_byte: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """motif_ids int64 (B, T) -> messages (B, T, dim) in the dtype of the rows, without a gradient.
 
         A message is the mean of sign * score / 127 * row[src] over the position's strongest incoming edges, at most
-        `neighbours`; zero where there is none. motif_rows: ids (...) -> rows (..., dim).
+        `neighbours`; zero where there is none. motif_rows: ids (...) -> rows (..., dim). is_byte (B, T): False where
+        padding stands, whose motifs make no edges; None: nowhere.
         """
         ids, place = torch.unique(motif_ids, return_inverse=True)  # equal motifs get equal messages
         with torch.no_grad():
@@ -61,7 +67,8 @@ class MotifGraph(ObservedState):
             agree = self._agreement(motif_rows(ids)[place]) if self.observing and self.training else None
         if agree is not None:
             pairs = torch.stack([motif_ids[:, :-1], motif_ids[:, 1:]], dim=-1)
-            self.observe(pairs.flatten(0, 1), agree.flatten())
+            seen = slice(None) if is_byte is None else (is_byte[:, :-1] & is_byte[:, 1:]).flatten()
+            self.observe(pairs.flatten(0, 1)[seen], agree.flatten()[seen])
         return messages
 
     def _messages(self, ids: torch.Tensor, motif_rows: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:

@@ -22,7 +22,7 @@ from .integer_state import IntegerState
 logger = logging.get_logger(__name__)
 
 
-INIT_CHUNK = 1 << 22  # elements drawn at a time, as int64: a large table must not need eight times its memory
+INIT_CHUNK = 1 << 18  # elements drawn at a time, as int64: a large table must not need eight times its memory
 
 
 def _fill_at_random(tensor: torch.Tensor, below: int, modulo: torch.Tensor | None = None) -> None:

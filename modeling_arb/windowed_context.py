@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from .norm import rms_norm
 
@@ -37,20 +38,20 @@ def key_positions(position_ids: torch.Tensor, attention_mask: torch.Tensor | Non
 def windowed_context(
     mask: torch.Tensor | None, positions: torch.Tensor, queries: int, window: int, stride: int
 ) -> WindowedContext:
-    """mask (B, 1, T, S), bool or added to scores, None for plain causal; positions of the keys (1 or B, S), of which the
-    last `queries` = T also ask. window: positions seen one by one, the query's own included; stride 0: no summaries."""
+    """mask (B, 1, T, S), bool or added to scores, None for plain causal; positions of the keys (1 or B, S); the last
+    `queries` = T of them ask. window: keys seen one by one, the query's own included; stride 0: no summaries."""
     S = positions.shape[1]
     key = torch.arange(S, device=positions.device)
     query = key[-queries:, None]
     start = max(S - queries - window + 1, 0)
-    visible = key <= query if mask is None else mask if mask.dtype == torch.bool else mask == 0
-    visible = visible.expand(len(positions) if mask is None else len(mask), 1, -1, -1)
+    visible = (key <= query)[None, None] if mask is None else mask if mask.dtype == torch.bool else mask == 0
     near = visible[..., start:] & (query - key[start:] < window)
     ends = _block_ends(positions[:, : max(S - window, 0)], stride)
     far = ends[:, None, None] <= query - window
     ends = ends.clamp(max=S - 1)
-    far = far & torch.take_along_dim(visible, ends[:, None, None], dim=3)
-    return WindowedContext(start, ends, stride, torch.cat([far, near.expand(len(far), -1, -1, -1)], dim=3))
+    # A masked key has the position of the key before it: of a block's keys only the first can be masked.
+    far = far & torch.take_along_dim(visible, (ends - stride + 1)[:, None, None], dim=3)
+    return WindowedContext(start, ends, stride, torch.cat([far, near.expand(*far.shape[:-1], -1)], dim=3))
 
 
 def _block_ends(positions: torch.Tensor, stride: int) -> torch.Tensor:
@@ -60,7 +61,7 @@ def _block_ends(positions: torch.Tensor, stride: int) -> torch.Tensor:
     if not stride or length < stride:
         return positions[:, :0]
     first, last = positions[:, : length - stride + 1], positions[:, stride - 1 :]
-    complete = (first >= 0) & (first % stride == 0) & (last - first == stride - 1)
+    complete = (first % stride == 0) & (last - first == stride - 1)
     index = torch.arange(stride - 1, length, device=positions.device)
     beyond = torch.iinfo(index.dtype).max
     return torch.where(complete, index, beyond).sort(dim=1).values[:, : length // stride]
@@ -74,8 +75,9 @@ def summarise_blocks(
     near, near_key = latent[:, :, context.start :], rotary_key[:, :, context.start :]
     if not context.block_ends.shape[1]:
         return near, near_key
-    row = torch.arange(len(latent), device=latent.device)[:, None]
-    members = context.block_ends[..., None] - torch.arange(context.stride, device=latent.device)
-    summary = rms_norm(latent[row[..., None], 0, members].mean(dim=2), eps)
-    key = rotary_key[row, 0, context.block_ends]
-    return torch.cat([summary[:, None], near], dim=2), torch.cat([key[:, None], near_key], dim=2)
+    B, _, S, _ = latent.shape
+    ends = context.block_ends[:, None] + torch.arange(B, device=latent.device)[:, None, None] * S  # of B * S keys
+    members = ends[..., None] - torch.arange(context.stride, device=latent.device)
+    summary = rms_norm(F.embedding(members, latent.flatten(0, 2)).mean(dim=3), eps)
+    key = F.embedding(ends, rotary_key.flatten(0, 2))
+    return torch.cat([summary, near], dim=2), torch.cat([key, near_key], dim=2)

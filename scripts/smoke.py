@@ -66,14 +66,17 @@ def main() -> None:
     device = checked_device(args.device)
     keep_freed_memory()
     torch.manual_seed(args.seed)
+    before_mb = peak_memory_mb()
     model = ArbForCausalLM(config).to(device)
+    built_mb = peak_memory_mb()
     optimizer = IntegerOptimizer(model, seed=args.seed) if args.backward else None
     audit = audit_model(model, optimizer)
     print(f"{args.preset}: {audit.logical_weights:,} weights, {audit.state_bytes:,} bytes of state, {args.update_rule}")
+    print(f"peak memory of the process: {before_mb:.0f} MB before the model was built, {built_mb:.0f} MB after")
     print(f"{args.batch} x {args.ctx} bytes, {describe_backend(device)}", flush=True)
     block = torch.randint(0, 256, (args.batch, args.ctx), generator=torch.Generator().manual_seed(args.seed)).to(device)
 
-    _, first_call_ms = timed_step(model, optimizer, block)
+    first_loss, first_call_ms = timed_step(model, optimizer, block)
     losses, live, times = [], [], []
     for _ in tqdm(range(args.steps), desc="steps", mininterval=2, leave=False):
         loss, milliseconds = timed_step(model, optimizer, block)
@@ -85,8 +88,11 @@ def main() -> None:
         "state_bytes": audit_model(model, optimizer).state_bytes,
         "logical_weights": audit.logical_weights,
         "live_mb_by_step": live,
+        "rss_before_build_mb": before_mb,
+        "rss_after_build_mb": built_mb,
         "peak_rss_mb": peak_memory_mb(),
         "peak_device_mb": peak_device_mb(device),
+        "first_loss": first_loss,
         "loss": losses,
         "first_call_ms": first_call_ms,
         "warm_ms": statistics.median(times),
@@ -97,7 +103,8 @@ def main() -> None:
     }
     for step, (loss, milliseconds, megabytes) in enumerate(zip(losses, times, live, strict=True)):
         print(f"step {step}: loss {loss:.4f}, {milliseconds:.1f} ms, {megabytes:.1f} MB live")
-    print(f"first call {first_call_ms:.1f} ms, then {result['warm_ms']:.1f} ms; peak {result['peak_rss_mb']:.0f} MB")
+    print(f"first call {first_call_ms:.1f} ms, loss {first_loss:.4f}; then {result['warm_ms']:.1f} ms a step")
+    print(f"peak {result['peak_rss_mb']:.0f} MB")
     print()
     if args.json:
         write_json(args.json, result)

@@ -75,14 +75,11 @@ def test_what_is_observed(table, rows):
     graph = make_graph()
     motif_ids = torch.tensor([[1, 2, 2], [5, 1, 2]])
     learn(graph, motif_ids, rows)
-    src, dst, sign, score = (tensor[tensor_valid(graph)].tolist() for tensor in graph.edges())
+    valid = graph.active_edge_src >= 0
+    src, dst, sign, score = (tensor[valid].tolist() for tensor in graph.edges())
     assert list(zip(src, dst, score, strict=True)) == [(5, 1, 1), (1, 2, 2), (2, 2, 1)]  # nothing across rows
     agreement = (table[src].sign() * table[dst].sign()).sum(1)
     assert sign == [1 if dot >= 0 else -1 for dot in agreement.tolist()]
-
-
-def tensor_valid(graph):
-    return graph.active_edge_src >= 0
 
 
 def test_signs_come_in_both_kinds():
@@ -90,6 +87,13 @@ def test_signs_come_in_both_kinds():
     graph = make_graph()
     learn(graph, torch.tensor([[0, 1, 2, 0]]), lambda ids: table[ids])
     assert graph.active_edge_attr[:3].tolist() == [1, -1, 1]  # (2 -> 0), (0 -> 1), (1 -> 2)
+
+
+def test_signs_go_by_trits_whatever_their_scales():
+    table = torch.tensor([[1.0, 4.0], [1.0, -4.0]])  # groups of one: the trits agree once and disagree once
+    graph = make_graph()
+    learn(graph, torch.tensor([[0, 1]]), lambda ids: table[ids])
+    assert graph.active_edge_attr[0] == 1
 
 
 def test_edges_move_only_when_observations_are_applied(rows):

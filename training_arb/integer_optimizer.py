@@ -102,7 +102,8 @@ class IntegerOptimizer(torch.optim.Optimizer):
         for observer in self._observers:
             seen = join_ranks(observer.take_observations())
             if seen is not None:
-                observer.apply_observations(*seen, key=self._moment(observer).key)
+                device = next(observer.buffers()).device
+                observer.apply_observations(*(tensor.to(device) for tensor in seen), key=self._moment(observer).key)
         self._micro_batches.clear()
         self.steps += 1
 

@@ -66,6 +66,22 @@ class BenchmarkResult:
     to_dict = asdict
 
 
+@dataclass
+class TrainedModel:
+    """What one training run gave: losses in nats per byte, `losses` one a step."""
+
+    val_loss: float
+    losses: list[float]
+    milliseconds: list[float]
+    curve: list[tuple[int, float]]
+    state_bytes: int
+    logical_weights: int
+
+    @property
+    def val_bpb(self) -> float:
+        return self.val_loss / np.log(2)
+
+
 def build(name: str, settings: BenchmarkSettings, rate: float) -> tuple[ArbForCausalLM, torch.optim.Optimizer]:
     """The model and optimizer of a configuration at a learning rate."""
     torch.manual_seed(settings.seed)
@@ -101,10 +117,37 @@ def train(
     """Train one configuration at one rate and measure it."""
     reset_peak_memory()
     model, optimizer = build(name, settings, rate)
+    trained = train_model(name, model, optimizer, rate, settings, train_ids, held_out)
+    return BenchmarkResult(
+        val_loss=trained.val_loss,
+        val_bpb=trained.val_bpb,
+        train_loss_final=statistics.mean(trained.losses[-20:]),
+        state_bytes=trained.state_bytes,
+        state_bytes_per_weight=trained.state_bytes / trained.logical_weights,
+        logical_weights=trained.logical_weights,
+        trainable_float_params=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        step_ms_median=statistics.median(trained.milliseconds),
+        peak_mem_mb=peak_memory_mb(),
+        learning_rate=rate,
+        state_bytes_at_3b=round(trained.state_bytes / trained.logical_weights * 3e9),
+        curve=trained.curve,
+    )
+
+
+def train_model(
+    label: str,
+    model: ArbForCausalLM,
+    optimizer: torch.optim.Optimizer,
+    rate: float,
+    settings: BenchmarkSettings,
+    train_ids: np.ndarray,
+    held_out: np.ndarray,
+) -> TrainedModel:
+    """Train on random windows, in an order that the seed alone decides."""
     ids = torch.from_numpy(train_ids.astype(np.int64))
     order = torch.Generator().manual_seed(settings.seed)
     losses, milliseconds, curve = [], [], []
-    for step in tqdm(range(settings.steps), desc=f"{name} {rate:g}", mininterval=2):
+    for step in tqdm(range(settings.steps), desc=f"{label} {rate:g}", mininterval=2):
         for group in optimizer.param_groups:
             group["lr"] = rate * rate_at(step, settings.steps)
         starts = torch.randint(0, len(ids) - settings.ctx + 1, (settings.batch, 1), generator=order)
@@ -120,20 +163,7 @@ def train(
             curve.append((step + 1, held_out_loss(model, held_out[: 64 * settings.ctx], settings.ctx)))
     val_loss = held_out_loss(model, held_out, settings.ctx)
     state_bytes, weights = persistent_state(model, optimizer)
-    return BenchmarkResult(
-        val_loss=val_loss,
-        val_bpb=val_loss / np.log(2),
-        train_loss_final=statistics.mean(losses[-20:]),
-        state_bytes=state_bytes,
-        state_bytes_per_weight=state_bytes / weights,
-        logical_weights=weights,
-        trainable_float_params=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        step_ms_median=statistics.median(milliseconds),
-        peak_mem_mb=peak_memory_mb(),
-        learning_rate=rate,
-        state_bytes_at_3b=round(state_bytes / weights * 3e9),
-        curve=[*curve, (settings.steps, val_loss)],
-    )
+    return TrainedModel(val_loss, losses, milliseconds, [*curve, (settings.steps, val_loss)], state_bytes, weights)
 
 
 def held_out_loss(model: ArbForCausalLM, ids: np.ndarray, ctx: int) -> float:

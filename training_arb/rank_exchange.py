@@ -31,7 +31,7 @@ def used_on_any_rank(used: list[bool], device: torch.device) -> list[bool]:
 def join_ranks(mine: Tensors | None) -> Tensors | None:
     """Tuples of tensors, each joined along its first axis in rank order; ranks differ in length or have None.
 
-    Every rank must call it. None when no rank has anything.
+    Every rank must call it. None when no rank has anything; what came from other ranks is on the CPU.
     """
     if num_ranks() == 1:
         return mine
@@ -40,6 +40,4 @@ def join_ranks(mine: Tensors | None) -> Tensors | None:
     given = [tensors for tensors in everyone if tensors is not None]
     if not given:
         return None
-    device = mine[0].device if mine is not None else None
-    joined = tuple(torch.cat(column) for column in zip(*given, strict=True))
-    return tuple(tensor.to(device) for tensor in joined) if device is not None else joined
+    return tuple(torch.cat(column) for column in zip(*given, strict=True))

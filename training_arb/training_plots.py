@@ -61,3 +61,22 @@ def plot_comparison(curves: dict[str, Sequence[tuple[int, float]]], path: str | 
     panel.legend(frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def plot_ablation(rows: dict, baseline: str, path: str | Path, title: str) -> None:
+    """Bits per byte of each variant (an AblationRow) less the baseline's, at equal steps and equal time, to a PNG."""
+    names = [name for name in rows if name != baseline][::-1]
+    figure, panels = plt.subplots(1, 2, figsize=(11, 1.6 + 0.35 * len(rows)), sharey=True, constrained_layout=True)
+    for panel, key in zip(panels, ("bits_per_byte_equal_steps", "bits_per_byte_equal_time"), strict=True):
+        start = getattr(rows[baseline], key)
+        change = [getattr(rows[name], key) - start for name in names]
+        bars = panel.barh(names, change, color=[COLOURS[2] if value < 0 else COLOURS[1] for value in change])
+        panel.bar_label(bars, fmt="%+.3f", padding=3)
+        panel.axvline(0, color="#555555", linewidth=0.8)
+        panel.margins(x=0.2)
+        panel.set(title=key.removeprefix("bits_per_byte_").replace("_", " "))
+        panel.set(xlabel=f"bits per byte over the {baseline}'s {start:.3f}; left is better")
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
