@@ -13,9 +13,9 @@ from modeling_arb import ArbForCausalLM, ArbModel
 PAD = 256
 
 
-@pytest.fixture
-def model():
-    return ArbForCausalLM(preset_config("arb-tiny")).eval()
+@pytest.fixture(params=["arb-tiny", "arb-tiny-full"])
+def model(request):
+    return ArbForCausalLM(preset_config(request.param)).eval()
 
 
 @pytest.fixture
@@ -58,7 +58,10 @@ def test_cached_decode_equals_full_forward(model, ids, pieces):
 def test_cache_keeps_a_quarter_of_plain_keys_and_values(model, ids):
     config = model.config
     cache = model(ids, use_cache=True).past_key_values
-    kept = sum(layer.keys[0, 0, 0].numel() + layer.values[0, 0, 0].numel() for layer in cache.layers[:-1])
+    kept = sum(
+        layer.keys[0, 0, 0].numel() + layer.values[0, 0, 0].numel()
+        for layer in cache.layers[: config.num_hidden_layers]
+    )
     plain = config.num_hidden_layers * config.num_attention_heads * 2 * config.v_head_dim
     assert kept * 4 <= plain
 

@@ -117,8 +117,9 @@ def test_killed_at_any_moment_and_resumed(corpus, finished, tmp_path):
     assert final_hash(output_dir) == final_hash(finished)
 
 
-def test_two_ranks_hold_the_same_bits(corpus, tmp_path):
-    """Replicas on gloo: dW is averaged before it is folded, so both ranks end with one hash."""
+@pytest.mark.parametrize("preset", ["arb-tiny", "arb-tiny-full"])
+def test_two_ranks_hold_the_same_bits(corpus, tmp_path, preset):
+    """Replicas on gloo: dW is averaged before it is folded, and what blocks observe is joined: one hash on both."""
     code = (
         "import sys, torch.distributed as dist\n"
         "sys.argv[0] = 'pretrain.py'\n"
@@ -137,7 +138,7 @@ def test_two_ranks_hold_the_same_bits(corpus, tmp_path):
     script = tmp_path / "two_ranks.py"
     script.write_text(code)
     line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    line += map(str, arguments(corpus, tmp_path / "run", max_steps=4))
+    line += map(str, arguments(corpus, tmp_path / "run", max_steps=4, preset=preset))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(line, capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
