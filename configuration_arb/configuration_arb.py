@@ -12,6 +12,7 @@ from .block_options import BLOCK_OPTIONS, check_blocks, complete_block
 VOCAB_SIZE = 288
 PAD_ID, EOS_ID, BOS_ID = 256, 257, 258
 UPDATE_RULES = ("momentum", "flip", "correlation")
+TABLE_RULES = ("votes", "momentum")
 COMPUTE = ("auto", "int8", "float")
 GROUP_SIZES = (0, 4, 6, 8, 16, 32, 64, 96, 128)
 PACKING_VERSION = 1
@@ -29,7 +30,8 @@ class ArbConfig(PreTrainedConfig):
     `qk_nope_head_dim` and `qk_rope_head_dim` (one head's query and key: without and with rotary position),
     `v_head_dim`, `kv_latent_dim` (what the cache keeps of keys and values; 0: half the width less the rotary key).
     Ternary state: `group_size` (weights sharing one scale exponent; 0: the whole row), `update_rule` (momentum, flip,
-    correlation), `momentum_bits` (4 or 8), `training_state` (whether the update rule's accumulators are part of the
+    correlation), `table_rule` (what moves the touched rows of large tables under momentum: votes, which is flip's rule,
+    or momentum), `momentum_bits` (4 or 8), `training_state` (whether the update rule's accumulators are part of the
     model; an inference checkpoint goes without).
     Arithmetic: `compute` (int8: matmuls on int8 activations and gradients, exact int32 sums; float: on S * T in the
     activations' dtype; auto: int8 where one exponent a row lets it, that is with group_size 0).
@@ -60,6 +62,7 @@ class ArbConfig(PreTrainedConfig):
     rms_norm_eps: float = 1e-6
     group_size: int = 0
     update_rule: str = "momentum"
+    table_rule: str = "votes"
     momentum_bits: int = 4
     training_state: bool = True
     compute: str = "auto"
@@ -112,6 +115,7 @@ class ArbConfig(PreTrainedConfig):
 
     def _check_state(self) -> None:
         self._require("update_rule", self.update_rule in UPDATE_RULES, f"one of {', '.join(UPDATE_RULES)}")
+        self._require("table_rule", self.table_rule in TABLE_RULES, f"one of {', '.join(TABLE_RULES)}")
         sizes = ", ".join(map(str, GROUP_SIZES))
         self._require("group_size", _is_int(self.group_size) and self.group_size in GROUP_SIZES, f"one of {sizes}")
         self._require("momentum_bits", _is_int(self.momentum_bits) and self.momentum_bits in (4, 8), "4 or 8")

@@ -21,8 +21,11 @@ class StateTensor:
     inference: bool = False
 
 
-# Of tables of which a step touches few rows: sign votes need no norm over the rows that were not touched.
-TABLE_RULES = {"momentum": "flip", "flip": "flip", "correlation": "correlation"}
+def rule_of_tables(update_rule: str, table_rule: str) -> str:
+    """The rule for the touched rows of a large table: sign votes, or under `momentum` also momentum when asked."""
+    if update_rule == "correlation":
+        return "correlation"
+    return "momentum" if update_rule == table_rule == "momentum" else "flip"
 
 
 def state_layout(

@@ -48,10 +48,13 @@ class TernaryMatrix(IntegerState):
 
     A subclass that learns hands its dW over in backward, when an optimizer has armed it by setting `update_handler`.
     `shared` says that the matrix is used more than once per forward: its dW are then summed and applied in
-    `optimizer.step()` instead of inside backward.
+    `optimizer.step()` instead of inside backward. `keeps_trits` says that it is used so often, once a byte say, that a
+    transient int8 copy pays.
     """
 
     shared = False
+    keeps_trits = False
+    _kept: tuple[tuple[int, int], torch.Tensor, torch.Tensor] | None = None
     update_handler: Callable[[TernaryMatrix, torch.Tensor], None] | None = None
     _decoded: DecodedWeight | None = None
 
@@ -90,9 +93,14 @@ class TernaryMatrix(IntegerState):
         if hasattr(self, "accum"):
             _fill_at_random(self.accum, 2**self.momentum_bits)
 
-    def trits(self, dtype: torch.dtype = torch.int8) -> torch.Tensor:
-        """(rows, columns) in {-1, 0, 1}."""
-        return unpack_trits(self.T_packed, self.columns, dtype)
+    def trits(self) -> torch.Tensor:
+        """int8 (rows, columns) in {-1, 0, 1}; with `keeps_trits` unpacked once until they change, not to be written."""
+        if not self.keeps_trits:
+            return unpack_trits(self.T_packed, self.columns)
+        version = (id(self.T_packed), self.T_packed._version)
+        if self._kept is None or self._kept[0] != version:
+            self._kept = (version, self.T_packed, unpack_trits(self.T_packed, self.columns))
+        return self._kept[2]
 
     def scale(self) -> torch.Tensor:
         """float32 (rows, groups): S = 2^(E / 8), under `correlation` also moved by the votes so far."""

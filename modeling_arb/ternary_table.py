@@ -11,7 +11,7 @@ from arb_kernels.exponents import EIGHTHS, power_of_two
 from arb_kernels.groups import group_lengths, split_groups
 from arb_kernels.packing import pack_trits
 from arb_kernels.scaled_rows import gather_rows
-from arb_kernels.state_layout import TABLE_RULES, StateTensor, state_layout
+from arb_kernels.state_layout import StateTensor, rule_of_tables, state_layout
 
 from .ternary_matrix import TernaryMatrix
 
@@ -50,15 +50,13 @@ class TernaryTable(TernaryMatrix):
 
     def __init__(self, num_rows: int, dim: int, config):
         nn.Module.__init__(self)
+        self.table_rule = rule_of_tables(config.update_rule, config.table_rule)
         self.setup_state(num_rows, dim, config, init_fan_in=1)
 
     def layout(self) -> dict[str, StateTensor]:
-        return state_layout(self.table_rule, self.rows, self.columns, self.group_size, votes_by_row=True)
-
-    @property
-    def table_rule(self) -> str:
-        """The rule that moves the touched rows."""
-        return TABLE_RULES[self.update_rule]
+        return state_layout(
+            self.table_rule, self.rows, self.columns, self.group_size, self.momentum_bits, votes_by_row=True
+        )
 
     def rows_of(self, ids: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Decode the rows asked for, without autograd: (..., columns)."""

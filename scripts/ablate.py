@@ -4,7 +4,7 @@ Step times are measured first, all variants in the same rounds. Each variant the
 many steps as the backbone's time allows it, with a learning-rate schedule of that length.
 
 examples:
-  python scripts/ablate.py --preset arb-tiny --variants backbone,memgram --steps 60 --ctx 64 --batch 4
+  python scripts/ablate.py --preset arb-tiny --variants memgram codebook --steps 60 --ctx 64 --batch 4
   python scripts/ablate.py --steps 600 --data corpus.txt --json ablation.json
 """
 
@@ -31,7 +31,7 @@ HEADER = (
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
-    add("--variants", default=",".join(VARIANTS), help="comma-separated; the backbone is always among them")
+    add("--variants", nargs="+", default=list(VARIANTS), help="the backbone is always among them")
     add("--preset", default="arb-small", help="whose backbone it is")
     add("--steps", type=int, default=600, help="training steps")
     add("--batch", type=int, default=16, help="windows per step")
@@ -45,14 +45,13 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    names = [name for name in args.variants.split(",") if name]
-    for name in names:
+    for name in args.variants:
         if name not in VARIANTS:
             raise ValueError(f"variants={name!r} is not one of {', '.join(VARIANTS)}")
     for field, least in (("steps", 1), ("batch", 1), ("ctx", 8)):
         if getattr(args, field) < least:
             raise ValueError(f"{field}={getattr(args, field)} must be at least {least}")
-    names = [BACKBONE, *(name for name in names if name != BACKBONE)]
+    names = [BACKBONE, *(name for name in args.variants if name != BACKBONE)]
     for name in names:
         variant_config(args.preset, name)
     keep_freed_memory()

@@ -9,11 +9,13 @@ examples:
   python scripts/pretrain.py --data corpus/ notes.txt 'more/*.md' --output_dir runs/mine
   python scripts/pretrain.py --dataset roneneldan/TinyStories --max_steps 5000 --output_dir runs/stories
   python scripts/pretrain.py --output_dir runs/mine --data corpus/ --resume_from_checkpoint latest
+  python scripts/pretrain.py --blocks '{"codebook": {"size": 512, "dim": 64}, "moe_graph": {"num_experts": 4}}'
   accelerate launch scripts/pretrain.py --preset arb-14m --bf16 true --max_steps 20000
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from dataclasses import dataclass, field
@@ -24,7 +26,7 @@ from transformers import HfArgumentParser, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from arb_kernels.backend import describe_backend
-from configuration_arb import PRESETS, preset_config
+from configuration_arb import PRESETS, ArbConfig, preset_config
 from modeling_arb import ArbForCausalLM
 from tokenization_arb import ArbTokenizer
 from training_arb.atomic_files import new_folder, write_json
@@ -53,6 +55,9 @@ class PretrainArguments:
     )
     text_column: str = field(default="text", metadata={"help": "The dataset's column of text."})
     ctx: int = field(default=256, metadata={"help": "Bytes per block."})
+    blocks: str = field(
+        default="{}", metadata={"help": "Config fields over the preset's, as JSON; null switches a block off."}
+    )
     update_rule: str = field(default="momentum", metadata={"help": "momentum, flip or correlation."})
     group_size: int = field(default=0, metadata={"help": "Weights per scale exponent; 0: the whole row."})
     momentum_bits: int = field(default=4, metadata={"help": "Bits of residual and of momentum: 4 or 8."})
@@ -80,6 +85,22 @@ def resolve_resume(args: ArbTrainingArguments) -> str | None:
     if not Path(wanted).is_dir():
         raise ValueError(f"resume_from_checkpoint={wanted!r}: no such folder")
     return wanted
+
+
+def parse_blocks(text: str) -> dict:
+    """Fields of ArbConfig from JSON. Raises ValueError on anything else."""
+    try:
+        fields = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"blocks={text!r} is not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"blocks={text!r} must be a JSON object of config fields")
+    for name in fields:
+        if name not in ArbConfig.__annotations__:
+            raise ValueError(f"blocks: {name!r} is no field of the config")
+        if name in PretrainArguments.__dataclass_fields__:
+            raise ValueError(f"blocks: {name!r} has an option of its own, --{name}")
+    return fields
 
 
 def sample(model: ArbForCausalLM, tokenizer: ArbTokenizer, prompt: str, length: int = 400) -> str:
@@ -110,7 +131,7 @@ def main() -> None:
         group_size=arguments.group_size,
         momentum_bits=arguments.momentum_bits,
         compute=arguments.compute,
-        max_position_embeddings=max(arguments.ctx, 4096),
+        **{"max_position_embeddings": max(arguments.ctx, 4096), **parse_blocks(arguments.blocks)},
     )
     if arguments.dataset:
         train, held_out = stream_dataset(arguments.dataset, arguments.ctx, args.seed, arguments.text_column)

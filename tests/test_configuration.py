@@ -25,6 +25,7 @@ REFUSED = [
     *(("rope_theta", value) for value in ("10000", None)),
     *(("update_rule", value) for value in ("adam", "", None, 3)),
     *(("group_size", value) for value in (-1, 1, 5, 256, 32.0, "row", False, None)),
+    *(("table_rule", value) for value in ("flip", None)),
     *(("momentum_bits", value) for value in (0, 2, 16, "4", None)),
     *(("packing_version", value) for value in (0, 2, None)),
 ]

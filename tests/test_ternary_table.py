@@ -1,5 +1,7 @@
 """TernaryTable: rows read and updated one by one, the rest of the table untouched."""
 
+import zlib
+
 import pytest
 import torch
 from helpers import assert_same
@@ -7,6 +9,8 @@ from helpers import assert_same
 from arb_kernels.correlation_update import naive_correlation_update
 from arb_kernels.flip_update import naive_flip_update
 from arb_kernels.packing import unpack_trits
+from arb_kernels.random_bits import stream_key
+from arb_kernels.sparse_momentum import naive_sparse_momentum_update
 from configuration_arb import preset_config
 from modeling_arb import ArbForCausalLM, ternary_matrix
 from modeling_arb.ternary_table import TernaryTable
@@ -27,9 +31,14 @@ def make_table(rule="momentum", group_size=0):
     return table
 
 
-def with_memory(rule, **settings):
+def with_memory(rule, table_rule="votes", **settings):
     torch.manual_seed(0)
-    config = preset_config("arb-tiny", update_rule=rule, memgram={"slots": 4096, "dim": DIM_OF_MEMORY, "orders": [3]})
+    config = preset_config(
+        "arb-tiny",
+        update_rule=rule,
+        table_rule=table_rule,
+        memgram={"slots": 4096, "dim": DIM_OF_MEMORY, "orders": [3]},
+    )
     model = ArbForCausalLM(config)
     return model, IntegerOptimizer(model, table_threshold=THRESHOLD, **settings), model.model.memgram.table
 
@@ -94,8 +103,9 @@ def test_a_step_is_the_dense_rule_on_the_touched_rows(rule):
             assert_same(f"{name} after step {step}", before[name], tensor)
 
 
-def test_a_step_moves_trits_in_the_end():
-    model, optimizer, table = with_memory("momentum")
+@pytest.mark.parametrize("table_rule", ["votes", "momentum"])
+def test_a_step_moves_trits_in_the_end(table_rule):
+    model, optimizer, table = with_memory("momentum", table_rule)
     first = state_of(table)
     ids = torch.randint(97, 100, (4, 32))
     for _ in range(6):
@@ -103,6 +113,27 @@ def test_a_step_moves_trits_in_the_end():
         optimizer.step()
     changed = (table.T_packed != first["T_packed"]).any(1).sum()
     assert 0 < changed <= 27 + 9 + 3  # trigrams of three letters, and those that begin before the text
+
+
+def test_momentum_of_touched_rows():
+    """The step's key and rate reach the sparse rule, with micro-batches summed before it."""
+    model, optimizer, table = with_memory("momentum", "momentum")
+    before, handed = state_of(table), []
+    receive = table.update_handler
+    table.update_handler = lambda *given: (handed.append(given[1:]), receive(*given))
+    ids = torch.randint(97, 103, (2, 12))
+    for last in (False, True):
+        optimizer.last_micro_batch = last
+        (model(ids, labels=ids).loss / 2).backward()
+    (row_ids, first), (_, second) = handed
+    key = stream_key(0, 0, 0, zlib.crc32(b"model.memgram.table"))
+    state = [before[name] for name in ("T_packed", "accum", "accum_exp")]
+    *expected, _ = naive_sparse_momentum_update(*state, row_ids, first + second, key, 0.035)
+    optimizer.step()
+    for tensor, new in zip(state, expected, strict=True):
+        tensor[row_ids] = new
+    for name, tensor in table.state_dict().items():
+        assert_same(name, before[name], tensor)
 
 
 def test_an_error_names_the_table_and_the_step():

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from configuration_arb import ArbConfig, preset_config
+from configuration_arb.block_options import BLOCK_OPTIONS
 from modeling_arb import ArbForCausalLM
 
 from .integer_optimizer import IntegerOptimizer
@@ -17,6 +18,7 @@ from .measurement import MILLISECONDS, Timing, interleaved
 from .quality_benchmark import BenchmarkSettings, train_model
 
 BACKBONE, FULL = "backbone", "full"
+MEMORY = {"slots": 1 << 15, "dim": 32}
 CODEBOOK = {"size": 512, "dim": 64}
 EXPERTS = {"num_experts": 4, "expert_size": 0}
 GRAPH = {**EXPERTS, "active_edges": 4096}
@@ -24,7 +26,8 @@ GRAPH = {**EXPERTS, "active_edges": 4096}
 VARIANTS: dict[str, dict[str, Any]] = {
     BACKBONE: {},
     "text_sequencer": {"text_sequencer": {}},
-    "memgram": {"memgram": {"slots": 1 << 15, "dim": 32}},
+    "memgram": {"memgram": MEMORY},
+    "memgram, momentum": {"memgram": MEMORY, "table_rule": "momentum"},
     "windowed_attention": {"windowed_attention": {"window": 64, "stride": 8}},
     "codebook": {"codebook": CODEBOOK},
     "experts": {"moe_graph": EXPERTS},
@@ -34,7 +37,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "head_layers": {"head_layers": 1},
     FULL: {
         "text_sequencer": {},
-        "memgram": {"slots": 1 << 15, "dim": 32},
+        "memgram": MEMORY,
         "codebook": CODEBOOK,
         "moe_graph": GRAPH,
         "composite": {"size": 1 << 14, "dim": 64},
@@ -42,7 +45,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "head_layers": 1,
     },
 }
-NOTHING = {name: None for name in VARIANTS[FULL] if name != "head_layers"} | {"head_layers": 0}
+NOTHING = {**dict.fromkeys(BLOCK_OPTIONS), "head_layers": 0}
 TIMED_ROUNDS = 8
 
 
@@ -63,7 +66,7 @@ class AblationRow:
 
 def variant_config(preset: str, name: str) -> ArbConfig:
     """The preset's backbone with the variant's blocks and no others."""
-    return preset_config(preset, **{**NOTHING, "windowed_attention": None, **VARIANTS[name]})
+    return preset_config(preset, **{**NOTHING, **VARIANTS[name]})
 
 
 def build_variant(preset: str, name: str, settings: BenchmarkSettings, rate: float):

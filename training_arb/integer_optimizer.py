@@ -57,6 +57,7 @@ class IntegerOptimizer(torch.optim.Optimizer):
             "correlation": CorrelationRule(),
         }
         table_rules: dict[str, TableRule] = {
+            "momentum": MomentumRule(beta),
             "flip": FlipRule(table_threshold, scale_update_interval),
             "correlation": CorrelationRule(),
         }

@@ -10,6 +10,7 @@ import torch
 from arb_kernels.correlation_update import correlation_update
 from arb_kernels.flip_update import flip_fold, flip_update
 from arb_kernels.momentum_update import momentum_fold, momentum_update
+from arb_kernels.sparse_momentum import sparse_momentum_update
 from modeling_arb.ternary_matrix import TernaryMatrix
 from modeling_arb.ternary_table import TernaryTable
 
@@ -66,6 +67,19 @@ class MomentumRule:
             self.beta,
             moment.micro_batch + 1,
             matrix.momentum_bits,
+        )
+
+    def update_rows(self, table: TernaryTable, row_ids: torch.Tensor, dW: torch.Tensor, moment: Moment) -> torch.Tensor:
+        return sparse_momentum_update(
+            table.T_packed,
+            table.accum,
+            table.accum_exp,
+            row_ids,
+            dW,
+            moment.key,
+            moment.lr,
+            self.beta,
+            table.momentum_bits,
         )
 
 

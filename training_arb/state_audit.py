@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from arb_kernels.packing import LARGEST_BYTE, count_invalid_bytes
+from arb_kernels.packing import LARGEST_BYTE, count_invalid_bytes, unpack_trits
 from configuration_arb import ArbConfig
 from modeling_arb import ArbForCausalLM
 from modeling_arb.checkpoint_integrity import open_tensor_file
@@ -30,6 +30,9 @@ AREAS = {
     "video_head": "video/talker heads",
     "talker_head": "video/talker heads",
 }
+
+
+COUNTED_WEIGHTS = 1 << 22  # at a time
 
 
 @dataclass(frozen=True)
@@ -188,5 +191,12 @@ def state_hash(model: nn.Module) -> str:
 
 def zero_share(model: ArbForCausalLM) -> float:
     """Share of the weights that are zero."""
-    zeros = sum((matrix.trits() == 0).sum().item() for matrix in model.ternary_matrices().values())
-    return zeros / sum(matrix.logical_weights for matrix in model.ternary_matrices().values())
+    matrices = model.ternary_matrices().values()
+    zeros = sum(_count_zeros(matrix) for matrix in matrices)
+    return zeros / sum(matrix.logical_weights for matrix in matrices)
+
+
+def _count_zeros(matrix: TernaryMatrix) -> int:
+    """Piece by piece: a large table is not unpacked whole."""
+    pieces = matrix.T_packed.split(max(1, COUNTED_WEIGHTS // matrix.columns))
+    return sum((unpack_trits(rows, matrix.columns) == 0).sum().item() for rows in pieces)

@@ -51,6 +51,7 @@ class ArbTrainer(Trainer):
                 lr=self.args.learning_rate,
                 beta=self.args.momentum_beta,
                 flip_threshold=self.args.flip_threshold,
+                table_threshold=self.args.table_threshold,
                 scale_update_interval=self.args.scale_update_interval,
                 seed=self.args.seed,
             )

@@ -26,6 +26,7 @@ class ArbTrainingArguments(TrainingArguments):
     report_to: str | None = field(default="none", metadata={"help": "Where logs go besides the terminal."})
     momentum_beta: float = field(default=0.9, metadata={"help": "momentum rule: decay of the momentum per step."})
     flip_threshold: int = field(default=32, metadata={"help": "flip rule: votes after which a trit moves, 1..127."})
+    table_threshold: int = field(default=8, metadata={"help": "Votes after which a trit of a table moves, 1..127."})
     scale_update_interval: int = field(
         default=1, metadata={"help": "flip rule: vote on scales every so many steps; 0: never."}
     )
