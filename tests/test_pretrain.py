@@ -194,7 +194,7 @@ def test_damaged_checkpoint_is_refused_in_one_line(corpus, finished, tmp_path, c
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"preset": "arb-14m"}, "hidden_size=64, this run 512"),
+        ({"preset": "arb-14m"}, "head_intermediate_size=256, this run 2048"),
         ({"update_rule": "flip"}, "update_rule='momentum', this run 'flip'"),
         ({"ctx": 64}, "ctx=32, this run 64"),
         ({"seed": 5}, "seed=0, this run 5"),
@@ -213,6 +213,12 @@ def test_resuming_another_run_is_refused(corpus, finished, tmp_path, capsys, cha
     [
         ({"data": "nowhere.txt"}, "data='nowhere.txt'"),
         ({"preset": "arb-9z"}, "preset='arb-9z'"),
+        ({"blocks": "{"}, "blocks='{' is not JSON"),
+        ({"blocks": "[1]"}, "blocks='[1]' must be a JSON object"),
+        ({"blocks": '{"depth": 3}'}, "blocks: 'depth' is no field"),
+        ({"blocks": '{"update_rule": "flip"}'}, "--update_rule"),
+        ({"blocks": '{"memgram": {"dim": 4}}'}, "memgram.slots is missing"),
+        ({"table_threshold": 0}, "table_threshold=0"),
         ({"update_rule": "adam"}, "update_rule='adam'"),
         ({"group_size": 5}, "group_size=5"),
         ({"momentum_bits": 3}, "momentum_bits=3"),

@@ -10,6 +10,7 @@ from scripting import run_script
 
 from configuration_arb import preset_config
 from modeling_arb import ArbForCausalLM
+from training_arb.ablation import worst_spike
 from training_arb.float_baselines import ArbFloatBaseline
 from training_arb.quality_benchmark import rate_at
 
@@ -154,6 +155,49 @@ def test_baseline_has_the_same_shape_and_initial_variance():
     for name, matrix in ternary.ternary_matrices().items():
         weight = baseline.get_submodule(name).weight
         assert weight.var().item() == pytest.approx(matrix.effective_weight(torch.float32).var().item(), rel=0.15)
+
+
+def test_baselines_refuse_blocks_that_they_do_not_have():
+    assert ArbFloatBaseline(preset_config("arb-tiny", memgram={"slots": 8, "dim": 4}), straight_through=True)
+    with pytest.raises(ValueError, match="codebook=.*: the float baselines do not have this block"):
+        ArbFloatBaseline(preset_config("arb-tiny", codebook={"size": 8, "dim": 4}), straight_through=True)
+
+
+def test_ablation_rows(corpus, tmp_path, capsys):
+    """Equal time means the backbone's time: a dearer variant gets fewer steps, and rows are saved as they come."""
+    out = tmp_path / "ablation.json"
+    size = ["--preset", "arb-tiny", "--steps", 12, "--batch", 2, "--ctx", 24, "--data", corpus]
+    assert run_script("ablate", "--variants", "text_sequencer", "memgram", *size, "--json", out) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert list(rows) == ["backbone", "text_sequencer", "memgram"]
+    backbone, sequencer = rows["backbone"], rows["text_sequencer"]
+    assert backbone["steps_in_equal_time"] == 12
+    assert backbone["bits_per_byte_equal_time"] == backbone["bits_per_byte_equal_steps"]
+    assert sequencer["steps_in_equal_time"] == max(1, round(12 * backbone["step_ms"] / sequencer["step_ms"])) < 12
+    assert sequencer["bits_per_byte_equal_time"] > sequencer["bits_per_byte_equal_steps"]
+    assert rows["memgram"]["logical_weights"] > backbone["logical_weights"]
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert f"{sequencer['bits_per_byte_equal_time']:.4f}" in printed
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--variants", "mlp"], "variants='mlp'"),
+        (["--steps", 0], "steps=0"),
+        (["--preset", "arb-9z"], "preset='arb-9z'"),
+        (["--data", "nowhere.txt"], "nowhere.txt"),
+    ],
+)
+def test_ablation_refuses(options, said, capsys):
+    assert run_script("ablate", *options) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_spikes_are_measured_against_what_came_before():
+    assert worst_spike([2.0] * 60 + [5.0] + [2.0] * 60) == pytest.approx(2.5)
+    assert worst_spike([9.0] + [2.0] * 40) == 1.0
 
 
 def test_benchmark_schedule_warms_up_and_decays_to_two_percent():

@@ -15,6 +15,7 @@ from configuration_arb import preset_config
 from modeling_arb import ArbForCausalLM, ternary_matrix
 from modeling_arb.ternary_table import TernaryTable
 from training_arb.integer_optimizer import IntegerOptimizer
+from training_arb.integer_rules import TABLE_RATE
 
 RULES = ["momentum", "flip", "correlation"]
 ROWS, DIM, THRESHOLD = 50, 20, 2
@@ -128,7 +129,7 @@ def test_momentum_of_touched_rows():
     (row_ids, first), (_, second) = handed
     key = stream_key(0, 0, 0, zlib.crc32(b"model.memgram.table"))
     state = [before[name] for name in ("T_packed", "accum", "accum_exp")]
-    *expected, _ = naive_sparse_momentum_update(*state, row_ids, first + second, key, 0.035)
+    *expected, _ = naive_sparse_momentum_update(*state, row_ids, first + second, key, TABLE_RATE * 0.035)
     optimizer.step()
     for tensor, new in zip(state, expected, strict=True):
         tensor[row_ids] = new

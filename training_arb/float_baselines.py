@@ -14,6 +14,8 @@ from torch.nn.utils import parametrize
 from configuration_arb import ArbConfig
 from modeling_arb import ArbForCausalLM
 
+INTEGER_ONLY = ("codebook", "moe_graph")
+
 
 class AbsmeanTernary(nn.Module):
     """W -> mean|W| * clip(round(W / mean|W|), -1, 1), with the identity's gradient."""
@@ -47,9 +49,15 @@ class FloatLinear(nn.Module):
 
 
 class ArbFloatBaseline(ArbForCausalLM):
-    """ArbForCausalLM with every ternary matrix replaced by a float one of the same shape and initial variance."""
+    """ArbForCausalLM with every ternary matrix replaced by a float one of the same shape and initial variance.
+
+    Raises ValueError for blocks whose integer state is more than matrices.
+    """
 
     def __init__(self, config: ArbConfig, straight_through: bool):
+        for block in INTEGER_ONLY:
+            if getattr(config, block) is not None:
+                raise ValueError(f"{block}={getattr(config, block)!r}: the float baselines do not have this block")
         super().__init__(config)
         for name, matrix in self.ternary_matrices().items():
             weight = torch.randn(matrix.rows, matrix.columns) / matrix.init_fan_in**0.5
