@@ -159,7 +159,7 @@ def test_baseline_has_the_same_shape_and_initial_variance():
 
 def test_baselines_refuse_blocks_that_they_do_not_have():
     assert ArbFloatBaseline(preset_config("arb-tiny", memgram={"slots": 8, "dim": 4}), straight_through=True)
-    with pytest.raises(ValueError, match="codebook=.*: the float baselines do not have this block"):
+    with pytest.raises(ValueError, match=r"codebook=.*: the float baselines do not have this block"):
         ArbFloatBaseline(preset_config("arb-tiny", codebook={"size": 8, "dim": 4}), straight_through=True)
 
 
