@@ -5,17 +5,33 @@ Exit code 1 when there is a float tensor, an unlisted one, or a byte that holds 
 examples:
   python scripts/audit_state.py runs/pretrain/final
   python scripts/audit_state.py runs/pretrain/checkpoint-1200 --tensors
-  python scripts/audit_state.py --preset arb-14m --json audit.json
+  python scripts/audit_state.py --preset arb-3b --json audit.json
+  python scripts/audit_state.py --preset arb-3b --update_rule correlation --allocate      # 0.9 GB, a minute
 """
 
 from __future__ import annotations
 
 import argparse
+import time
 
-from configuration_arb import PRESETS, preset_config
+from configuration_arb import PRESETS, ArbConfig, preset_config
+from modeling_arb import ArbForCausalLM
 from training_arb.atomic_files import write_json
 from training_arb.command_line import HelpFormatter, run
-from training_arb.state_audit import audit_config, audit_folder
+from training_arb.cpu_allocator import keep_freed_memory
+from training_arb.quality_benchmark import peak_memory_mb
+from training_arb.state_audit import StateAudit, audit_config, audit_folder, audit_model
+
+
+def audit_built(config: ArbConfig) -> tuple[StateAudit, dict[str, float]]:
+    """Build the model and audit it; and what that took: seconds, and megabytes of resident memory."""
+    keep_freed_memory()
+    before, started = peak_memory_mb(), time.perf_counter()
+    model = ArbForCausalLM(config)
+    seconds, peak = time.perf_counter() - started, peak_memory_mb()
+    audit = audit_model(model)
+    state = audit.state_bytes / 2**20
+    return audit, {"seconds": seconds, "rss_before_mb": before, "peak_rss_mb": peak, "state_mb": state}
 
 
 def main() -> int:
@@ -23,13 +39,18 @@ def main() -> int:
     parser.add_argument("model_dir", nargs="?", help="a checkpoint folder")
     parser.add_argument("--preset", help=f"audit a shape without allocating it: {', '.join(PRESETS)}")
     parser.add_argument("--update_rule", default="momentum", help="of the preset")
+    parser.add_argument("--allocate", action="store_true", help="build the preset's model and audit the real thing")
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
     parser.add_argument("--json", metavar="OUT", help="write the audit here")
     args = parser.parse_args()
     if (args.model_dir is None) == (args.preset is None):
         raise ValueError("give either MODEL_DIR or --preset NAME")
+    if args.allocate and not args.preset:
+        raise ValueError("allocate: a checkpoint folder is audited as it lies on disk; give --preset NAME")
+    memory = None
     if args.preset:
-        audit = audit_config(preset_config(args.preset, update_rule=args.update_rule))
+        config = preset_config(args.preset, update_rule=args.update_rule)
+        audit, memory = audit_built(config) if args.allocate else (audit_config(config), None)
     else:
         audit = audit_folder(args.model_dir)
     if args.tensors:
@@ -37,8 +58,12 @@ def main() -> int:
             print(f"{row.name:<56}{row.role:<24}{row.dtype:<8}{row.bytes:>12,}  {row.shape}")
         print()
     print(audit.table())
+    if memory:
+        before, peak, state = (memory[key] for key in ("rss_before_mb", "peak_rss_mb", "state_mb"))
+        print(f"\nbuilt in {memory['seconds']:.0f} s; peak memory {peak:.0f} MB, {before:.0f} of it before")
+        print(f"peak over state ({state:.1f} MB): {peak / state:.3f}, built alone {(peak - before) / state:.3f}")
     if args.json:
-        write_json(args.json, audit.to_dict())
+        write_json(args.json, {**audit.to_dict(), **({"memory": memory} if memory else {})})
     return 0 if audit.clean else 1
 
 

@@ -171,3 +171,16 @@ def test_state_hash_sees_one_bit(model):
 def test_zero_share_counts_zeros(model):
     trits = torch.cat([matrix.trits().flatten() for matrix in model.ternary_matrices().values()])
     assert zero_share(model) == pytest.approx((trits == 0).float().mean().item())
+
+
+def test_a_preset_can_be_allocated(tmp_path, capsys):
+    out = tmp_path / "audit.json"
+    assert run_script("audit_state", "--preset", "arb-tiny-full", "--allocate", "--json", out) == 0
+    built = json.loads(out.read_text())
+    described = audit_config(preset_config("arb-tiny-full")).to_dict()
+    assert built["areas"] == described["areas"] and built["state_bytes"] == described["state_bytes"]
+    assert built["memory"]["state_mb"] == pytest.approx(built["state_bytes"] / 2**20)
+    assert built["memory"]["peak_rss_mb"] >= built["memory"]["rss_before_mb"] > 0
+    assert "peak over state" in capsys.readouterr().out
+    assert run_script("audit_state", tmp_path, "--allocate") == 2
+    assert "allocate" in capsys.readouterr().err
