@@ -1,11 +1,14 @@
 """Every optional block: causal in training too, cached, resumable, learning; small checkpoints in larger stacks."""
 
+import json
+
 import pytest
 import torch
 from helpers import assert_same
 
 from arb_kernels.ngram_hash import hash_tokens, mix, ngram_slots, to_slot
 from configuration_arb import preset_config
+from configuration_arb.block_options import BLOCK_OPTIONS
 from modeling_arb import ArbForCausalLM
 from modeling_arb.checkpoint_integrity import OPTIONAL_PARTS
 from training_arb.integer_optimizer import IntegerOptimizer
@@ -191,6 +194,17 @@ def test_a_stored_block_may_not_be_missing_or_misshapen(tmp_path):
         ArbForCausalLM.from_pretrained(tmp_path, memgram={"slots": 65, "dim": 8})
     with pytest.raises(ValueError, match=r"memgram\.slots=0 must be"):
         ArbForCausalLM.from_pretrained(tmp_path, memgram={"slots": 0, "dim": 8})
+
+
+def test_a_checkpoint_from_before_the_blocks_still_loads(tmp_path):
+    model = ArbForCausalLM(preset_config("arb-tiny"))
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    for field in (*BLOCK_OPTIONS, "head_layers", "head_intermediate_size", "table_rule"):
+        config.pop(field, None)
+    path.write_text(json.dumps({**config, "sidecars": None, "composite": None}))
+    assert state_hash(ArbForCausalLM.from_pretrained(tmp_path)) == state_hash(model)
 
 
 def test_every_optional_part_is_known_to_the_loader():
