@@ -6,6 +6,7 @@ It holds no tensor: all persistent state lives in the model's integer buffers, a
 from __future__ import annotations
 
 import zlib
+from typing import NamedTuple
 
 import torch
 
@@ -16,7 +17,15 @@ from modeling_arb.ternary_matrix import TernaryMatrix
 from modeling_arb.ternary_table import TernaryTable
 
 from .integer_rules import CorrelationRule, FlipRule, Moment, MomentumRule, TableRule, UpdateRule
-from .rank_exchange import average_over_ranks, join_ranks, num_ranks, used_on_any_rank
+from .rank_exchange import AveragedGradient, check_ranks_agree, join_ranks, num_ranks, used_on_any_rank
+
+
+class SentGradient(NamedTuple):
+    """A matrix's gradient, its mean over ranks under way, and whether its micro-batch is the step's last."""
+
+    matrix: TernaryMatrix
+    average: AveragedGradient
+    last_micro_batch: bool
 
 
 class IntegerOptimizer(torch.optim.Optimizer):
@@ -25,8 +34,11 @@ class IntegerOptimizer(torch.optim.Optimizer):
 
     lr: cells per step, read from the one (empty) parameter group, so that any scheduler drives it. Micro-batches of an
     accumulated step: set `last_micro_batch` False before the backward of all but the last; their losses come divided
-    by their number, as Trainer and accelerate do. Raises ValueError on impossible settings and FloatingPointError,
-    naming the matrix, on a dW that is not finite.
+    by their number, as Trainer and accelerate do. Across ranks a layer's dW is averaged while backward goes on with
+    the layer before it, and applied when that one's arrives.
+
+    rank_check_steps: compare all ranks' states every so many steps; 0: never. Raises ValueError on impossible settings,
+    FloatingPointError, naming the matrix, on a dW that is not finite, and RuntimeError when ranks differ.
     """
 
     def __init__(
@@ -38,6 +50,7 @@ class IntegerOptimizer(torch.optim.Optimizer):
         table_threshold: int = 8,
         scale_update_interval: int = 1,
         seed: int = 0,
+        rank_check_steps: int = 200,
     ):
         if not 0 <= lr < 1:
             raise ValueError(f"learning_rate={lr} must be in [0, 1): it is in cells of the latent line per step")
@@ -46,8 +59,9 @@ class IntegerOptimizer(torch.optim.Optimizer):
         for name, threshold in (("flip_threshold", flip_threshold), ("table_threshold", table_threshold)):
             if not 1 <= threshold <= 127:
                 raise ValueError(f"{name}={threshold} must be in 1..127: votes are int8")
-        if scale_update_interval < 0:
-            raise ValueError(f"scale_update_interval={scale_update_interval} must not be negative")
+        for name, steps in (("scale_update_interval", scale_update_interval), ("rank_check_steps", rank_check_steps)):
+            if steps < 0:
+                raise ValueError(f"{name}={steps} must not be negative")
         if not 0 <= seed < 1 << 64:
             raise ValueError(f"seed={seed} must be in [0, 2^64)")
         super().__init__([{"params": []}], {"lr": lr})
@@ -65,6 +79,7 @@ class IntegerOptimizer(torch.optim.Optimizer):
         self.table_rules = table_rules
         self.seed = seed
         self.steps = 0
+        self.rank_check_steps = rank_check_steps
         self.last_micro_batch = True
         self.last_checkpoint: str | None = None
         self._names = {module: name for name, module in model.integer_states().items()}
@@ -75,6 +90,8 @@ class IntegerOptimizer(torch.optim.Optimizer):
         }
         self._micro_batches: dict[TernaryMatrix, int] = {}
         self._shared: dict[TernaryMatrix, torch.Tensor] = {}
+        self._travelling: SentGradient | None = None
+        self._model = model
         self._flips = torch.zeros((), dtype=torch.int64, device=model.device)
         self._moved_weights = 0
         if not model.config.training_state:
@@ -96,6 +113,7 @@ class IntegerOptimizer(torch.optim.Optimizer):
     def step(self, closure=None) -> None:
         """Apply what shared matrices, tables and observers collected and advance the step counter."""
         assert closure is None, "integer updates happen in backward: there is no loss to evaluate again"
+        self._apply_travelling()
         self._update_shared()
         for table, touched in self._touched.items():
             self._update_rows(table, touched)
@@ -107,6 +125,8 @@ class IntegerOptimizer(torch.optim.Optimizer):
                 observer.apply_observations(*(tensor.to(device) for tensor in seen), key=self._moment(observer).key)
         self._micro_batches.clear()
         self.steps += 1
+        if self.rank_check_steps and self.steps % self.rank_check_steps == 0:
+            check_ranks_agree(self._model, self.steps)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Nothing to do: no gradient outlives backward."""
@@ -134,12 +154,26 @@ class IntegerOptimizer(torch.optim.Optimizer):
             raise FloatingPointError(f"step {self.steps}: the gradient of {self._names[matrix]} is not finite{resume}")
 
     def _receive(self, matrix: TernaryMatrix, dW: torch.Tensor) -> None:
-        if not matrix.shared:
-            average_over_ranks(dW)
-        self._check_finite(matrix, dW)
         if matrix.shared:
+            self._check_finite(matrix, dW)
             self._shared[matrix] = self._shared[matrix].add_(dW) if matrix in self._shared else dW.clone()
-        elif self.last_micro_batch:
+            return
+        sent = SentGradient(matrix, AveragedGradient(dW), self.last_micro_batch)
+        if num_ranks() == 1:
+            self._apply(sent)
+        else:
+            self._apply_travelling()
+            self._travelling = sent
+
+    def _apply_travelling(self) -> None:
+        if self._travelling is not None:
+            sent, self._travelling = self._travelling, None
+            self._apply(sent)
+
+    def _apply(self, sent: SentGradient) -> None:
+        matrix, dW = sent.matrix, sent.average.result()
+        self._check_finite(matrix, dW)
+        if sent.last_micro_batch:
             self._update(matrix, dW)
         else:
             self.rule.fold(matrix, dW, self._moment(matrix))
@@ -153,8 +187,7 @@ class IntegerOptimizer(torch.optim.Optimizer):
             dW = self._shared.pop(matrix, None)
             if dW is None:
                 dW = torch.zeros(matrix.rows, matrix.columns, device=matrix.T_packed.device)
-            average_over_ranks(dW)
-            self._update(matrix, dW)
+            self._update(matrix, AveragedGradient(dW).result())
 
     def _receive_rows(self, table: TernaryTable, row_ids: torch.Tensor, dW: torch.Tensor) -> None:
         self._check_finite(table, dW)

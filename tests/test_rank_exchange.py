@@ -1,0 +1,118 @@
+"""Several ranks: the same bits on all, averages on their way during backward, what differs is named."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+
+from configuration_arb import preset_config
+from modeling_arb import ArbForCausalLM
+from training_arb.integer_optimizer import IntegerOptimizer
+from training_arb.rank_exchange import check_ranks_agree, join_ranks, lone_process_warning, used_on_any_rank
+from training_arb.state_audit import state_hash
+
+RANKS = 3
+
+
+def on_ranks(work, folder, *arguments):
+    """Run work(rank, *arguments) in RANKS processes joined by gloo; returns what each returned."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.SimpleQueue()
+    processes = [context.Process(target=_rank, args=(work, r, folder, queue, arguments)) for r in range(RANKS)]
+    for process in processes:
+        process.start()
+    answers = dict(queue.get() for _ in processes)
+    for process in processes:
+        process.join(60)
+    assert all(not isinstance(answer, Exception) for answer in answers.values()), answers
+    return [answers[rank] for rank in range(RANKS)]
+
+
+def _rank(work, rank, folder, queue, arguments):
+    torch.set_num_threads(1)
+    try:
+        store = dist.FileStore(str(folder / "store"), RANKS)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
+        queue.put((rank, work(rank, *arguments)))
+        dist.barrier()
+        dist.destroy_process_group()
+    except Exception as error:
+        queue.put((rank, RuntimeError(repr(error))))
+
+
+def exchange(rank):
+    mine = (torch.full((rank, 2), rank), torch.arange(rank)) if rank else None
+    joined = join_ranks(mine)
+    used = used_on_any_rank([rank == 1, False, rank == 2], torch.device("cpu"))
+    return [tensor.tolist() for tensor in joined], used, join_ranks(None)
+
+
+def test_uneven_tensors_are_joined_in_rank_order(tmp_path):
+    for joined, used, nothing in on_ranks(exchange, tmp_path):
+        assert joined == [[[1, 1], [2, 2], [2, 2]], [0, 0, 1]]
+        assert used == [True, False, True] and nothing is None
+
+
+def train(rank, preset, rule, micro_batches):
+    """A few steps on other bytes on each rank, one of which also has fewer of them."""
+    torch.manual_seed(0)
+    model = ArbForCausalLM(preset_config(preset, update_rule=rule))
+    optimizer = IntegerOptimizer(model, table_threshold=2, rank_check_steps=1)
+    generator = torch.Generator().manual_seed(rank)
+    for _ in range(3):
+        for micro_batch in range(micro_batches):
+            optimizer.last_micro_batch = micro_batch == micro_batches - 1
+            ids = torch.randint(97, 110, (1 + (rank == 0), 20), generator=generator)
+            (model(ids, labels=ids).loss / micro_batches).backward()
+        optimizer.step()
+    return state_hash(model)
+
+
+@pytest.mark.parametrize(
+    ("preset", "rule", "micro_batches"),
+    [("arb-tiny", "momentum", 2), ("arb-tiny-full", "momentum", 1), ("arb-tiny-full", "flip", 2)],
+)
+def test_ranks_end_with_the_same_bits(tmp_path, preset, rule, micro_batches):
+    hashes = on_ranks(train, tmp_path, preset, rule, micro_batches)
+    assert len(set(hashes)) == 1
+    assert hashes[0] != train(0, preset, rule, micro_batches)
+
+
+def mean_of_equal_gradients(rank):
+    torch.manual_seed(0)
+    model = ArbForCausalLM(preset_config("arb-tiny", update_rule="flip"))
+    optimizer = IntegerOptimizer(model, flip_threshold=1)
+    ids = torch.arange(97, 121)[None]
+    for _ in range(2):
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+    return state_hash(model)
+
+
+def test_ranks_with_the_same_bytes_do_what_one_does(tmp_path):
+    assert set(on_ranks(mean_of_equal_gradients, tmp_path)) == {mean_of_equal_gradients(0)}
+
+
+def part_ways(rank):
+    torch.manual_seed(0)
+    model = ArbForCausalLM(preset_config("arb-tiny"))
+    check_ranks_agree(model, 3)
+    if rank == 2:
+        model.byte_head.proj.E[5] += 1
+    try:
+        check_ranks_agree(model, 4)
+    except RuntimeError as error:
+        return str(error)
+
+
+def test_what_differs_is_named_on_every_rank(tmp_path):
+    said = "step 4: rank 2 differs from rank 0 in byte_head.proj.E: their states have parted"
+    assert on_ranks(part_ways, tmp_path) == [said] * RANKS
+
+
+def test_a_lone_process_of_several_is_noticed():
+    launched = {"ACCELERATE_USE_CPU": "True", "MASTER_ADDR": "127.0.0.1"}
+    assert "torchrun --nproc_per_node" in lone_process_warning(launched)
+    assert lone_process_warning({**launched, "RANK": "0"}) is None
+    assert lone_process_warning({"ACCELERATE_USE_CPU": "True"}) is None
+    assert lone_process_warning({"MASTER_ADDR": "127.0.0.1"}) is None
