@@ -200,7 +200,9 @@ class ArbModel(ArbPreTrainedModel):
             x = x + self._sequence(x, is_byte, cache)
         if self.memgram is not None:
             x = x + self.memgram(x, input_ids, history)
-        x = self._attend(x, attention_mask, self._positions(position_ids, attention_mask, input_ids, history), cache)
+        positions = self._positions(position_ids, attention_mask, input_ids, history)
+        plain = attention_mask is None and position_ids is None and cache is None
+        x = self._attend(x, attention_mask, positions, cache, plain)
         losses = []
         if self.shared_vq is not None:
             addition, motifs = self.shared_vq(x)
@@ -224,8 +226,11 @@ class ArbModel(ArbPreTrainedModel):
         self.side_layers.write_state(cache, "sequencer", state)
         return addition
 
-    def _attend(self, x, attention_mask, position_ids, cache: Cache | None) -> torch.Tensor:
-        mask = create_causal_mask(self.config, x, attention_mask, cache, position_ids=position_ids)
+    def _attend(self, x, attention_mask, position_ids, cache: Cache | None, plain: bool) -> torch.Tensor:
+        """plain: whole rows of bytes from their start, for which transformers would look at the ids to find as much."""
+        mask = None
+        if not plain:
+            mask = create_causal_mask(self.config, x, attention_mask, cache, position_ids=position_ids)
         angles = rotary_angles(position_ids, self.config.qk_rope_head_dim, self.config.rope_theta)
         windowed = None
         if self.config.windowed_attention is not None:

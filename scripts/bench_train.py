@@ -34,7 +34,7 @@ from training_arb.command_line import HelpFormatter, run
 from training_arb.cpu_allocator import keep_freed_memory
 from training_arb.float_baselines import ArbFloatBaseline
 from training_arb.integer_optimizer import IntegerOptimizer
-from training_arb.integer_rules import UpdateRule
+from training_arb.integer_rules import TableRule, UpdateRule
 from training_arb.measurement import MILLISECONDS, describe_environment, interleaved, set_threads
 from training_arb.quality_benchmark import (
     ADAM_CONFIGS,
@@ -105,10 +105,12 @@ class Trainee:
 
 
 class TimedRule:
-    """An update rule whose updates are timed."""
+    """An update rule whose updates are timed, those of tables' rows among them."""
 
-    def __init__(self, rule: UpdateRule, timed: Callable[[Callable], Callable]):
+    def __init__(self, rule: UpdateRule | TableRule, timed: Callable[[Callable], Callable]):
         self.fold, self.update = rule.fold, timed(rule.update)
+        if hasattr(rule, "update_rows"):
+            self.update_rows = timed(rule.update_rows)
 
 
 def build(name: str, compute: str, args: argparse.Namespace) -> Trainee:
@@ -123,7 +125,9 @@ def build(name: str, compute: str, args: argparse.Namespace) -> Trainee:
     else:
         model = ArbForCausalLM(config)
         trainee = Trainee(model, IntegerOptimizer(model, seed=args.seed), block)
-        trainee.optimizer.rule = TimedRule(trainee.optimizer.rule, trainee.timed)
+        optimizer = trainee.optimizer
+        optimizer.rule = TimedRule(optimizer.rule, trainee.timed)
+        optimizer.table_rules = {key: TimedRule(rule, trainee.timed) for key, rule in optimizer.table_rules.items()}
     return trainee
 
 
