@@ -23,11 +23,14 @@ class TernaryEmbeddingFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_y):
         (ids,) = ctx.saved_tensors
-        layer = ctx.layer
-        if layer.armed:
-            dW = torch.ops.aten.embedding_dense_backward(grad_y.float(), ids, layer.rows, -1, False)
-            layer.hand_over(dW)
+        if ctx.layer.armed:
+            ctx.layer.receive_gradient(ids.flatten(), grad_y.flatten(0, -2).float())
         return None, None, None, None
+
+
+def sum_by_row(ids: torch.Tensor, gradient: torch.Tensor, rows: int) -> torch.Tensor:
+    """ids int64 (N,), gradient float32 (N, K) -> float32 (rows, K), in an order that the device does not choose."""
+    return torch.ops.aten.embedding_dense_backward(gradient, ids, rows, -1, False)
 
 
 class TernaryEmbedding(TernaryMatrix):
@@ -42,6 +45,10 @@ class TernaryEmbedding(TernaryMatrix):
         if ids.numel() >= self.rows:
             return F.embedding(ids, self.effective_weight(dtype))
         return gather_rows(self.T_packed, ids, self.columns, self.scale()[ids], self.group_size, dtype)
+
+    def receive_gradient(self, ids: torch.Tensor, gradient: torch.Tensor) -> None:
+        """ids (N,) and the gradient of what was looked up, float32 (N, columns): hand over their sums by row."""
+        self.hand_over(sum_by_row(ids, gradient, self.rows))
 
     def forward(self, ids: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         anchor = torch.empty(0, device=ids.device, requires_grad=True)

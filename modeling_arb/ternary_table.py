@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import nn
 
 from arb_kernels.exponents import EIGHTHS, power_of_two
 from arb_kernels.groups import group_lengths, split_groups
@@ -13,33 +12,12 @@ from arb_kernels.packing import pack_trits
 from arb_kernels.scaled_rows import gather_rows
 from arb_kernels.state_layout import StateTensor, rule_of_tables, state_layout
 
-from .ternary_matrix import TernaryMatrix
+from .ternary_embedding import TernaryEmbedding, sum_by_row
 
 THRESHOLD, SMALLEST_SCALE = 0.7, 2.0**-16
 
 
-class TernaryTableFunction(torch.autograd.Function):
-    """`anchor` is an empty tensor that requires grad: without a float parameter, nothing else would start autograd."""
-
-    @staticmethod
-    def forward(ctx, ids, anchor, table, dtype):
-        ctx.save_for_backward(ids)
-        ctx.table = table
-        return table.rows_of(ids, dtype)
-
-    @staticmethod
-    def backward(ctx, grad_y):
-        (ids,) = ctx.saved_tensors
-        table = ctx.table
-        if table.armed:
-            row_ids, place = ids.flatten().unique(return_inverse=True)
-            gradient = grad_y.flatten(0, -2).float()
-            dW = torch.ops.aten.embedding_dense_backward(gradient, place, len(row_ids), -1, False)
-            table.update_handler(table, row_ids, dW)
-        return None, None, None, None
-
-
-class TernaryTable(TernaryMatrix):
+class TernaryTable(TernaryEmbedding):
     """ids (...) int64 -> (..., columns). Entries have variance 1 at the start.
 
     Backward hands over the touched rows and their gradients, (R,) int64 in ascending order and float32 (R, columns);
@@ -48,10 +26,9 @@ class TernaryTable(TernaryMatrix):
 
     update_handler: Callable[[TernaryTable, torch.Tensor, torch.Tensor], None] | None = None
 
-    def __init__(self, num_rows: int, dim: int, config):
-        nn.Module.__init__(self)
+    def setup_state(self, rows: int, columns: int, config, init_fan_in: int) -> None:
         self.table_rule = rule_of_tables(config.update_rule, config.table_rule)
-        self.setup_state(num_rows, dim, config, init_fan_in=1)
+        super().setup_state(rows, columns, config, init_fan_in)
 
     def layout(self) -> dict[str, StateTensor]:
         return state_layout(
@@ -85,6 +62,7 @@ class TernaryTable(TernaryMatrix):
             if name not in ("T_packed", "E"):
                 getattr(self, name)[ids] = torch.zeros((), dtype=spec.dtype, device=ids.device)
 
-    def forward(self, ids: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        anchor = torch.empty(0, device=ids.device, requires_grad=True)
-        return TernaryTableFunction.apply(ids, anchor, self, dtype)
+    def receive_gradient(self, ids: torch.Tensor, gradient: torch.Tensor) -> None:
+        """Hand over the touched rows alone."""
+        row_ids, place = ids.unique(return_inverse=True)
+        self.update_handler(self, row_ids, sum_by_row(place, gradient, len(row_ids)))

@@ -13,6 +13,7 @@ import torch
 from arb_kernels.random_bits import stream_key
 from modeling_arb.integer_state import IntegerState, ObservedState
 from modeling_arb.modeling_arb import ArbPreTrainedModel
+from modeling_arb.ternary_embedding import sum_by_row
 from modeling_arb.ternary_matrix import TernaryMatrix
 from modeling_arb.ternary_table import TernaryTable
 
@@ -200,7 +201,7 @@ class IntegerOptimizer(torch.optim.Optimizer):
             return
         row_ids, place = everyone[0].to(table.T_packed.device).unique(return_inverse=True)
         dW = everyone[1].to(table.T_packed.device) / num_ranks()
-        dW = torch.ops.aten.embedding_dense_backward(dW, place, len(row_ids), -1, False)
+        dW = sum_by_row(place, dW, len(row_ids))
         self._count(self.table_rules[table.table_rule].update_rows(table, row_ids, dW, self._moment(table)), dW.numel())
 
     def _update(self, matrix: TernaryMatrix, dW: torch.Tensor) -> None:
