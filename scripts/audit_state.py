@@ -7,18 +7,21 @@ examples:
   python scripts/audit_state.py runs/pretrain/checkpoint-1200 --tensors
   python scripts/audit_state.py --preset arb-3b --json audit.json
   python scripts/audit_state.py --preset arb-3b --update_rule correlation --allocate      # 0.9 GB, a minute
+  python scripts/audit_state.py --preset arb-14m --batch 8 --ctx 256       # and what a training step would need
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from dataclasses import asdict
 
 from configuration_arb import PRESETS, ArbConfig, preset_config
 from modeling_arb import ArbForCausalLM
 from training_arb.atomic_files import write_json
 from training_arb.command_line import HelpFormatter, run
 from training_arb.cpu_allocator import keep_freed_memory
+from training_arb.memory_forecast import forecast_step
 from training_arb.quality_benchmark import peak_memory_mb
 from training_arb.state_audit import StateAudit, audit_config, audit_folder, audit_model
 
@@ -40,6 +43,8 @@ def main() -> int:
     parser.add_argument("--preset", help=f"audit a shape without allocating it: {', '.join(PRESETS)}")
     parser.add_argument("--update_rule", default="momentum", help="of the preset")
     parser.add_argument("--allocate", action="store_true", help="build the preset's model and audit the real thing")
+    parser.add_argument("--batch", type=int, help="with --ctx: forecast the memory of a training step of the preset")
+    parser.add_argument("--ctx", type=int, help="bytes per window of that step")
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
     parser.add_argument("--json", metavar="OUT", help="write the audit here")
     args = parser.parse_args()
@@ -47,12 +52,21 @@ def main() -> int:
         raise ValueError("give either MODEL_DIR or --preset NAME")
     if args.allocate and not args.preset:
         raise ValueError("allocate: a checkpoint folder is audited as it lies on disk; give --preset NAME")
-    memory = None
+    if (args.batch is None) != (args.ctx is None):
+        raise ValueError(f"batch={args.batch}, ctx={args.ctx}: a training step's memory needs both")
+    if args.batch is not None and not args.preset:
+        raise ValueError("batch: a training step is forecast for a preset; give --preset NAME")
+    for field, least in (("batch", 1), ("ctx", 8)):
+        if getattr(args, field) is not None and getattr(args, field) < least:
+            raise ValueError(f"{field}={getattr(args, field)} must be at least {least}")
+    memory = step = None
     if args.preset:
         config = preset_config(args.preset, update_rule=args.update_rule)
         audit, memory = audit_built(config) if args.allocate else (audit_config(config), None)
     else:
         audit = audit_folder(args.model_dir)
+    if args.batch:
+        step = forecast_step(ArbForCausalLM(config), args.batch, args.ctx)
     if args.tensors:
         for row in audit.tensors:
             print(f"{row.name:<56}{row.role:<24}{row.dtype:<8}{row.bytes:>12,}  {row.shape}")
@@ -62,8 +76,13 @@ def main() -> int:
         before, peak, state = (memory[key] for key in ("rss_before_mb", "peak_rss_mb", "state_mb"))
         print(f"\nbuilt in {memory['seconds']:.0f} s; peak memory {peak:.0f} MB, {before:.0f} of it before")
         print(f"peak over state ({state:.1f} MB): {peak / state:.3f}, built alone {(peak - before) / state:.3f}")
+    if step:
+        sizes = (size / 2**20 for size in (step.peak, step.state, step.saved, step.transient_peak - step.saved))
+        print(f"\na training step of {args.batch} x {args.ctx} bytes needs {next(sizes):.1f} MB of tensors:", end=" ")
+        print("{:.1f} of state, {:.1f} saved by the forward, {:.1f} in passing".format(*sizes))
     if args.json:
-        write_json(args.json, {**audit.to_dict(), **({"memory": memory} if memory else {})})
+        extra = {"memory": memory, "training_step": {**asdict(step), "peak": step.peak} if step else None}
+        write_json(args.json, {**audit.to_dict(), **{key: value for key, value in extra.items() if value}})
     return 0 if audit.clean else 1
 
 

@@ -184,3 +184,14 @@ def test_a_preset_can_be_allocated(tmp_path, capsys):
     assert "peak over state" in capsys.readouterr().out
     assert run_script("audit_state", tmp_path, "--allocate") == 2
     assert "allocate" in capsys.readouterr().err
+
+
+def test_a_training_step_is_forecast(tmp_path, capsys):
+    out = tmp_path / "audit.json"
+    assert run_script("audit_state", "--preset", "arb-tiny", "--batch", 2, "--ctx", 32, "--json", out) == 0
+    step = json.loads(out.read_text())["training_step"]
+    assert step["peak"] == step["state"] + step["transient_peak"] and step["saved"] > 0
+    assert f"needs {step['peak'] / 2**20:.1f} MB of tensors" in capsys.readouterr().out
+    for wrong in (["--batch", 2], ["--batch", 0, "--ctx", 32], ["--batch", 2, "--ctx", 3]):
+        assert run_script("audit_state", "--preset", "arb-tiny", *wrong) == 2
+    assert run_script("audit_state", tmp_path, "--batch", 2, "--ctx", 32) == 2
