@@ -182,3 +182,23 @@ def test_a_wrong_ggml_is_refused(tmp_path, capsys):
 def test_help_shows_examples(script, capsys):
     assert run_script(script, "--help") == 0
     assert f"python scripts/{script}.py" in capsys.readouterr().out
+
+
+def test_rank_rows(tmp_path, capsys):
+    out = tmp_path / "ranks.json"
+    sizes = ["--preset", "arb-tiny", "--batch", 2, "--ctx", 16, "--rounds", 1, "--steps", 1]
+    assert run_script("bench_ranks", *sizes, "--json", out) == 0
+    result, _ = result_of(capsys, out)
+    assert [row["config"] for row in result["rows"]] == ["one process", "overlapped", "waiting"]
+    for row in result["rows"]:
+        assert row["ranks"] * row["threads"] == 2
+        assert row["bytes_per_s"] == pytest.approx(32_000 / row["step_ms_p50"])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [(["--ranks", 1], "ranks=1"), (["--batch", 3], "batch=3 must be a multiple"), (["--preset", "arb-9z"], "arb-9z")],
+)
+def test_rank_bench_refuses(options, said, capsys):
+    assert run_script("bench_ranks", *options) == 2
+    assert said in capsys.readouterr().err
