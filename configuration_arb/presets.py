@@ -20,8 +20,15 @@ def arb_bench(**overrides) -> ArbConfig:
 
 
 def arb_small(**overrides) -> ArbConfig:
-    """2.0M weights: the README's pretraining run, minutes on two CPU cores."""
-    shape = {"hidden_size": 192, "num_hidden_layers": 3, "num_attention_heads": 6, "intermediate_size": 1152}
+    """3.1M weights: the README's pretraining run, minutes on two CPU cores. MemGram is the block that pays (LOG.md)."""
+    shape = {
+        "hidden_size": 192,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "intermediate_size": 1152,
+        "memgram": {"slots": 1 << 15, "dim": 32},
+        "table_rule": "momentum",
+    }
     return ArbConfig(**{**shape, **overrides})
 
 
@@ -57,6 +64,7 @@ def arb_tiny_full(**overrides) -> ArbConfig:
 def arb_seed(**overrides) -> ArbConfig:
     """The seeds' default stack at arb-small's width: text, vector quantisation and graph."""
     blocks = {
+        "memgram": None,
         "text_sequencer": {},
         "codebook": {"size": 4096, "dim": 64},
         "moe_graph": {"num_experts": 8, "active_edges": 4096},

@@ -51,9 +51,11 @@ def fresh_process(tmp_path, code, *arguments):
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=240)
 
 
-@pytest.mark.parametrize("rule", ["momentum", "correlation"])
-def test_export_loads_without_the_repo(tmp_path, rule):
-    model = ArbForCausalLM(preset_config("arb-tiny", update_rule=rule, group_size=32)).eval()
+@pytest.mark.parametrize(
+    ("preset", "rule"), [("arb-tiny", "momentum"), ("arb-tiny", "correlation"), ("arb-tiny-full", "correlation")]
+)
+def test_export_loads_without_the_repo(tmp_path, preset, rule):
+    model = ArbForCausalLM(preset_config(preset, update_rule=rule, group_size=32)).eval()
     if rule == "correlation":  # whose votes are part of the weights
         for matrix in model.ternary_matrices().values():
             matrix.corr_accum.copy_(torch.randint(-20, 20, matrix.corr_accum.shape))

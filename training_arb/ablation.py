@@ -45,7 +45,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "head_layers": 1,
     },
 }
-NOTHING = {**dict.fromkeys(BLOCK_OPTIONS), "head_layers": 0}
+NOTHING = {**dict.fromkeys(BLOCK_OPTIONS), "head_layers": 0, "table_rule": "votes"}
 TIMED_ROUNDS = 8
 
 
