@@ -7,6 +7,7 @@ examples:
   python scripts/pretrain.py                                             # arb-small on Python's standard library
   python scripts/pretrain.py --preset arb-tiny --max_steps 50 --output_dir runs/tiny      # seconds, on any CPU
   python scripts/pretrain.py --data corpus/ notes.txt 'more/*.md' --output_dir runs/mine
+  python scripts/pretrain.py --data books/:0.7 'code/*.jsonl.gz:0.3' --output_dir runs/mixed
   python scripts/pretrain.py --dataset roneneldan/TinyStories --max_steps 5000 --output_dir runs/stories
   python scripts/pretrain.py --output_dir runs/mine --data corpus/ --resume_from_checkpoint latest
   python scripts/pretrain.py --blocks '{"codebook": {"size": 512, "dim": 64}, "moe_graph": {"num_experts": 4}}'
@@ -17,13 +18,15 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import signal
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from transformers import HfArgumentParser, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from arb_kernels.backend import describe_backend
 from configuration_arb import PRESETS, ArbConfig, preset_config
@@ -31,9 +34,20 @@ from modeling_arb import ArbForCausalLM
 from tokenization_arb import ArbTokenizer
 from training_arb.atomic_files import new_folder, write_json
 from training_arb.bits_per_byte import bits_per_byte
-from training_arb.byte_data import ByteBlocks, collate_blocks, load_corpus, stream_dataset
+from training_arb.byte_data import ByteBlocks, collate_blocks, open_corpus
+from training_arb.checkpoint_files import (
+    BEST,
+    LATEST,
+    newest_sound_checkpoint,
+    numbered_checkpoints,
+    pointed,
+    write_checksums,
+)
 from training_arb.command_line import HelpFormatter, run
 from training_arb.cpu_allocator import keep_freed_memory
+from training_arb.mixed_stream import MixedStream, configure_reading
+from training_arb.rank_exchange import lone_process_warning
+from training_arb.run_report import write_report
 from training_arb.state_audit import audit_model, state_hash, zero_share
 from training_arb.trainer_arb import ArbTrainer
 from training_arb.training_args_arb import ArbTrainingArguments
@@ -48,12 +62,17 @@ class PretrainArguments:
 
     preset: str = field(default="arb-small", metadata={"help": f"Shape: {', '.join(PRESETS)}."})
     data: list[str] | None = field(
-        default=None, metadata={"help": "Files, folders, globs. Default: the running Python's standard library."}
+        default=None,
+        metadata={
+            "help": "PATH[:WEIGHT]: files, folders, globs of text, .jsonl, .parquet, .gz; with weights, a mixture of"
+            " them. Default: the running Python's standard library."
+        },
     )
+    stream_above_mb: int = field(default=1024, metadata={"help": "Read text larger than this as it is trained on."})
     dataset: str | None = field(
         default=None, metadata={"help": "Hub dataset, or a folder of jsonl or parquet, read as a stream."}
     )
-    text_column: str = field(default="text", metadata={"help": "The dataset's column of text."})
+    text_column: str = field(default="text", metadata={"help": "Column of text in a dataset, .jsonl and .parquet."})
     ctx: int = field(default=256, metadata={"help": "Bytes per block."})
     blocks: str = field(
         default="{}", metadata={"help": "Config fields over the preset's, as JSON; null switches a block off."}
@@ -68,23 +87,28 @@ class PretrainArguments:
 
 
 def resolve_resume(args: ArbTrainingArguments) -> str | None:
-    """The checkpoint to continue: `latest` must exist, `auto` may; None starts afresh in a folder without runs."""
+    """The checkpoint to continue: `latest` and `best` must exist, `auto` may; None starts afresh in a folder without
+    runs. A damaged newest checkpoint gives way to the one before it, with a warning."""
     output_dir, wanted = Path(args.output_dir), args.resume_from_checkpoint
-    last = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
     if wanted is None or wanted == "auto":
-        if (output_dir / "final").exists() or (last and wanted is None):
+        if (output_dir / "final").exists() or (wanted is None and numbered_checkpoints(output_dir)):
             raise ValueError(
                 f"output_dir={str(output_dir)!r} already holds a run: choose another, or continue an unfinished one"
                 " with --resume_from_checkpoint latest"
             )
-        return last
-    if wanted.lower() in ("latest", "true"):
-        if last is None:
-            raise ValueError(f"resume_from_checkpoint={wanted!r}: output_dir={str(output_dir)!r} has no checkpoint")
-        return last
-    if not Path(wanted).is_dir():
-        raise ValueError(f"resume_from_checkpoint={wanted!r}: no such folder")
-    return wanted
+    elif wanted.lower() not in (LATEST, "true"):
+        checkpoint = pointed(output_dir, BEST) if wanted == BEST else Path(wanted)
+        if checkpoint is None or not checkpoint.is_dir():
+            raise ValueError(
+                f"resume_from_checkpoint={wanted!r}: no such {'checkpoint' if wanted == BEST else 'folder'}"
+            )
+        return str(checkpoint)
+    checkpoint, faults = newest_sound_checkpoint(output_dir)
+    if checkpoint is None and wanted not in (None, "auto"):
+        raise ValueError(f"resume_from_checkpoint={wanted!r}: output_dir={str(output_dir)!r} has no checkpoint")
+    if faults and args.should_log:
+        print(f"warning: {'; '.join(faults)}; going on from {checkpoint} instead", file=sys.stderr)
+    return None if checkpoint is None else str(checkpoint)
 
 
 def parse_blocks(text: str) -> dict:
@@ -111,7 +135,7 @@ def sample(model: ArbForCausalLM, tokenizer: ArbTokenizer, prompt: str, length: 
     return tokenizer.decode(ids[0])
 
 
-def main() -> None:
+def main() -> int:
     started = time.time()
     parser = HfArgumentParser(
         (PretrainArguments, ArbTrainingArguments), description=__doc__, formatter_class=HelpFormatter
@@ -133,14 +157,19 @@ def main() -> None:
         compute=arguments.compute,
         **{"max_position_embeddings": max(arguments.ctx, 4096), **parse_blocks(arguments.blocks)},
     )
-    if arguments.dataset:
-        train, held_out = stream_dataset(arguments.dataset, arguments.ctx, args.seed, arguments.text_column)
-        source, size = arguments.dataset, "a stream"
-    else:
-        ids, held_out = load_corpus(arguments.data, arguments.ctx)
-        train, source = ByteBlocks(ids, arguments.ctx), " ".join(arguments.data or ["Python's standard library"])
-        size = f"{len(ids):,} bytes"
+    train, held_out, source, size = open_corpus(
+        arguments.data,
+        arguments.dataset,
+        arguments.ctx,
+        args.seed,
+        arguments.text_column,
+        arguments.stream_above_mb,
+    )
+    if isinstance(train, MixedStream):
+        configure_reading(args)
     model = ArbForCausalLM(config)
+    if args.should_log and (warning := lone_process_warning(os.environ)):
+        print(f"warning: {warning}", file=sys.stderr)
     if args.should_log:
         audit = audit_model(model)
         step_bytes = args.train_batch_size * args.gradient_accumulation_steps * args.world_size * arguments.ctx
@@ -152,14 +181,32 @@ def main() -> None:
     trainer = ArbTrainer(
         model,
         args,
-        run_description={"data": source, "ctx": arguments.ctx},
+        run_description={"data": source, "ctx": arguments.ctx, "streamed": isinstance(train, MixedStream)},
         train_dataset=train,
         eval_dataset=ByteBlocks(held_out, arguments.ctx, arguments.eval_blocks),
         data_collator=collate_blocks,
     )
-    trainer.train(resume_from_checkpoint=resume)
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+    except FloatingPointError as error:
+        raise ValueError(error) from error
+    if trainer.interruption.signum:
+        return stop_early(trainer)
     if trainer.is_world_process_zero():
         finish(trainer, arguments, held_out, source, started)
+    return 0
+
+
+def stop_early(trainer: ArbTrainer) -> int:
+    """Say how to go on after a signal; the exit code is the one that a shell gives to it."""
+    signum, step, last = trainer.interruption.signum, trainer.state.global_step, trainer.last_checkpoint
+    if trainer.is_world_process_zero():
+        how = "--resume_from_checkpoint latest" if last else "starting again: there is no checkpoint"
+        print(f"\nstopped by {signal.Signals(signum).name} after step {step}; last checkpoint {last}; go on by {how}")
+    trainer.accelerator.wait_for_everyone()
+    if last is None or last.name != f"checkpoint-{step}":
+        raise ValueError(f"step {step} is not saved; the last checkpoint is {last}")
+    return 128 + signum
 
 
 def finish(trainer: ArbTrainer, arguments: PretrainArguments, held_out, source: str, started: float) -> None:
@@ -186,16 +233,22 @@ def finish(trainer: ArbTrainer, arguments: PretrainArguments, held_out, source: 
             "audit": {key: value for key, value in audit.to_dict().items() if key != "tensors"},
             "sample": text,
             "torch": torch.__version__,
+            "settings": {
+                **vars(arguments),
+                **{name: getattr(trainer.args, name) for name in ArbTrainingArguments.__annotations__},
+            },
             "history": trainer.state.log_history,
         },
     )
     with new_folder(output_dir / "final") as folder:
         model.save_pretrained(folder, training_state=False)
         tokenizer.save_pretrained(folder)
+        write_checksums(folder)
+    write_report(output_dir, output_dir / "report.html")
     print(f"\n{audit.table()}\n\nsample\n{text}\n")
     print(f"held out    {scores['bits_per_byte']:.4f} bits per byte over {scores['bytes']:,} bytes never trained on")
     print(f"state hash  {state_hash(model)}")
-    print(f"written     {output_dir}/final, loss.png, report.json in {time.time() - started:.0f} s")
+    print(f"written     {output_dir}/final, loss.png, report.json, report.html in {time.time() - started:.0f} s")
 
 
 if __name__ == "__main__":

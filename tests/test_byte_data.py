@@ -1,7 +1,9 @@
 """Files to byte blocks: what is collected, held apart, packed and streamed."""
 
 import json
+import os
 import sysconfig
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -10,15 +12,14 @@ import torch
 
 from training_arb.byte_data import (
     ByteBlocks,
-    StreamedBlocks,
     collate_blocks,
-    collect_files,
     load_corpus,
-    read_ids,
-    split_files,
-    standard_library_files,
-    stream_dataset,
+    open_corpus,
 )
+from training_arb.document_readers import read_ids
+from training_arb.mixed_stream import MixedStream
+from training_arb.streamed_data import stream_dataset
+from training_arb.text_files import collect_files, parse_weights, split_files, standard_library_files
 
 EOS = 257
 IGNORE = -100
@@ -201,18 +202,6 @@ def test_byte_blocks():
     assert stacked.dtype == torch.int64 and stacked.flatten().tolist() == list(range(20))
 
 
-@pytest.mark.parametrize("ctx", [1, 4, 7, 100])
-def test_streamed_blocks(ctx):
-    """Blocks are the documents that hold something, an EOS after each, cut; only the incomplete end is missing."""
-    texts = ["abc", "", "d" * 15, "\u00e9\U0001f600", "x" * 211, "end"]
-    packed = [id for text in texts if text for id in (*text.encode(), EOS)]
-    stream = StreamedBlocks([{"body": text} for text in texts], "body", ctx)
-    blocks = [block["input_ids"] for block in stream]
-    assert all(block.dtype == torch.int64 and block.shape == (ctx,) for block in blocks)
-    assert torch.cat(blocks).tolist() == packed[: len(packed) // ctx * ctx]
-    assert [block["input_ids"].tolist() for block in stream] == [block.tolist() for block in blocks]
-
-
 def dataset_folder(folder, rows):
     folder.mkdir()
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -220,17 +209,21 @@ def dataset_folder(folder, rows):
 
 
 def test_stream_dataset(tmp_path):
-    """The first documents are held out, the others come in an order that the seed makes, each once."""
+    """The first documents are held out, the others' blocks come in an order that the seed makes, each once an epoch."""
     texts = [f"document {i} \u00e9" for i in range(60)]
     name = dataset_folder(tmp_path / "data", [{"body": text, "number": 1} for text in texts])
     streams = [stream_dataset(name, 8, seed, "body", held_out_documents=10) for seed in (0, 0, 1)]
     for _, held_out in streams:
         assert bytes(held_out[held_out != EOS].astype(np.uint8)).decode() == "".join(texts[:10])
+    packed = [id for text in texts[10:] for id in (*text.encode(), EOS)]
+    whole = len(packed) // 8
     orders = []
     for stream, _ in streams:
-        ids = torch.cat([block["input_ids"] for block in stream]).numpy()
-        orders.append([part.decode() for part in documents(ids)[0]])
-    assert set(orders[0]) <= set(texts[10:]) and len(set(orders[0])) == len(orders[0]) >= 49
+        blocks = [tuple(block["input_ids"].tolist()) for block in islice(stream, 2 * whole)]
+        wanted = sorted(tuple(packed[i * 8 : i * 8 + 8]) for i in range(whole))
+        assert sorted(blocks[:whole]) == sorted(blocks[whole:]) == wanted
+        assert blocks[:whole] != blocks[whole:]
+        orders.append(blocks)
     assert orders[0] == orders[1] != orders[2]
 
 
@@ -286,8 +279,8 @@ def test_stream_dataset_with_missing_texts(tmp_path):
     rows = [{"text": text} for text in ("first", "held out", None, "third", None, "fifth")]
     stream, held_out = stream_dataset(dataset_folder(tmp_path / "data", rows), 1, 0, held_out_documents=3)
     assert documents(held_out)[0] == [b"first", b"held out"]
-    ids = torch.cat([block["input_ids"] for block in stream]).numpy()
-    assert sorted(documents(ids)[0]) == [b"fifth", b"third"]
+    ids = sorted(block["input_ids"].item() for block in islice(stream, 12))
+    assert ids == sorted([*b"thirdfifth", EOS, EOS])
 
 
 def test_collate_blocks():
@@ -301,3 +294,65 @@ def test_collate_blocks():
 def test_blocks_spread_evenly_when_only_some_are_kept(most, first_ids):
     blocks = ByteBlocks(np.arange(22, dtype=np.uint16), 4, most)
     assert [blocks[i]["input_ids"][0].item() for i in range(len(blocks))] == first_ids
+
+
+@pytest.mark.parametrize(
+    "item, parsed",
+    [
+        ("a.txt", ("a.txt", None)),
+        ("a.txt:0.7", ("a.txt", 0.7)),
+        ("missing:3", ("missing", 3.0)),
+        ("odd:2", ("odd:2", None)),
+        ("odd:2:1e-3", ("odd:2", 1e-3)),
+        ("odd:?", ("odd:?", None)),
+        ("**/odd:2", ("**/odd:2", None)),
+        ("*.txt:2", ("*.txt", 2.0)),
+    ],
+)
+def test_parse_weights(tmp_path, monkeypatch, item, parsed):
+    """A path or glob that names something is that, whatever stands behind its colon."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.txt", "odd:2"):
+        (tmp_path / name).write_text("x")
+    assert parse_weights([item]) == [parsed]
+
+
+@pytest.mark.parametrize("tail", ["", "x", "0", "-1", "nan", "inf", "1,5"])
+def test_parse_weights_names_the_item(tail):
+    with pytest.raises(ValueError) as refusal:
+        parse_weights(["b:1", f"a:{tail}"])
+    assert f"data='a:{tail}'" in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_links_never_lead_in_circles(tmp_path):
+    """Two links back to the top would double the walk with each level."""
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "a.txt").write_text("x")
+    for name in ("one", "two", "deep/three"):
+        (tmp_path / name).symlink_to(tmp_path, target_is_directory=True)
+    (tmp_path / "self").symlink_to(tmp_path / "self")
+    found = [tmp_path / "deep" / "a.txt"]
+    for pattern in (str(tmp_path), f"{tmp_path}/**/*.txt", f"{tmp_path}/**", f"{tmp_path}/**/deep/**/*"):
+        assert collect_files([pattern]) == found, pattern
+    assert parse_weights([f"{tmp_path}/self:2"]) == [(f"{tmp_path}/self", 2.0)]
+    with pytest.raises(ValueError, match="no such file"):
+        collect_files([str(tmp_path / "self")])
+
+
+def test_open_corpus_streams_what_is_large_or_weighted(tmp_path):
+    for name in ("a", "b"):
+        os.makedirs(tmp_path / name)
+        many_files(tmp_path / name, size=8000)
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    small = open_corpus([a, b], None, 64, 0)
+    train, held_out = load_corpus([a, b], 64)
+    assert np.array_equal(small.train.blocks, ByteBlocks(train, 64).blocks)
+    assert np.array_equal(small.held_out, held_out)
+    large = open_corpus([a, b], None, 64, 0, stream_above_mb=3)
+    weighted = open_corpus([f"{a}:3", b], None, 64, 0)
+    for corpus, sources in ((large, 1), (weighted, 2)):
+        assert isinstance(corpus.train, MixedStream) and len(corpus.train.sources) == sources
+        assert len(corpus.held_out) >= 64
+    assert weighted.name == f"{a}:3 {b}"
+    choices = np.concatenate([weighted.train._choices(chunk) for chunk in range(10)])
+    assert abs(choices.mean() - 0.25) < 0.01

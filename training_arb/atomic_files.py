@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# how libraries that write by themselves put it: the system's words, or torch's zip writer's file
+FULL_IN_WORDS = (*map(os.strerror, FULL), "inline_container")
+
+
+def out_of_space(error: BaseException) -> bool:
+    """Whether an error met while writing files means that there is no room for them."""
+    if isinstance(error, OSError):
+        return error.errno in FULL
+    return any(words in str(error) for words in FULL_IN_WORDS)
 
 
 def _sync(path: Path) -> None:
@@ -58,11 +70,20 @@ def new_folder(target: str | Path) -> Iterator[Path]:
         raise
 
 
-def write_json(path: str | Path, value: object) -> None:
-    """Write JSON whole or not at all."""
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Write a file whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(f".{path.name}.writing")
-    staged.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    _sync(staged)
+    try:
+        staged.write_bytes(data)
+        _sync(staged)
+    except OSError:
+        staged.unlink(missing_ok=True)
+        raise
     move_into_place(staged, path)
+
+
+def write_json(path: str | Path, value: object) -> None:
+    """Write JSON whole or not at all."""
+    write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())

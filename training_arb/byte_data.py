@@ -1,90 +1,32 @@
-"""From files, folders, globs and hub datasets to packed blocks of byte ids, with held-out text kept apart.
+"""A run's data: training blocks of byte ids and held-out text, from files, folders, globs and hub datasets.
 
-Documents stand one after the other, an EOS after each, cut into blocks of equal length. The order of blocks is the
-Trainer's sampler's (a seed), so a run's position in the data is its step number: a resumed run reads on where it was.
+Documents stand one after the other, an EOS after each, cut into blocks of equal length. Small text is held in memory:
+the order of blocks is the Trainer's sampler's (a seed), so a run's position in the data is its step number. Larger
+text, weighted mixtures and hub datasets are streamed; their position goes with a checkpoint.
 """
 
 from __future__ import annotations
 
-import glob
-import sysconfig
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset
 
-from configuration_arb.configuration_arb import EOS_ID
 from modeling_arb.byte_head import mask_incomplete_trigrams
 
-HELD_OUT_SHARE = 0.05
-STANDARD_LIBRARY_SUFFIXES = (".py", ".txt", ".rst")
-# encodings: character maps, near copies of each other, of which some would be held out
-STANDARD_LIBRARY_SKIPS = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "encodings"}
+from .document_readers import TEXT_COLUMN, read_ids, text_size
+from .mixed_stream import MixedStream
+from .streamed_data import stream_dataset, stream_files
+from .text_files import HELD_OUT_SHARE, collect_files, parse_weights, split_files, standard_library_files
+
+MEGABYTE = 1_000_000
 
 
-def standard_library_files() -> list[Path]:
-    """Source and docs of the running Python's own standard library: real text that needs no download."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    files = (path for path in root.rglob("*") if path.suffix in STANDARD_LIBRARY_SUFFIXES and path.is_file())
-    return sorted(path for path in files if not STANDARD_LIBRARY_SKIPS.intersection(path.relative_to(root).parts))
-
-
-def collect_files(patterns: Sequence[str]) -> list[Path]:
-    """Files named by paths, folders (recursively, hidden ones left out) and globs, sorted, each once.
-
-    Raises ValueError naming the pattern that names no file.
-    """
-    found: set[Path] = set()
-    for pattern in patterns:
-        path = Path(pattern)
-        if path.is_dir():
-            inside = (p for p in path.rglob("*") if p.is_file())
-            files = {p for p in inside if not any(part.startswith(".") for part in p.relative_to(path).parts)}
-        elif path.is_file():
-            files = {path}
-        else:
-            files = {Path(p) for p in glob.glob(pattern, recursive=True) if Path(p).is_file()}
-        if not files:
-            raise ValueError(f"data={pattern!r}: no such file, or no file in it")
-        found |= {file.resolve() for file in files}
-    return sorted(found)
-
-
-def split_files(files: Sequence[Path], share: float = HELD_OUT_SHARE) -> tuple[list[Path], list[Path]]:
-    """Train and held-out files: whole files, chosen by a hash of their names, until they hold `share` of the bytes.
-
-    A file that alone would more than double the share stays in training; held out is then nothing, or less.
-    """
-    wanted = share * sum(path.stat().st_size for path in files)
-    held_out, size = set(), 0
-    for path in sorted(files, key=lambda path: zlib.crc32(str(Path(*path.parts[-3:])).encode())):
-        if size < wanted and size + path.stat().st_size <= 2 * wanted:
-            held_out.add(path)
-            size += path.stat().st_size
-    return sorted({*files} - held_out), sorted(held_out)
-
-
-def read_ids(files: Iterable[Path]) -> np.ndarray:
-    """uint16 (n,): the files' bytes, an EOS after each. Empty files are left out."""
-    return _join(np.fromfile(path, dtype=np.uint8) for path in files)
-
-
-def _join(documents: Iterable[np.ndarray]) -> np.ndarray:
-    """Documents uint8 (n,) -> one uint16 (n,), an EOS after each that is not empty."""
-    end = np.array([EOS_ID], dtype=np.uint16)
-    parts = [part for document in documents if document.size for part in (document.astype(np.uint16), end)]
-    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.uint16)
-
-
-def _document(row: dict, text_column: str) -> np.ndarray:
-    """The text of a dataset's row, uint8 (n,); a missing text is an empty one."""
-    return np.frombuffer((row[text_column] or "").encode(), dtype=np.uint8)
-
-
-def load_corpus(patterns: Sequence[str] | None, ctx: int) -> tuple[np.ndarray, np.ndarray]:
+def load_corpus(
+    patterns: Sequence[str] | None, ctx: int, text_column: str = TEXT_COLUMN
+) -> tuple[np.ndarray, np.ndarray]:
     """Train and held-out ids of the files; None: the standard library.
 
     Where whole files make no fair split (one file, or one that outweighs the rest) the end of the text is held out.
@@ -96,9 +38,9 @@ def load_corpus(patterns: Sequence[str] | None, ctx: int) -> tuple[np.ndarray, n
     files = [path for path in files if path.stat().st_size]
     if not files:
         raise ValueError(f"data={name!r} is empty: 0 bytes")
-    train, held_out = map(read_ids, split_files(files))
+    train, held_out = (read_ids(part, text_column) for part in split_files(files))
     if len(held_out) < max(ctx, HELD_OUT_SHARE / 2 * len(train)):
-        ids = read_ids(files)
+        ids = read_ids(files, text_column)
         cut = max(len(ids) - max(int(len(ids) * HELD_OUT_SHARE), ctx), 0)
         train, held_out = ids[:cut], ids[cut:]
     for part, ids in (("training", train), ("held-out", held_out)):
@@ -122,49 +64,41 @@ class ByteBlocks(Dataset):
         return {"input_ids": torch.from_numpy(self.blocks[index].astype(np.int64))}
 
 
-class StreamedBlocks(IterableDataset):
-    """Blocks of `ctx` ids packed from a stream of rows: a streaming `datasets` dataset, or any iterable of dicts."""
+class Corpus(NamedTuple):
+    """What a run trains on and is measured on."""
 
-    def __init__(self, rows: Iterable[dict], text_column: str, ctx: int):
-        self.rows, self.text_column, self.ctx = rows, text_column, ctx
-
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        pending = np.zeros(0, dtype=np.uint16)
-        for row in self.rows:
-            pending = np.concatenate([pending, _join([_document(row, self.text_column)])])
-            whole = len(pending) // self.ctx * self.ctx
-            for block in pending[:whole].reshape(-1, self.ctx):
-                yield {"input_ids": torch.from_numpy(block.astype(np.int64))}
-            pending = pending[whole:]
+    train: ByteBlocks | MixedStream
+    held_out: np.ndarray  # uint16 (n,)
+    name: str
+    size: str
 
 
-def stream_dataset(
-    name: str, ctx: int, seed: int, text_column: str = "text", held_out_documents: int = 100
-) -> tuple[StreamedBlocks, np.ndarray]:
-    """A hub dataset, or a local folder of jsonl/parquet/text, read as a stream: training blocks and held-out ids.
+def open_corpus(
+    data: Sequence[str] | None,
+    dataset: str | None,
+    ctx: int,
+    seed: int,
+    text_column: str = TEXT_COLUMN,
+    stream_above_mb: int = 1024,
+) -> Corpus:
+    """A hub dataset, or files by PATH[:WEIGHT] (a weight left out is 1), or the standard library.
 
-    The first `held_out_documents` are never trained on; the rest is shuffled through a buffer. Raises ValueError when
-    the dataset cannot be found or has no such column.
+    Files are streamed where any has a weight, or where their text is larger than `stream_above_mb`.
     """
-    from datasets import load_dataset
-
-    try:
-        rows = load_dataset(name, split="train", streaming=True)
-        first = next(iter(rows), None)
-    except (OSError, ValueError, LookupError, StopIteration) as error:
-        reason = (str(error).splitlines() or ["no rows in it"])[0]
-        raise ValueError(f"dataset={name!r} cannot be read: {reason}") from error
-    if first is None:
-        raise ValueError(f"dataset={name!r} is empty")
-    if not isinstance(first.get(text_column), str):
-        raise ValueError(f"text_column={text_column!r} is no text column of dataset={name!r}: {', '.join(first)}")
-    held_out = _join(_document(row, text_column) for row in rows.take(held_out_documents))
-    if len(held_out) < ctx:
-        raise ValueError(f"ctx={ctx} is longer than the held-out part of dataset={name!r}: {len(held_out)} bytes")
-    shuffled = rows.skip(held_out_documents).shuffle(seed=seed, buffer_size=1000)
-    if next(iter(shuffled), None) is None:
-        raise ValueError(f"dataset={name!r} has no more than the {held_out_documents} documents that are held out")
-    return StreamedBlocks(shuffled, text_column, ctx), held_out
+    if dataset:
+        return Corpus(*stream_dataset(dataset, ctx, seed, text_column), dataset, "a stream")
+    if not data:
+        train, held_out = load_corpus(None, ctx)
+        return Corpus(ByteBlocks(train, ctx), held_out, "Python's standard library", f"{len(train):,} bytes")
+    name, items = " ".join(data), parse_weights(data)
+    patterns = [pattern for pattern, _ in items]
+    weighted = any(weight is not None for _, weight in items)
+    size = sum(map(text_size, collect_files(patterns)))
+    if not weighted and size <= stream_above_mb * MEGABYTE:
+        train, held_out = load_corpus(patterns, ctx, text_column)
+        return Corpus(ByteBlocks(train, ctx), held_out, name, f"{len(train):,} bytes")
+    sources = [([pattern], weight or 1.0) for pattern, weight in items] if weighted else [(patterns, 1.0)]
+    return Corpus(*stream_files(sources, ctx, seed, text_column), name, f"about {size:,} bytes, streamed")
 
 
 def collate_blocks(examples: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -3,25 +3,43 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+from safetensors import SafetensorError
 from torch import nn
 from torch.optim import Optimizer
-from transformers import Trainer
-from transformers.trainer_utils import rotate_checkpoints
+from transformers import Trainer, TrainerState
+from transformers.trainer_utils import SaveStrategy, TrainOutput
 
 from modeling_arb import ArbForCausalLM
 
-from .atomic_files import move_into_place, sync_tree, write_json
+from .atomic_files import move_into_place, out_of_space, sync_tree, write_json
+from .checkpoint_files import (
+    BEST,
+    LATEST,
+    RUN_FILE,
+    STATE_FILE,
+    check_checkpoint,
+    point,
+    remove_old,
+    write_checksums,
+)
+from .divergence import DivergenceStop
 from .integer_optimizer import IntegerOptimizer
+from .interruption import Interruption
+from .mixed_stream import MixedStream
+from .rank_exchange import used_on_any_rank
 from .state_audit import audit_model, zero_share
 from .training_args_arb import ArbTrainingArguments
 
-RUN_FILE = "run.json"
-TRAINER_STATE_FILE = "trainer_state.json"
+STREAM_FILE = "stream.json"
 INCIDENTAL_FIELDS = ("transformers_version", "auto_map", "use_cache", "architectures", "_name_or_path")
+
+logger = logging.getLogger(__name__)
 
 
 class ArbTrainer(Trainer):
@@ -42,7 +60,14 @@ class ArbTrainer(Trainer):
         }
         self.integer_optimizer: IntegerOptimizer | None = None
         self._staging: Path | None = None
+        self._resumed_from: str | None = None
+        self._stream = kwargs["train_dataset"] if isinstance(kwargs.get("train_dataset"), MixedStream) else None
+        if self._stream is not None:
+            args.ignore_data_skip = True  # the stream goes on from its own position
+        self.interruption = Interruption()
         super().__init__(model=model, args=args, **kwargs)
+        self.add_callback(self.interruption)
+        self.add_callback(DivergenceStop(args.stop_loss_factor, args.stop_loss_patience))
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         if self.optimizer is None:
@@ -55,6 +80,7 @@ class ArbTrainer(Trainer):
                 scale_update_interval=self.args.scale_update_interval,
                 seed=self.args.seed,
             )
+            self.integer_optimizer.last_checkpoint = self._resumed_from
             self.optimizer = self.integer_optimizer
             self._state_bytes = audit_model(self.model).state_bytes
         return self.optimizer
@@ -81,54 +107,153 @@ class ArbTrainer(Trainer):
             logs["eval_bits_per_byte"] = logs["eval_loss"] / math.log(2)
         super().log(logs, start_time)
 
+    def train(self, *args, **kwargs):
+        """As the Trainer's; SIGTERM and Ctrl-C end it after the step at hand, as `interruption` then says.
+
+        Raises FloatingPointError, naming the last good checkpoint, when the run diverges, and ValueError when the
+        checkpoint to resume from is damaged or belongs to another run.
+        """
+        checkpoint = kwargs.get("resume_from_checkpoint")
+        if checkpoint:
+            check_checkpoint(checkpoint)
+            state = TrainerState.load_from_json(str(Path(checkpoint) / STATE_FILE))
+            if state.global_step >= self.args.max_steps:
+                return self._already_trained(checkpoint, state)
+        try:
+            with self.interruption.listening():
+                output = super().train(*args, **kwargs)
+        except FloatingPointError:
+            self.callback_handler.on_train_end(self.args, self.state, self.control)  # close progress bar and logs
+            raise
+        self.interruption.agree(self.args)  # on a signal that came after the last step
+        return output
+
+    def _already_trained(self, checkpoint: str, state: TrainerState) -> TrainOutput:
+        """A run stopped between its last checkpoint and its end: the Trainer would take one step too many."""
+        self._load_from_checkpoint(checkpoint)
+        self.state = state
+        self.create_optimizer()
+        return TrainOutput(self.state.global_step, 0.0, {})
+
+    @property
+    def last_checkpoint(self) -> Path | None:
+        """The checkpoint that this run last wrote, or went on from."""
+        last = self.integer_optimizer.last_checkpoint if self.integer_optimizer else None
+        return None if last is None else Path(last)
+
     def _get_output_dir(self, trial) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial) -> bool:
+        """The best step is one whose checkpoint stands: a step that is not being saved does not compete."""
+        if self.args.save_strategy != SaveStrategy.BEST and not self.control.should_save:
+            return False
+        if self.state.best_global_step and not self._checkpoint_at(self.state.best_global_step).is_dir():
+            self.state.best_metric = None
+        return super()._determine_best_metric(metrics, trial)
+
+    def _checkpoint_at(self, step: int) -> Path:
+        return Path(self.args.output_dir) / f"checkpoint-{step}"
+
     def _save_checkpoint(self, model, trial) -> None:
-        """The stock checkpoint, written into a staging folder and renamed when it is whole and on disk."""
-        run_dir = Path(super()._get_output_dir(trial))
-        staging = run_dir / ".writing"
+        """The stock checkpoint, written into a staging folder and renamed when it is whole and on disk.
+
+        A full disk costs this checkpoint only: what was half written goes, a warning says so, and the run goes on.
+        """
+        target = self._checkpoint_at(self.state.global_step)
+        staging = target.parent / ".writing"
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        try:
+            whole = self._every_rank(lambda: self._stage(staging, model, trial), target)
+            if whole and self._every_rank(lambda: self._publish(staging / target.name, target), target):
+                self.integer_optimizer.last_checkpoint = str(target)
+        finally:
+            if self.args.should_save:
+                shutil.rmtree(staging, ignore_errors=True)
+
+    def _every_rank(self, write: Callable[[], None], target: Path) -> bool:
+        """Run `write` on this rank; whether no rank ran out of space. No rank goes on before all have written."""
+        error = None
+        try:
+            write()
+        except (OSError, SafetensorError, RuntimeError) as caught:
+            if not out_of_space(caught):
+                raise
+            error = caught
+            free = shutil.disk_usage(target.parent).free
+            logger.warning(
+                f"{target} is not saved, no space for it ({str(caught).splitlines()[0]}): {free:,} bytes free;"
+                f" the run goes on, its last checkpoint is {self.last_checkpoint}"
+            )
+        return not used_on_any_rank([error is not None], self.args.device)[0]
+
+    def _stage(self, staging: Path, model, trial) -> None:
+        """What every rank writes. The best step is hidden from the Trainer, which would wait for all ranks in between:
+        one that has no space would not come."""
+        best, self.state.best_global_step = self.state.best_global_step, None
         self._staging = staging
         try:
             super()._save_checkpoint(model, trial)
         finally:
-            self._staging = None
-        self.accelerator.wait_for_everyone()
-        name = f"checkpoint-{self.state.global_step}"
-        if self.args.should_save:
-            write_json(staging / name / RUN_FILE, self.run_description)
-            if self.state.best_model_checkpoint == str(staging / name):
-                self.state.best_model_checkpoint = str(run_dir / name)
-                self.state.save_to_json(str(staging / name / TRAINER_STATE_FILE))
-            sync_tree(staging / name)
-            move_into_place(staging / name, run_dir / name)
-            shutil.rmtree(staging)
-            rotate_checkpoints(
-                output_dir=str(run_dir),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
-            )
-        self.accelerator.wait_for_everyone()
-        self.integer_optimizer.last_checkpoint = str(run_dir / name)
+            self._staging, self.state.best_global_step = None, best
+
+    def _publish(self, staged: Path, target: Path) -> None:
+        """What one rank does with a staged checkpoint: complete it, give it its name, point to it, delete old ones."""
+        if not self.args.should_save:
+            return
+        best = self._checkpoint_at(self.state.best_global_step) if self.state.best_global_step else None
+        best = best if best is not None and (best == target or best.is_dir()) else None
+        self.state.best_model_checkpoint = str(best) if best else None
+        self.state.save_to_json(str(staged / STATE_FILE))
+        write_json(staged / RUN_FILE, self.run_description)
+        if self._stream is not None:
+            write_json(staged / STREAM_FILE, self._stream.state_dict(self._blocks_since_resume()))
+        write_checksums(staged)
+        sync_tree(staged)
+        move_into_place(staged, target)
+        point(target.parent, LATEST, target.name)
+        if best:
+            point(target.parent, BEST, best.name)
+        remove_old(target.parent, self.args.save_total_limit, [*([best] if best else []), target])
+
+    def _blocks_since_resume(self) -> int:
+        """Of all ranks; what was read ahead does not count."""
+        a_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return (self.state.global_step - self._initial_global_step) * a_step
+
+    def _finalize_training(self, *args, **kwargs):
+        """With save_total_limit=1 the Trainer deletes the latest checkpoint for the best one: both are wanted here."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit = limit
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load integer state exactly. Raises ValueError when the checkpoint is damaged or belongs to another run."""
+        check_checkpoint(resume_from_checkpoint)
         check_resumable(resume_from_checkpoint, self.model.config, self.run_description)
+        if self._stream is not None:
+            self._stream.load_state_dict(_read_stream_position(Path(resume_from_checkpoint) / STREAM_FILE))
         stored = ArbForCausalLM.from_pretrained(resume_from_checkpoint)
         self.model.load_state_dict(stored.state_dict())
-        if self.integer_optimizer is not None:
-            self.integer_optimizer.last_checkpoint = resume_from_checkpoint
+        self._resumed_from = str(resume_from_checkpoint)
+        folder = Path(resume_from_checkpoint)
+        if self.args.should_save and folder.resolve().parent == Path(self.args.output_dir).resolve():
+            point(self.args.output_dir, LATEST, folder.resolve().name)
+
+
+def _read_stream_position(path: Path) -> dict:
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; the data's position is lost, and the run cannot go on exactly")
+    return json.loads(path.read_text())
 
 
 def check_resumable(checkpoint: str | Path, config, run_description: dict) -> None:
     """Raises ValueError, naming the first difference, unless the checkpoint continues this very run."""
     checkpoint = Path(checkpoint)
-    for name in ("config.json", TRAINER_STATE_FILE, RUN_FILE):
-        if not (checkpoint / name).is_file():
-            raise ValueError(f"resume_from_checkpoint={str(checkpoint)!r}: no training checkpoint, {name} is missing")
     pairs = [
         (json.loads((checkpoint / "config.json").read_text()), json.loads(config.to_json_string(use_diff=False))),
         (json.loads((checkpoint / RUN_FILE).read_text()), run_description),

@@ -23,6 +23,14 @@ class ArbTrainingArguments(TrainingArguments):
     eval_steps: float | None = field(default=200, metadata={"help": "Evaluate every so many steps."})
     save_steps: float = field(default=200, metadata={"help": "Write a checkpoint every so many steps."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
+    metric_for_best_model: str | None = field(
+        default="eval_loss", metadata={"help": "What `best` is best at, among steps both evaluated and saved."}
+    )
+    stop_loss_factor: float = field(
+        default=3.0, metadata={"help": "Stop when the loss stays above so many times its running mean; 0: never."}
+    )
+    stop_loss_patience: int = field(default=3, metadata={"help": "Logs in a row that the loss may be above it."})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide losses that are not finite."})
     report_to: str | None = field(default="none", metadata={"help": "Where logs go besides the terminal."})
     momentum_beta: float = field(default=0.9, metadata={"help": "momentum rule: decay of the momentum per step."})
     flip_threshold: int = field(default=32, metadata={"help": "flip rule: votes after which a trit moves, 1..127."})
@@ -34,4 +42,5 @@ class ArbTrainingArguments(TrainingArguments):
     def __post_init__(self):
         if self.fp16:
             raise ValueError("fp16=True: loss scaling does not go with integer updates; use bf16 or float32")
+        self.label_names = self.label_names or ["labels"]  # transformers would ask for every head's
         super().__post_init__()

@@ -1,0 +1,33 @@
+"""Report on a run, finished or still going, from its folder alone.
+
+Curves of loss and bits per byte, flip rates per step and per layer, the trits of each area, the state table, samples
+and settings: one HTML file with its plots inside, or the plots as a PNG.
+
+examples:
+  python scripts/report.py runs/pretrain                          # runs/pretrain/report.html
+  python scripts/report.py runs/pretrain --html /tmp/now.html --png /tmp/now.png
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from training_arb.command_line import HelpFormatter, run
+from training_arb.run_report import write_report
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("run_dir", help="the folder that pretrain.py writes to")
+    parser.add_argument("--html", metavar="OUT", help="the page; report.html in the folder when nothing is asked for")
+    parser.add_argument("--png", metavar="OUT", help="the plots alone")
+    args = parser.parse_args()
+    html = args.html if args.html or args.png else Path(args.run_dir) / "report.html"
+    for line in write_report(args.run_dir, html, args.png):
+        print(f"missing     {line}")
+    print(f"written     {', '.join(str(path) for path in (html, args.png) if path)}")
+
+
+if __name__ == "__main__":
+    run(main)
