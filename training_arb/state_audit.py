@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import nn
 from arb_kernels.packing import LARGEST_BYTE, count_invalid_bytes, unpack_trits
 from configuration_arb import ArbConfig
 from modeling_arb import ArbForCausalLM
-from modeling_arb.checkpoint_integrity import open_tensor_file
+from modeling_arb.checkpoint_integrity import check_sizes, open_tensor_file, read_config
 from modeling_arb.ternary_matrix import TernaryMatrix
 
 AREAS = {
@@ -161,10 +160,7 @@ def audit_folder(folder: str | Path) -> StateAudit:
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: no config.json there")
-    try:
-        config = ArbConfig.from_pretrained(folder)
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{folder / 'config.json'}: {str(error).splitlines()[0]}") from error
+    config = read_config(folder / "config.json")
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
         raise ValueError(f"{folder}: no model.safetensors there")
@@ -172,6 +168,7 @@ def audit_folder(folder: str | Path) -> StateAudit:
     for path in files:
         with open_tensor_file(path) as file:
             tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    check_sizes(folder / "config.json", config, len(tensors), sum(path.stat().st_size for path in files))
     if (folder / "optimizer.pt").is_file():
         state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
         tensors |= dict(_tensors_in(state, "optimizer"))
