@@ -16,7 +16,7 @@ class Option(NamedTuple):
     expected: str
 
 
-def _is_int(value: object) -> bool:
+def is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -25,7 +25,7 @@ def _is_number(value: object) -> bool:
 
 
 def _count(default: Any = REQUIRED, least: int = 1) -> Option:
-    return Option(default, lambda value: _is_int(value) and value >= least, f"an integer of at least {least}")
+    return Option(default, lambda value: is_int(value) and value >= least, f"an integer of at least {least}")
 
 
 def _number(default: float, low: float, high: float) -> Option:
@@ -34,7 +34,7 @@ def _number(default: float, low: float, high: float) -> Option:
 
 def _orders(value: object) -> bool:
     """JSON gives lists, people write tuples."""
-    return isinstance(value, list | tuple) and len(value) > 0 and all(_is_int(n) and 1 <= n <= 16 for n in value)
+    return isinstance(value, list | tuple) and len(value) > 0 and all(is_int(n) and 1 <= n <= 16 for n in value)
 
 
 BLOCK_OPTIONS: dict[str, dict[str, Option]] = {

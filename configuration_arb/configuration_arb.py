@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from .block_options import BLOCK_OPTIONS, check_blocks, complete_block
+from .block_options import BLOCK_OPTIONS, check_blocks, complete_block, is_int
 
 VOCAB_SIZE = 288
 PAD_ID, EOS_ID, BOS_ID = 256, 257, 258
@@ -100,13 +100,13 @@ class ArbConfig(PreTrainedConfig):
     def _check_sizes(self) -> None:
         positive = ("hidden_size", "num_hidden_layers", "num_attention_heads", "qk_rope_head_dim", "v_head_dim")
         for name in (*positive, "max_position_embeddings"):
-            self._require(name, _is_int(getattr(self, name)) and getattr(self, name) > 0, "a positive integer")
+            self._require(name, is_int(getattr(self, name)) and getattr(self, name) > 0, "a positive integer")
         for name in ("intermediate_size", "qk_nope_head_dim", "kv_latent_dim", "head_layers", "head_intermediate_size"):
-            self._require(name, _is_int(getattr(self, name)) and getattr(self, name) >= 0, "a non-negative integer")
+            self._require(name, is_int(getattr(self, name)) and getattr(self, name) >= 0, "a non-negative integer")
         self._require("qk_rope_head_dim", self.qk_rope_head_dim % 2 == 0, "even: rotary position turns pairs")
         self._require(
             "vocab_size",
-            _is_int(self.vocab_size) and self.vocab_size == VOCAB_SIZE,
+            is_int(self.vocab_size) and self.vocab_size == VOCAB_SIZE,
             f"{VOCAB_SIZE}: 256 bytes and 32 specials",
         )
         for name in ("rope_theta", "rms_norm_eps"):
@@ -117,8 +117,8 @@ class ArbConfig(PreTrainedConfig):
         self._require("update_rule", self.update_rule in UPDATE_RULES, f"one of {', '.join(UPDATE_RULES)}")
         self._require("table_rule", self.table_rule in TABLE_RULES, f"one of {', '.join(TABLE_RULES)}")
         sizes = ", ".join(map(str, GROUP_SIZES))
-        self._require("group_size", _is_int(self.group_size) and self.group_size in GROUP_SIZES, f"one of {sizes}")
-        self._require("momentum_bits", _is_int(self.momentum_bits) and self.momentum_bits in (4, 8), "4 or 8")
+        self._require("group_size", is_int(self.group_size) and self.group_size in GROUP_SIZES, f"one of {sizes}")
+        self._require("momentum_bits", is_int(self.momentum_bits) and self.momentum_bits in (4, 8), "4 or 8")
         self._require("training_state", isinstance(self.training_state, bool), "True or False")
         self._require("compute", self.compute in COMPUTE, f"one of {', '.join(COMPUTE)}")
         known = self.packing_version == PACKING_VERSION
@@ -138,7 +138,3 @@ class ArbConfig(PreTrainedConfig):
         """Write config.json with the full auto_map, so that the folder loads as remote code."""
         self.auto_map = {**(getattr(self, "auto_map", None) or {}), **AUTO_MAP}
         super().save_pretrained(save_directory, **kwargs)
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

@@ -21,6 +21,7 @@ from modeling_arb import ArbForCausalLM
 from training_arb.atomic_files import write_json
 from training_arb.command_line import HelpFormatter, run
 from training_arb.cpu_allocator import keep_freed_memory
+from training_arb.live_memory import MEGABYTE
 from training_arb.memory_forecast import forecast_step
 from training_arb.quality_benchmark import peak_memory_mb
 from training_arb.state_audit import StateAudit, audit_config, audit_folder, audit_model
@@ -33,7 +34,7 @@ def audit_built(config: ArbConfig) -> tuple[StateAudit, dict[str, float]]:
     model = ArbForCausalLM(config)
     seconds, peak = time.perf_counter() - started, peak_memory_mb()
     audit = audit_model(model)
-    state = audit.state_bytes / 2**20
+    state = audit.state_bytes / MEGABYTE
     return audit, {"seconds": seconds, "rss_before_mb": before, "peak_rss_mb": peak, "state_mb": state}
 
 
@@ -77,7 +78,7 @@ def main() -> int:
         print(f"\nbuilt in {memory['seconds']:.0f} s; peak memory {peak:.0f} MB, {before:.0f} of it before")
         print(f"peak over state ({state:.1f} MB): {peak / state:.3f}, built alone {(peak - before) / state:.3f}")
     if step:
-        sizes = (size / 2**20 for size in (step.peak, step.state, step.saved, step.transient_peak - step.saved))
+        sizes = (size / MEGABYTE for size in (step.peak, step.state, step.saved, step.transient_peak - step.saved))
         print(f"\na training step of {args.batch} x {args.ctx} bytes needs {next(sizes):.1f} MB of tensors:", end=" ")
         print("{:.1f} of state, {:.1f} saved by the forward, {:.1f} in passing".format(*sizes))
     if args.json:

@@ -7,8 +7,8 @@
 #
 # examples:
 #   scripts/build_ggml_peer.sh ~/ggml-peer
-#   PYTHON=.venv/bin/python JOBS=4 VERSION=0.3.36 scripts/build_ggml_peer.sh /tmp/ggml-peer
-#   ARB_GGML=/tmp/ggml-peer python scripts/bench_kernels.py --ops cpu_matvec
+#   PYTHON=.venv/bin/python JOBS=4 VERSION=0.3.36 scripts/build_ggml_peer.sh ~/ggml-peer
+#   ARB_GGML=~/ggml-peer python scripts/bench_kernels.py --ops cpu_matvec
 set -euo pipefail
 
 if [ $# -ne 1 ]; then

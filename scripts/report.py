@@ -5,7 +5,7 @@ and settings: one HTML file with its plots inside, or the plots as a PNG.
 
 examples:
   python scripts/report.py runs/pretrain                          # runs/pretrain/report.html
-  python scripts/report.py runs/pretrain --html /tmp/now.html --png /tmp/now.png
+  python scripts/report.py runs/pretrain --html now.html --png now.png
 """
 
 from __future__ import annotations

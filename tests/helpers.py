@@ -45,3 +45,16 @@ def random_gradient(rows, columns, scale=1.0):
     row, column = torch.randn(rows, 1).exp(), torch.randn(columns).exp()
     heavy = torch.randn(rows, columns) ** 3
     return scale * row * column * heavy * (torch.rand(rows, columns) > 0.1)
+
+
+def random_text(seed, rows=4, ctx=24):
+    """int64 (rows, ctx) of eight letters, the same for a seed whatever else draws."""
+    return torch.randint(97, 105, (rows, ctx), generator=torch.Generator().manual_seed(seed))
+
+
+def training_step(model, optimizer, ids):
+    """One step on ids; returns its loss."""
+    loss = model(ids, labels=ids).loss
+    loss.backward()
+    optimizer.step()
+    return loss.item()

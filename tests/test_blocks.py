@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers import assert_same
+from helpers import assert_same, random_text, training_step
 
 from arb_kernels.ngram_hash import hash_tokens, mix, ngram_slots, to_slot
 from configuration_arb import preset_config
@@ -38,26 +38,15 @@ def make(block, rule="momentum", **settings):
     return model, IntegerOptimizer(model, table_threshold=2, **settings)
 
 
-def text(seed, rows=3, ctx=24):
-    return torch.randint(97, 105, (rows, ctx), generator=torch.Generator().manual_seed(seed))
-
-
-def step(model, optimizer, ids):
-    loss = model(ids, labels=ids).loss
-    loss.backward()
-    optimizer.step()
-    return loss.item()
-
-
 @pytest.mark.parametrize("block", BLOCKS)
 def test_training_never_looks_ahead(block):
     """After steps that filled books and graphs: later bytes change no earlier logit, and a forward changes no state."""
     model, optimizer = make(block)
     for seed in range(3):
-        step(model, optimizer, text(seed))
-    ids = text(9)
+        training_step(model, optimizer, random_text(seed, 3))
+    ids = random_text(9, 3)
     changed = ids.clone()
-    changed[:, 15:] = text(10)[:, 15:]
+    changed[:, 15:] = random_text(10, 3)[:, 15:]
     before = state_hash(model)
     first, second = model(ids, labels=ids).logits, model(changed, labels=changed).logits
     assert torch.equal(first[:, :15], second[:, :15])
@@ -69,9 +58,9 @@ def test_training_never_looks_ahead(block):
 def test_cached_decode_equals_the_full_forward(block):
     model, optimizer = make(block)
     for seed in range(2):
-        step(model, optimizer, text(seed))
+        training_step(model, optimizer, random_text(seed, 3))
     model.eval()
-    ids = text(9)
+    ids = random_text(9, 3)
     full = model(ids, use_cache=False).logits
     cache, pieces = None, []
     for piece in ids.split([9, 1, 1, 5, 1, 7], dim=1):
@@ -86,14 +75,14 @@ def test_cached_decode_equals_the_full_forward(block):
 def test_a_checkpoint_goes_on_bit_for_bit(tmp_path, block, rule):
     model, optimizer = make(block, rule)
     for seed in range(2):
-        step(model, optimizer, text(seed))
+        training_step(model, optimizer, random_text(seed, 3))
     model.save_pretrained(tmp_path)
     resumed = ArbForCausalLM.from_pretrained(tmp_path).train()
     again = IntegerOptimizer(resumed, table_threshold=2)
     again.load_state_dict(optimizer.state_dict())
     for seed in range(2, 4):
-        step(model, optimizer, text(seed))
-        step(resumed, again, text(seed))
+        training_step(model, optimizer, random_text(seed, 3))
+        training_step(resumed, again, random_text(seed, 3))
     assert state_hash(model) == state_hash(resumed)
     assert audit_model(resumed, again).clean
 
@@ -106,21 +95,21 @@ def test_every_matrix_of_a_block_is_trained(block):
         receive = matrix.update_handler
         matrix.update_handler = lambda *given, name=name, receive=receive: (handed.add(name), receive(*given))
     for seed in range(2):  # before the first step there are no edges, and no message to project
-        step(model, optimizer, text(seed))
+        training_step(model, optimizer, random_text(seed, 3))
     assert handed == set(model.ternary_matrices())
 
 
 @pytest.mark.parametrize("block", ["memgram", "full"])
 def test_a_block_learns(block):
     model, optimizer = make(block, lr=0.05)
-    ids = text(0, rows=4, ctx=48)
-    losses = [step(model, optimizer, ids) for _ in range(30)]
+    ids = random_text(0, rows=4, ctx=48)
+    losses = [training_step(model, optimizer, ids) for _ in range(30)]
     assert losses[-1] < 0.7 * losses[0]
 
 
 def test_auxiliary_losses_join_the_gradient_and_not_the_value():
     model, _ = make("full")
-    ids = text(0)
+    ids = random_text(0, 3)
     with torch.no_grad():
         value = model(ids, labels=ids).loss
     out = model(ids, labels=ids)
@@ -143,7 +132,7 @@ def test_modality_heads_train_beside_the_text():
     torch.manual_seed(0)
     model = ArbForCausalLM(config)
     optimizer = IntegerOptimizer(model, lr=0.05)
-    ids, latents, codes = text(0), torch.randn(3, 24, 6), torch.randint(0, 9, (3, 24))
+    ids, latents, codes = random_text(0, 3), torch.randn(3, 24, 6), torch.randint(0, 9, (3, 24))
     assert model(ids).video_latents is None
     spoken = model(ids, output_modalities=True)
     assert spoken.video_latents.shape == (3, 24, 6) and spoken.talker_logits.shape == (3, 24, 9)
@@ -168,7 +157,7 @@ def test_a_small_checkpoint_starts_a_larger_stack(tmp_path):
     for name, matrix in large.ternary_matrices().items():
         assert (matrix.T_packed.any() and matrix.E.any()) or matrix.init_fan_in == 1, name
     assert (large.model.moe_graph.motif_graph.active_edge_src == -1).all()
-    assert step(large, IntegerOptimizer(large), text(0)) < 20
+    assert training_step(large, IntegerOptimizer(large), random_text(0, 3)) < 20
 
 
 def test_new_parts_are_named_in_one_warning(tmp_path, monkeypatch):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import assert_same
+from helpers import assert_same, random_text, training_step
 
 from configuration_arb import preset_config
 from modeling_arb import ArbForCausalLM
@@ -18,17 +18,6 @@ def make(rule="momentum", seed=0, group_size=0, **settings):
     return model, IntegerOptimizer(model, seed=seed, **settings)
 
 
-def block(seed, rows=4, ctx=24):
-    return torch.randint(97, 105, (rows, ctx), generator=torch.Generator().manual_seed(seed))
-
-
-def step(model, optimizer, ids):
-    loss = model(ids, labels=ids).loss
-    loss.backward()
-    optimizer.step()
-    return loss.item()
-
-
 @pytest.mark.parametrize("rule", RULES)
 def test_same_seed_same_bits_other_seed_other_bits(rule):
     hashes = []
@@ -37,7 +26,7 @@ def test_same_seed_same_bits_other_seed_other_bits(rule):
         model = ArbForCausalLM(preset_config("arb-tiny", update_rule=rule, group_size=32))
         optimizer = IntegerOptimizer(model, seed=seed, flip_threshold=2)
         for i in range(3):
-            step(model, optimizer, block(i))
+            training_step(model, optimizer, random_text(i))
         hashes.append(state_hash(model))
     assert hashes[0] == hashes[1]
     assert (hashes[0] != hashes[2]) == (rule == "momentum")  # the other rules draw no random bits
@@ -49,7 +38,7 @@ def test_every_matrix_changes_and_stays_valid(rule, group_size):
     model, optimizer = make(rule, group_size=group_size, flip_threshold=1)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for i in range(2):
-        step(model, optimizer, block(i))
+        training_step(model, optimizer, random_text(i))
     moving = {"momentum": "accum", "flip": "T_packed", "correlation": "corr_accum"}[rule]
     after = model.state_dict()
     for name, matrix in model.ternary_matrices().items():
@@ -65,7 +54,7 @@ def test_every_matrix_changes_and_stays_valid(rule, group_size):
 def test_learns_a_small_alphabet(rule, steps, bound):
     """Text of eight letters: ln 8 = 2.08 nats is the floor, ln 288 = 5.66 a uniform guess."""
     model, optimizer = make(rule, lr=0.05, flip_threshold=8)
-    losses = [step(model, optimizer, block(i, rows=8)) for i in range(steps)]
+    losses = [training_step(model, optimizer, random_text(i, rows=8)) for i in range(steps)]
     assert sum(losses[-5:]) / 5 < bound < losses[0]
 
 
@@ -74,7 +63,7 @@ def test_backward_moves_a_layer_at_once_and_a_shared_one_at_the_step():
     head, shared = model.byte_head.proj, model.model.blocks[0].mlp.up_proj
     shared.shared = True
     before = {matrix: matrix.accum.clone() for matrix in (head, shared)}
-    ids = block(0)
+    ids = random_text(0)
     model(ids, labels=ids).loss.backward()
     assert not torch.equal(before[head], head.accum)
     assert torch.equal(before[shared], shared.accum)
@@ -102,7 +91,7 @@ def test_accumulated_micro_batches_fold_first_and_move_last():
     packed = head.T_packed.clone()
     residual = head.accum & 15
     optimizer.last_micro_batch = False
-    step_ids = block(0)
+    step_ids = random_text(0)
     (model(step_ids, labels=step_ids).loss / 2).backward()
     assert torch.equal(packed, head.T_packed)
     assert torch.equal(residual, head.accum & 15)
@@ -120,7 +109,7 @@ def test_accumulation_of_equal_halves_approximates_the_whole():
 
     def momentum(micro_batches):
         model, optimizer = make(lr=0.0)
-        ids = block(0, rows=8)
+        ids = random_text(0, rows=8)
         for i in range(micro_batches):
             optimizer.last_micro_batch = i == micro_batches - 1
             (model(ids, labels=ids).loss / micro_batches).backward()
@@ -147,16 +136,16 @@ def test_non_finite_gradient_is_named_and_never_folded():
 def test_state_dict_round_trip_continues_bit_for_bit():
     model, optimizer = make()
     for i in range(2):
-        step(model, optimizer, block(i))
+        training_step(model, optimizer, random_text(i))
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     saved = optimizer.state_dict()
     assert not any(isinstance(value, torch.Tensor) for value in saved.values())
-    step(model, optimizer, block(2))
+    training_step(model, optimizer, random_text(2))
     resumed, other = make(seed=3)
     other.seed = 0
     resumed.load_state_dict(weights)
     other.load_state_dict(saved)
-    step(resumed, other, block(2))
+    training_step(resumed, other, random_text(2))
     assert state_hash(model) == state_hash(resumed)
 
 
@@ -164,14 +153,14 @@ def test_detach_disarms():
     model, optimizer = make()
     optimizer.detach()
     before = state_hash(model)
-    step(model, optimizer, block(0))
+    training_step(model, optimizer, random_text(0))
     assert state_hash(model) == before
 
 
 def test_flip_rate_is_the_share_of_changed_trits():
     model, optimizer = make(lr=0.2)
     before = torch.cat([m.trits().flatten() for m in model.ternary_matrices().values()])
-    step(model, optimizer, block(0))
+    training_step(model, optimizer, random_text(0))
     after = torch.cat([m.trits().flatten() for m in model.ternary_matrices().values()])
     assert optimizer.take_flip_rate() == pytest.approx((before != after).float().mean().item())
     assert optimizer.take_flip_rate() == 0.0
@@ -185,7 +174,7 @@ def test_model_without_training_state_gets_it(tmp_path):
     optimizer = IntegerOptimizer(loaded)
     assert loaded.config.training_state
     assert loaded.byte_head.proj.accum.count_nonzero() == 0
-    step(loaded, optimizer, block(0))
+    training_step(loaded, optimizer, random_text(0))
     assert loaded.byte_head.proj.accum.count_nonzero() > 0
 
 

@@ -19,8 +19,6 @@ from modeling_arb import ArbForCausalLM
 from .integer_optimizer import IntegerOptimizer
 from .state_audit import audit_model
 
-MEGABYTE = 2**20
-
 
 class CountedTensors(TorchDispatchMode):
     """Bytes of the storages made inside the block and still alive: `now`, and `peak` over the block."""

@@ -113,12 +113,6 @@ class ArbTrainer(Trainer):
         Raises FloatingPointError, naming the last good checkpoint, when the run diverges, and ValueError when the
         checkpoint to resume from is damaged or belongs to another run.
         """
-        checkpoint = kwargs.get("resume_from_checkpoint")
-        if checkpoint:
-            check_checkpoint(checkpoint)
-            state = TrainerState.load_from_json(str(Path(checkpoint) / STATE_FILE))
-            if state.global_step >= self.args.max_steps:
-                return self._already_trained(checkpoint, state)
         try:
             with self.interruption.listening():
                 output = super().train(*args, **kwargs)
@@ -128,12 +122,15 @@ class ArbTrainer(Trainer):
         self.interruption.agree(self.args)  # on a signal that came after the last step
         return output
 
-    def _already_trained(self, checkpoint: str, state: TrainerState) -> TrainOutput:
-        """A run stopped between its last checkpoint and its end: the Trainer would take one step too many."""
-        self._load_from_checkpoint(checkpoint)
-        self.state = state
-        self.create_optimizer()
-        return TrainOutput(self.state.global_step, 0.0, {})
+    def _inner_training_loop(self, *args, resume_from_checkpoint: str | None = None, **kwargs) -> TrainOutput:
+        """As the Trainer's, which would take one step too many after a stop between the last checkpoint and the end."""
+        if resume_from_checkpoint is not None:
+            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / STATE_FILE))
+            if state.global_step >= self.args.max_steps:
+                self.state = state
+                self.create_optimizer()
+                return TrainOutput(state.global_step, 0.0, {})
+        return super()._inner_training_loop(*args, resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     @property
     def last_checkpoint(self) -> Path | None:
