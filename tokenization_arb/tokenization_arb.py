@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -19,9 +19,9 @@ SPECIAL_NAMES = (
 )
 SPECIAL_TOKENS = {name: f"<|{name.lower()}|>" for name in SPECIAL_NAMES}
 SPECIAL_IDS = {name: NUM_BYTES + i for i, name in enumerate(SPECIAL_NAMES)}
+CHAT_ROLES = {"system": "SYSTEM", "user": "USER", "assistant": "ASSISTANT", "tool": "TOOL_RESULT"}
 CHAT_TEMPLATE = (
-    "{%- set tokens = {'system': '<|system|>', 'user': '<|user|>', 'assistant': '<|assistant|>',"
-    " 'tool': '<|tool_result|>'} -%}"
+    f"{{%- set tokens = { {role: SPECIAL_TOKENS[name] for role, name in CHAT_ROLES.items()} } -%}}"
     "{%- for message in messages -%}"
     "{%- if message['role'] not in tokens -%}{{- raise_exception('unknown role ' + message['role']) -}}{%- endif -%}"
     "{{- tokens[message['role']] -}}"
@@ -71,6 +71,29 @@ class ArbTokenizer(PreTrainedTokenizerFast):
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The exact bytes of ids; specials are left out."""
         return bytes(i for i in ids if i < NUM_BYTES)
+
+    def encode_turn(self, message: Mapping[str, str | bytes]) -> list[int]:
+        """The ids of one message, {"role": ..., "content": ...}: its role's special, the content's bytes, EOS.
+
+        Whatever the content spells (`<|eos|>`) stays bytes: no content can end its turn or speak for another role.
+        """
+        role, content = (message.get(field) for field in ("role", "content"))
+        if role not in CHAT_ROLES:
+            raise ValueError(f"role={role!r} is not one of {', '.join(CHAT_ROLES)}")
+        if not isinstance(content, str | bytes):
+            raise ValueError(f"content={content!r} of the {role} must be text or bytes")
+        data = content.encode("utf-8", errors="surrogateescape") if isinstance(content, str) else content
+        return [SPECIAL_IDS[CHAT_ROLES[role]], *data, SPECIAL_IDS["EOS"]]
+
+    def encode_chat(
+        self, messages: Iterable[Mapping[str, str | bytes]], add_generation_prompt: bool = False
+    ) -> list[int]:
+        """What `apply_chat_template` gives for contents without special spellings, and safe for any other.
+
+        add_generation_prompt: end with the assistant's special, so that the model answers.
+        """
+        prompt = [SPECIAL_IDS["ASSISTANT"]] if add_generation_prompt else []
+        return [i for message in messages for i in self.encode_turn(message)] + prompt
 
     def save_pretrained(self, save_directory, *args, **kwargs) -> tuple[str, ...]:
         """Write a folder that loads as a stock fast tokenizer."""
