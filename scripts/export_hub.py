@@ -18,7 +18,7 @@ from tokenization_arb import ArbTokenizer
 from training_arb.atomic_files import new_folder
 from training_arb.command_line import HelpFormatter, load_model, run
 
-MODEL_CARD = Path(__file__).resolve().parent.parent / "model_card.md"
+MODEL_CARD = Path(__file__).resolve().parent / "model_card.md"
 
 
 def main() -> None:
