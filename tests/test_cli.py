@@ -1,4 +1,4 @@
-"""`arb NAME` is `python scripts/NAME.py`: names, help, exit codes, completion, and all of it from what a wheel holds."""
+"""`arb NAME` is `python scripts/NAME.py`: names, help, exit codes, completion; also from a wheel's packages alone."""
 
 import json
 import os
@@ -7,9 +7,9 @@ import subprocess
 import sys
 
 import pytest
-from arb_scripts import arb
 from scripting import ROOT
 
+from arb_scripts import arb
 from configuration_arb import preset_config
 from modeling_arb import ArbForCausalLM
 
@@ -41,8 +41,8 @@ def run_arb(monkeypatch, *arguments):
 
 
 def test_help_lists_every_script_and_imports_no_torch():
-    code = "import sys; from arb_scripts import arb; sys.argv = ['arb', '--help']; arb.main(); assert 'torch' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    code = "import sys; from arb_scripts import arb; arb.main(); assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     listed = [line.split() for line in done.stdout.partition("\ncommands:\n")[2].splitlines()]
     assert [words[0] for words in listed] == [*SCRIPTS, "completion"]
@@ -107,7 +107,7 @@ def test_completion_offers_names_then_options(tmp_path, monkeypatch, capsys):
 
 
 def test_a_wheels_packages_are_enough(tmp_path):
-    """The packages as setup.py builds them, in a folder by themselves: every script is there, with the files it reads."""
+    """The packages as setup.py builds them, in a folder by themselves: every script, and the files it reads."""
     build = [sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", str(tmp_path), "build_py"]
     done = subprocess.run([*build, "--build-lib", str(tmp_path / "lib")], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
