@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -14,12 +15,14 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from configuration_arb.configuration_arb import ArbConfig
 
+from .absent_parameters import AbsentParameters
 from .byte_embedding import ByteEmbedding, preceded_by
 from .byte_head import ByteHead, batch_share, next_byte_loss
 from .cache_layers import SideLayers
 from .checkpoint_integrity import check_loading_info, check_tensor_files, check_trits
 from .composite_proposal import NO_MOTIF, CompositeProposal
 from .context_attention import ContextAttention
+from .generation_arb import ArbGenerationMixin
 from .integer_state import IntegerState
 from .memgram import MemGram
 from .modality_heads import TalkerHead, VideoHead
@@ -55,6 +58,11 @@ class ArbPreTrainedModel(PreTrainedModel):
         """The dtype of activations; integer state has its own."""
         dtype = self.config.dtype
         return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+    def parameters(self, recurse: bool = True) -> Iterator[torch.Tensor]:
+        """An adapter's; without one a stand-in, of whose kind AbsentParameters says more."""
+        found = list(super().parameters(recurse))
+        return iter(found or [AbsentParameters(self.device)])
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Logical ternary weights, plus whatever float parameters an adapter brought."""
@@ -188,21 +196,25 @@ class ArbModel(ArbPreTrainedModel):
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
         **kwargs,
     ) -> ArbModelOutput:
-        """input_ids (B, T), attention_mask (B, P + T) with P cached positions."""
+        """input_ids (B, T), attention_mask (B, P + T) with P cached positions. hidden_states, where asked for: what
+        each block reads, and the last hidden state."""
         cache = self._cache(past_key_values, use_cache)
         is_byte = _unmasked(attention_mask, input_ids)  # (B, T) or None
         input_ids = input_ids if is_byte is None else input_ids.masked_fill(~is_byte, self.config.pad_token_id)
+        past = 0 if cache is None else cache.get_seq_length()
         history = self.side_layers.append_tokens(cache, "ids", input_ids)
         x = self.byte_embedding(input_ids, history, self.dtype)  # (B, T, D)
         if self.text_sequencer is not None:
             x = x + self._sequence(x, is_byte, cache)
         if self.memgram is not None:
             x = x + self.memgram(x, input_ids, history)
-        positions = self._positions(position_ids, attention_mask, input_ids, history)
+        positions = self._positions(position_ids, attention_mask, input_ids, past)
         plain = attention_mask is None and position_ids is None and cache is None
-        x = self._attend(x, attention_mask, positions, cache, plain)
+        layers = [] if self._wanted(output_hidden_states) else None
+        x = self._attend(x, attention_mask, positions, cache, plain, layers)
         losses = []
         if self.shared_vq is not None:
             addition, motifs = self.shared_vq(x)
@@ -218,16 +230,25 @@ class ArbModel(ArbPreTrainedModel):
             x = x + addition
             losses.append(loss)
         return ArbModelOutput(
-            last_hidden_state=x, past_key_values=cache, auxiliary_loss=sum(losses) if losses else None
+            last_hidden_state=x,
+            past_key_values=cache,
+            hidden_states=None if layers is None else (*layers, x),
+            auxiliary_loss=sum(losses) if losses else None,
         )
 
     def _sequence(self, x: torch.Tensor, is_byte: torch.Tensor | None, cache: Cache | None) -> torch.Tensor:
-        addition, state = self.text_sequencer(x, is_byte, self.side_layers.read_state(cache, "sequencer"))
-        self.side_layers.write_state(cache, "sequencer", state)
+        states = None if cache is None else []
+        addition, _ = self.text_sequencer(x, is_byte, self.side_layers.read_state(cache, "sequencer"), states)
+        if cache is not None:
+            self.side_layers.write_states(cache, "sequencer", states)
         return addition
 
-    def _attend(self, x, attention_mask, position_ids, cache: Cache | None, plain: bool) -> torch.Tensor:
-        """plain: whole rows of bytes from their start, for which transformers would look at the ids to find as much."""
+    def _wanted(self, output_hidden_states: bool | None) -> bool:
+        return self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+
+    def _attend(self, x, attention_mask, position_ids, cache: Cache | None, plain: bool, layers) -> torch.Tensor:
+        """plain: whole rows of bytes from their start, for which transformers would look at the ids to find as much.
+        layers: None, or a list that takes what each block reads."""
         mask = None
         if not plain:
             mask = create_causal_mask(self.config, x, attention_mask, cache, position_ids=position_ids)
@@ -238,6 +259,8 @@ class ArbModel(ArbPreTrainedModel):
             positions = key_positions(position_ids, attention_mask, past)
             windowed = windowed_context(mask, positions, x.shape[1], **self.config.windowed_attention)
         for block in self.blocks:
+            if layers is not None:
+                layers.append(x)
             x = block(x, mask, angles, cache, windowed)
         return x
 
@@ -257,14 +280,13 @@ class ArbModel(ArbPreTrainedModel):
         self.side_layers.add_to(past_key_values)
         return past_key_values
 
-    def _positions(self, position_ids, attention_mask, input_ids, history) -> torch.Tensor:
+    def _positions(self, position_ids, attention_mask, input_ids, past: int) -> torch.Tensor:
         """(B, T): counted from each row's first unmasked byte, unless the caller gave them."""
         if position_ids is not None:
             return position_ids
         if attention_mask is not None and attention_mask.dim() == 2:
             return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -input_ids.shape[1] :]
-        start = history.shape[1]
-        return torch.arange(start, start + input_ids.shape[1], device=input_ids.device)[None]
+        return torch.arange(past, past + input_ids.shape[1], device=input_ids.device)[None]
 
 
 def _unmasked(attention_mask: torch.Tensor | None, input_ids: torch.Tensor) -> torch.Tensor | None:
@@ -284,7 +306,7 @@ class ArbCausalLMOutput(CausalLMOutputWithPast):
     talker_logits: torch.Tensor | None = None
 
 
-class ArbForCausalLM(ArbPreTrainedModel, GenerationMixin):
+class ArbForCausalLM(ArbPreTrainedModel, ArbGenerationMixin):
     """The language model: byte ids (B, T) -> logits (B, T, 288) and the loss in nats per byte."""
 
     def __init__(self, config: ArbConfig):
@@ -318,6 +340,7 @@ class ArbForCausalLM(ArbPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
+        output_hidden_states: bool | None = None,
         video_targets: torch.Tensor | None = None,
         talker_labels: torch.LongTensor | None = None,
         output_modalities: bool = False,
@@ -328,7 +351,7 @@ class ArbForCausalLM(ArbPreTrainedModel, GenerationMixin):
         The loss is the language model's; what blocks and other heads ask for joins its gradient, not its value.
         video_targets (B, T, latent_dim) and talker_labels (B, T) train those heads; output_modalities: return theirs.
         """
-        outputs = self.model(input_ids, attention_mask, position_ids, past_key_values, use_cache)
+        outputs = self.model(input_ids, attention_mask, position_ids, past_key_values, use_cache, output_hidden_states)
         x = outputs.last_hidden_state
         if self.output_router is not None:
             x = x + self.output_router(x)
@@ -350,6 +373,7 @@ class ArbForCausalLM(ArbPreTrainedModel, GenerationMixin):
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
             auxiliary_loss=auxiliary_loss,
             video_latents=spoken.get("video"),
             talker_logits=spoken.get("talker"),

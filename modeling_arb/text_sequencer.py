@@ -21,10 +21,15 @@ class TextSequencer(nn.Module):
         self.out_proj = TernaryLinear(hidden_size, config.hidden_size, config)
 
     def forward(
-        self, x: torch.Tensor, mask: torch.Tensor | None = None, state: LSTMState | None = None
+        self,
+        x: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        state: LSTMState | None = None,
+        states: list[LSTMState] | None = None,
     ) -> tuple[torch.Tensor, LSTMState]:
         """x (B, T, D); mask bool (B, T), False where there is nothing to read and the state stays as it was; state
-        hidden (B, H) and cell float32 (B, H), None before the first byte -> the addition (B, T, D), the state after."""
+        hidden (B, H) and cell float32 (B, H), None before the first byte -> the addition (B, T, D), the state after.
+        states: takes the state after each position, for a reader who may have to go back."""
         projected = self.cell.project(x)
         state = self.cell.initial_state(projected) if state is None else state
         outputs = []
@@ -32,6 +37,8 @@ class TextSequencer(nn.Module):
             new_state = self.cell.step(step, state)
             state = new_state if mask is None else _where(mask[:, t, None], new_state, state)
             outputs.append(state[0])
+            if states is not None:
+                states.append(state)
         return self.out_proj(rms_norm(torch.stack(outputs, dim=1), self.eps)), state
 
 
