@@ -10,6 +10,7 @@ from arb_kernels.decode_layout import decode_linear
 from arb_kernels.int8_matmul import int8_matmul
 from arb_kernels.quantise import quantise_gradient, quantise_tokens
 
+from .absent_parameters import AbsentWeight
 from .ternary_matrix import TernaryMatrix
 
 
@@ -63,19 +64,30 @@ class Int8LinearFunction(torch.autograd.Function):
 
 
 class TernaryLinear(TernaryMatrix, nn.Linear):
-    """(..., in_features) -> (..., out_features), no bias. An nn.Linear without a weight, so that peft finds it."""
+    """(..., in_features) -> (..., out_features), no bias. An nn.Linear without a float weight, so that peft finds it.
+
+    `qweight`, `W_q` and `dequantize` are what peft asks of a quantised layer: its device, and W_eff for DoRA.
+    """
 
     def __init__(self, in_features: int, out_features: int, config):
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
-        self.register_parameter("weight", None)
         self.register_parameter("bias", None)
         self.setup_state(out_features, in_features, config, init_fan_in=in_features)
 
     @property
+    def weight(self) -> AbsentWeight:
+        return AbsentWeight(self.T_packed)
+
+    @property
     def qweight(self) -> torch.Tensor:
-        """Where peft looks for the device of a quantised layer."""
         return self.T_packed
+
+    W_q = qweight
+
+    def dequantize(self) -> torch.Tensor:
+        """float32 (out_features, in_features): a transient."""
+        return self.effective_weight(torch.float32)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.is_autocast_enabled(x.device.type):

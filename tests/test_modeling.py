@@ -139,7 +139,10 @@ def test_gradient_checkpointing_gives_the_same_weight_gradients(ids, use_reentra
 
 
 def test_model_has_no_float_and_counts_its_weights(model):
-    assert list(model.parameters()) == []
+    assert list(model.named_parameters()) == []
+    assert [parameter.numel() for parameter in model.parameters()] == [0]  # stands for none
+    with pytest.raises(ValueError, match="no float parameters to optimize"):
+        torch.optim.AdamW(model.parameters())
     assert not any(buffer.is_floating_point() for buffer in model.buffers())
     assert model.num_parameters() == sum(matrix.trits().numel() for matrix in model.ternary_matrices().values())
     assert (model.dtype, model.device.type) == (torch.float32, "cpu")
