@@ -82,7 +82,7 @@ class SideLayers:
         return self.first + list(self.reach).index(name)
 
     def append_tokens(self, cache: Cache | None, name: str, tokens: torch.Tensor) -> torch.Tensor:
-        """tokens int64 (B, T) join what is kept; returns those kept before them, int64 (B, at most the layer's reach)."""
+        """tokens int64 (B, T) join what is kept; returns those kept before them, int64 (B, at most its reach)."""
         if cache is None:
             return tokens[:, :0]
         kept = tokens.to(torch.int32)[:, None, :, None]
