@@ -39,8 +39,8 @@ COLUMNS |= {"bytes_per_s": ".0f", "of_one_process": ".3f"}
 class WaitingGradient(AveragedGradient):
     """An average that is there before backward goes on."""
 
-    def __init__(self, dW: torch.Tensor):
-        super().__init__(dW)
+    def __init__(self, dW: torch.Tensor, owner: int):
+        super().__init__(dW, owner)
         if self._work is not None:
             self._work.wait()
 

@@ -84,7 +84,7 @@ def train_a_little(rule, group_size):
     optimizer = IntegerOptimizer(model, lr=0.3)
     for last in (False, True):
         ids = torch.randint(0, 256, (1, 6))
-        optimizer.last_micro_batch = last
+        optimizer.begin_micro_batch(last=last)
         model(ids, labels=ids).loss.backward()
         if last:
             optimizer.step()

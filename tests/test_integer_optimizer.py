@@ -90,13 +90,13 @@ def test_accumulated_micro_batches_fold_first_and_move_last():
     head = model.byte_head.proj
     packed = head.T_packed.clone()
     residual = head.accum & 15
-    optimizer.last_micro_batch = False
+    optimizer.begin_micro_batch(last=False)
     step_ids = random_text(0)
     (model(step_ids, labels=step_ids).loss / 2).backward()
     assert torch.equal(packed, head.T_packed)
     assert torch.equal(residual, head.accum & 15)
     assert (head.accum >> 4).count_nonzero() > 0
-    optimizer.last_micro_batch = True
+    optimizer.begin_micro_batch(last=True)
     (model(step_ids, labels=step_ids).loss / 2).backward()
     optimizer.step()
     assert not torch.equal(residual, head.accum & 15)
@@ -111,7 +111,7 @@ def test_accumulation_of_equal_halves_approximates_the_whole():
         model, optimizer = make(lr=0.0)
         ids = random_text(0, rows=8)
         for i in range(micro_batches):
-            optimizer.last_micro_batch = i == micro_batches - 1
+            optimizer.begin_micro_batch(last=i == micro_batches - 1)
             (model(ids, labels=ids).loss / micro_batches).backward()
         optimizer.step()
         up = model.model.blocks[1].mlp.up_proj

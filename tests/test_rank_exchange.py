@@ -8,7 +8,13 @@ import torch.multiprocessing as multiprocessing
 from configuration_arb import preset_config
 from modeling_arb import ArbForCausalLM
 from training_arb.integer_optimizer import IntegerOptimizer
-from training_arb.rank_exchange import check_ranks_agree, join_ranks, lone_process_warning, used_on_any_rank
+from training_arb.rank_exchange import (
+    check_ranks_agree,
+    join_ranks,
+    lone_process_warning,
+    share_out,
+    used_on_any_rank,
+)
 from training_arb.state_audit import state_hash
 
 RANKS = 3
@@ -42,9 +48,9 @@ def _rank(work, rank, folder, queue, arguments):
 
 def exchange(rank):
     mine = (torch.full((rank, 2), rank), torch.arange(rank)) if rank else None
-    joined = join_ranks(mine)
+    joined = join_ranks(mine, torch.device("cpu"))
     used = used_on_any_rank([rank == 1, False, rank == 2], torch.device("cpu"))
-    return [tensor.tolist() for tensor in joined], used, join_ranks(None)
+    return [tensor.tolist() for tensor in joined], used, join_ranks(None, torch.device("cpu"))
 
 
 def test_uneven_tensors_are_joined_in_rank_order(tmp_path):
@@ -61,7 +67,7 @@ def train(rank, preset, rule, micro_batches):
     generator = torch.Generator().manual_seed(rank)
     for _ in range(3):
         for micro_batch in range(micro_batches):
-            optimizer.last_micro_batch = micro_batch == micro_batches - 1
+            optimizer.begin_micro_batch(last=micro_batch == micro_batches - 1)
             ids = torch.randint(97, 110, (1 + (rank == 0), 20), generator=generator)
             (model(ids, labels=ids).loss / micro_batches).backward()
         optimizer.step()
@@ -78,19 +84,28 @@ def test_ranks_end_with_the_same_bits(tmp_path, preset, rule, micro_batches):
     assert hashes[0] != train(0, preset, rule, micro_batches)
 
 
-def mean_of_equal_gradients(rank):
-    torch.manual_seed(0)
-    model = ArbForCausalLM(preset_config("arb-tiny", update_rule="flip"))
-    optimizer = IntegerOptimizer(model, flip_threshold=1)
-    ids = torch.arange(97, 121)[None]
-    for _ in range(2):
-        model(ids, labels=ids).loss.backward()
-        optimizer.step()
-    return state_hash(model)
+def hashes_after_equal_bytes(rank):
+    """Of each rule after steps of two micro-batches, and the share of flips."""
+    found = []
+    for rule in ("momentum", "flip", "correlation"):
+        torch.manual_seed(0)
+        model = ArbForCausalLM(preset_config("arb-tiny", update_rule=rule))
+        optimizer = IntegerOptimizer(model, flip_threshold=1)
+        ids = torch.arange(97, 121)[None]
+        for _ in range(2):
+            for last in (False, True):
+                optimizer.begin_micro_batch(last)
+                (model(ids, labels=ids).loss / 2).backward()
+            optimizer.step()
+        found.append((state_hash(model), optimizer.take_flip_rate()))
+    return found
 
 
 def test_ranks_with_the_same_bytes_do_what_one_does(tmp_path):
-    assert set(on_ranks(mean_of_equal_gradients, tmp_path)) == {mean_of_equal_gradients(0)}
+    """A third of a sum of three equal gradients is each of them: nothing is rounded away."""
+    alone = hashes_after_equal_bytes(0)
+    assert alone[0][1] > 0 and alone[1][1] > 0
+    assert on_ranks(hashes_after_equal_bytes, tmp_path) == [alone] * RANKS
 
 
 def part_ways(rank):
@@ -99,15 +114,27 @@ def part_ways(rank):
     check_ranks_agree(model, 3)
     if rank == 2:
         model.byte_head.proj.E[5] += 1
-    try:
+    with pytest.raises(RuntimeError) as parted:
         check_ranks_agree(model, 4)
-    except RuntimeError as error:
-        return str(error)
+    optimizer = IntegerOptimizer(model)
+    optimizer.last_checkpoint = "checkpoint-3"
+    ids = torch.arange(97, 121)[None]
+    with pytest.raises(FloatingPointError) as not_finite:
+        (model(ids, labels=ids).loss * (float("nan") if rank == 1 else 1)).backward()
+        optimizer.step()
+    return str(parted.value), str(not_finite.value)
 
 
-def test_what_differs_is_named_on_every_rank(tmp_path):
-    said = "step 4: rank 2 differs from rank 0 in byte_head.proj.E: their states have parted"
-    assert on_ranks(part_ways, tmp_path) == [said] * RANKS
+def test_what_is_wrong_on_one_rank_is_named_on_every_rank(tmp_path):
+    parted = "step 4: rank 2 differs from rank 0 in byte_head.proj.E: their states have parted"
+    for first, second in on_ranks(part_ways, tmp_path):
+        assert first == parted
+        assert second == "step 0: the gradient of model.byte_embedding.tables.0 is not finite; resume from checkpoint-3"
+
+
+def test_work_is_shared_out_evenly(monkeypatch):
+    monkeypatch.setattr("training_arb.rank_exchange.num_ranks", lambda: 2)
+    assert share_out([5, 3, 1, 4, 1]) == [0, 1, 1, 1, 0]
 
 
 def test_a_lone_process_of_several_is_noticed():

@@ -87,7 +87,7 @@ def test_a_step_is_the_dense_rule_on_the_touched_rows(rule):
         touched.clear()
         before = state_of(table)
         for last in (False, True):
-            optimizer.last_micro_batch = last
+            optimizer.begin_micro_batch(last=last)
             ids = torch.randint(97, 103, (2, 12))
             (model(ids, labels=ids).loss / 2).backward()
         assert all(torch.equal(tensor, before[name]) for name, tensor in table.state_dict().items())
@@ -124,7 +124,7 @@ def test_momentum_of_touched_rows():
     table.update_handler = lambda *given: (handed.append(given[1:]), receive(*given))
     ids = torch.randint(97, 103, (2, 12))
     for last in (False, True):
-        optimizer.last_micro_batch = last
+        optimizer.begin_micro_batch(last=last)
         (model(ids, labels=ids).loss / 2).backward()
     (row_ids, first), (_, second) = handed
     key = stream_key(0, 0, 0, zlib.crc32(b"model.memgram.table"))

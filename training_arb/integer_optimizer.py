@@ -18,7 +18,17 @@ from modeling_arb.ternary_matrix import TernaryMatrix
 from modeling_arb.ternary_table import TernaryTable
 
 from .integer_rules import CorrelationRule, FlipRule, Moment, MomentumRule, TableRule, UpdateRule
-from .rank_exchange import AveragedGradient, check_ranks_agree, join_ranks, num_ranks, used_on_any_rank
+from .rank_exchange import (
+    AveragedGradient,
+    SentState,
+    check_ranks_agree,
+    join_ranks,
+    num_ranks,
+    share_out,
+    sum_over_ranks,
+    this_rank,
+    used_on_any_rank,
+)
 
 
 class SentGradient(NamedTuple):
@@ -34,9 +44,9 @@ class IntegerOptimizer(torch.optim.Optimizer):
     blocks observed, and counts.
 
     lr: cells per step, read from the one (empty) parameter group, so that any scheduler drives it. Micro-batches of an
-    accumulated step: set `last_micro_batch` False before the backward of all but the last; their losses come divided
-    by their number, as Trainer and accelerate do. Across ranks a layer's dW is averaged while backward goes on with
-    the layer before it, and applied when that one's arrives.
+    accumulated step: call `begin_micro_batch` before each forward; their losses come divided by their number, as
+    Trainer and accelerate do. Ranks share the work: each owns some matrices. A layer's dW is averaged at its owner
+    while backward goes on with the layer before it; the owner applies it, and the new state travels to the others.
 
     rank_check_steps: compare all ranks' states every so many steps; 0: never. Raises ValueError on impossible settings,
     FloatingPointError, naming the matrix, on a dW that is not finite, and RuntimeError when ranks differ.
@@ -81,7 +91,6 @@ class IntegerOptimizer(torch.optim.Optimizer):
         self.seed = seed
         self.steps = 0
         self.rank_check_steps = rank_check_steps
-        self.last_micro_batch = True
         self.last_checkpoint: str | None = None
         self._names = {module: name for name, module in model.integer_states().items()}
         self._matrices = [module for module in self._names if isinstance(module, TernaryMatrix)]
@@ -89,9 +98,14 @@ class IntegerOptimizer(torch.optim.Optimizer):
         self._touched: dict[TernaryTable, list[tuple[torch.Tensor, torch.Tensor]]] = {
             module: [] for module in self._matrices if isinstance(module, TernaryTable)
         }
+        backward = self._matrices[::-1]
+        self._owner = dict(zip(backward, share_out([matrix.logical_weights for matrix in backward]), strict=True))
+        self._last_micro_batch = True
         self._micro_batches: dict[TernaryMatrix, int] = {}
         self._shared: dict[TernaryMatrix, torch.Tensor] = {}
         self._travelling: SentGradient | None = None
+        self._arriving: list[SentState] = []
+        self._not_finite: set[TernaryMatrix] = set()
         self._model = model
         self._flips = torch.zeros((), dtype=torch.int64, device=model.device)
         self._moved_weights = 0
@@ -111,18 +125,26 @@ class IntegerOptimizer(torch.optim.Optimizer):
             observer.take_observations()
 
     @torch.no_grad()
+    def begin_micro_batch(self, last: bool = True) -> None:
+        """Before a forward: whether its backward is the step's last. Waits for the weights that other ranks moved."""
+        self._settle()
+        self._last_micro_batch = last
+
+    @torch.no_grad()
     def step(self, closure=None) -> None:
         """Apply what shared matrices, tables and observers collected and advance the step counter."""
         assert closure is None, "integer updates happen in backward: there is no loss to evaluate again"
-        self._apply_travelling()
+        self._settle()
         self._update_shared()
+        self._settle()
+        self._raise_not_finite()
         for table, touched in self._touched.items():
             self._update_rows(table, touched)
             touched.clear()
         for observer in self._observers:
-            seen = join_ranks(observer.take_observations())
+            device = next(observer.buffers()).device
+            seen = join_ranks(observer.take_observations(), device)
             if seen is not None:
-                device = next(observer.buffers()).device
                 observer.apply_observations(*(tensor.to(device) for tensor in seen), key=self._moment(observer).key)
         self._micro_batches.clear()
         self.steps += 1
@@ -141,25 +163,34 @@ class IntegerOptimizer(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
 
     def take_flip_rate(self) -> float:
-        """Share of weights whose trit changed, per step, since the last call."""
-        if not self._moved_weights:
-            return 0.0
-        rate = self._flips.item() / self._moved_weights
+        """Share of weights whose trit changed, per step, since the last call. Every rank must call it."""
+        flips, weights = sum_over_ranks([int(self._flips), self._moved_weights], self._flips.device)
         self._flips.zero_()
         self._moved_weights = 0
-        return rate
+        return flips / weights if weights else 0.0
 
-    def _check_finite(self, matrix: TernaryMatrix, dW: torch.Tensor) -> None:
-        if not torch.isfinite(dW.sum()):
+    def _is_finite(self, matrix: TernaryMatrix, dW: torch.Tensor) -> bool:
+        """Of several ranks none stops alone: they tell each other at the end of the step."""
+        finite = bool(torch.isfinite(dW.sum()))
+        if not finite:
+            self._not_finite.add(matrix)
+            if num_ranks() == 1:
+                self._raise_not_finite()
+        return finite
+
+    def _raise_not_finite(self) -> None:
+        anywhere = used_on_any_rank([matrix in self._not_finite for matrix in self._matrices], self._flips.device)
+        if any(anywhere):
             resume = f"; resume from {self.last_checkpoint}" if self.last_checkpoint else ""
-            raise FloatingPointError(f"step {self.steps}: the gradient of {self._names[matrix]} is not finite{resume}")
+            name = self._names[self._matrices[anywhere.index(True)]]
+            raise FloatingPointError(f"step {self.steps}: the gradient of {name} is not finite{resume}")
 
     def _receive(self, matrix: TernaryMatrix, dW: torch.Tensor) -> None:
         if matrix.shared:
-            self._check_finite(matrix, dW)
-            self._shared[matrix] = self._shared[matrix].add_(dW) if matrix in self._shared else dW.clone()
+            if self._is_finite(matrix, dW):
+                self._shared[matrix] = self._shared[matrix].add_(dW) if matrix in self._shared else dW.clone()
             return
-        sent = SentGradient(matrix, AveragedGradient(dW), self.last_micro_batch)
+        sent = SentGradient(matrix, AveragedGradient(dW, self._owner[matrix]), self._last_micro_batch)
         if num_ranks() == 1:
             self._apply(sent)
         else:
@@ -172,13 +203,29 @@ class IntegerOptimizer(torch.optim.Optimizer):
             self._apply(sent)
 
     def _apply(self, sent: SentGradient) -> None:
+        """The owner moves its matrix; every rank sends or receives what that changed: of an early micro-batch only what
+        a forward reads."""
         matrix, dW = sent.matrix, sent.average.result()
-        self._check_finite(matrix, dW)
+        mine = self._owner[matrix] == this_rank() and self._is_finite(matrix, dW)
         if sent.last_micro_batch:
-            self._update(matrix, dW)
+            if mine:
+                self._count(self.rule.update(matrix, dW, self._moment(matrix)), matrix.logical_weights)
+            self._send_state(matrix, list(matrix.layout()))
         else:
-            self.rule.fold(matrix, dW, self._moment(matrix))
+            if mine:
+                self.rule.fold(matrix, dW, self._moment(matrix))
             self._micro_batches[matrix] = self._micro_batches.get(matrix, 0) + 1
+            self._send_state(matrix, matrix.inference_tensors)
+
+    def _send_state(self, matrix: TernaryMatrix, names: list[str]) -> None:
+        if num_ranks() > 1:
+            self._arriving.append(SentState([getattr(matrix, name) for name in names], self._owner[matrix]))
+
+    def _settle(self) -> None:
+        self._apply_travelling()
+        for state in self._arriving:
+            state.wait()
+        self._arriving.clear()
 
     def _update_shared(self) -> None:
         """A rank that did not use a matrix, an expert say, takes part with zeros."""
@@ -188,24 +235,22 @@ class IntegerOptimizer(torch.optim.Optimizer):
             dW = self._shared.pop(matrix, None)
             if dW is None:
                 dW = torch.zeros(matrix.rows, matrix.columns, device=matrix.T_packed.device)
-            self._update(matrix, AveragedGradient(dW).result())
+            self._apply(SentGradient(matrix, AveragedGradient(dW, self._owner[matrix]), last_micro_batch=True))
 
     def _receive_rows(self, table: TernaryTable, row_ids: torch.Tensor, dW: torch.Tensor) -> None:
-        self._check_finite(table, dW)
-        self._touched[table].append((row_ids, dW))
+        if self._is_finite(table, dW):
+            self._touched[table].append((row_ids, dW))
 
     def _update_rows(self, table: TernaryTable, touched: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         mine = tuple(torch.cat(column) for column in zip(*touched, strict=True)) if touched else None
-        everyone = join_ranks(mine)
+        everyone = join_ranks(mine, table.T_packed.device)
         if everyone is None:
             return
-        row_ids, place = everyone[0].to(table.T_packed.device).unique(return_inverse=True)
-        dW = everyone[1].to(table.T_packed.device) / num_ranks()
-        dW = sum_by_row(place, dW, len(row_ids))
-        self._count(self.table_rules[table.table_rule].update_rows(table, row_ids, dW, self._moment(table)), dW.numel())
-
-    def _update(self, matrix: TernaryMatrix, dW: torch.Tensor) -> None:
-        self._count(self.rule.update(matrix, dW, self._moment(matrix)), matrix.logical_weights)
+        row_ids, place = everyone[0].unique(return_inverse=True)
+        dW = sum_by_row(place, everyone[1] / num_ranks(), len(row_ids))
+        flips = self.table_rules[table.table_rule].update_rows(table, row_ids, dW, self._moment(table))
+        if self._owner[table] == this_rank():  # all ranks move all rows: one of them counts
+            self._count(flips, dW.numel())
 
     def _count(self, flips: torch.Tensor, weights: int) -> None:
         self._flips = self._flips.to(flips.device).add_(flips)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.autograd.graph import increment_version
 
 Tensors = tuple[torch.Tensor, ...]
 
@@ -16,15 +17,29 @@ def num_ranks() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-class AveragedGradient:
-    """A dW on its way to the mean over ranks: the sum runs while backward goes on, `result` waits for it."""
+def this_rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
 
-    def __init__(self, dW: torch.Tensor):
+
+def share_out(sizes: list[int]) -> list[int]:
+    """A rank for each of a list of sizes, so that all get nearly the same total: each goes to who has least so far."""
+    totals = [0] * num_ranks()
+    ranks = []
+    for size in sizes:
+        ranks.append(totals.index(min(totals)))
+        totals[ranks[-1]] += size
+    return ranks
+
+
+class AveragedGradient:
+    """A dW on its way to the mean over ranks, at rank `owner` alone: it travels while backward goes on."""
+
+    def __init__(self, dW: torch.Tensor, owner: int):
         self._dW = dW
-        self._work = dist.all_reduce(dW, async_op=True) if num_ranks() > 1 else None
+        self._work = dist.reduce(dW, owner, async_op=True) if num_ranks() > 1 else None
 
     def result(self) -> torch.Tensor:
-        """The mean: the same bits on every rank."""
+        """Wait until this rank's part is done. The mean, at the owner; elsewhere nothing of use."""
         if self._work is not None:
             self._work.wait()
             self._dW /= num_ranks()
@@ -32,28 +47,55 @@ class AveragedGradient:
         return self._dW
 
 
+class SentState:
+    """Tensors on their way from rank `owner` to all others, which find them in their own when `wait` returns."""
+
+    def __init__(self, tensors: list[torch.Tensor], owner: int):
+        self._tensors = tensors
+        self._works = [dist.broadcast(_bytes_of(tensor), owner, async_op=True) for tensor in tensors]
+
+    def wait(self) -> None:
+        for work in self._works:
+            work.wait()
+        increment_version(self._tensors)  # what is kept of the old values, unpacked trits say, is stale
+
+
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous tensor's memory: some backends send no int16."""
+    return tensor.view(-1).view(torch.uint8)
+
+
+def sum_over_ranks(counts: list[int], device: torch.device) -> list[int]:
+    """Each count's sum. Every rank must call it, with as many."""
+    if num_ranks() == 1 or not counts:
+        return counts
+    total = torch.tensor(counts, dtype=torch.int64, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
 def used_on_any_rank(used: list[bool], device: torch.device) -> list[bool]:
     """Which of a list of things some rank used. Every rank must call it, with its things in the same order."""
-    if num_ranks() == 1 or not used:
-        return used
-    counts = torch.tensor(used, dtype=torch.int32, device=device)
-    dist.all_reduce(counts)
-    return (counts > 0).tolist()
+    return [count > 0 for count in sum_over_ranks([int(flag) for flag in used], device)]
 
 
-def join_ranks(mine: Tensors | None) -> Tensors | None:
+def join_ranks(mine: Tensors | None, device: torch.device) -> Tensors | None:
     """Tuples of tensors, each joined along its first axis in rank order; ranks differ in length or have None.
 
-    Every rank must call it. None when no rank has anything; what came from other ranks is on the CPU.
+    Every rank must call it. None when no rank has anything.
     """
     if num_ranks() == 1:
         return mine
-    everyone: list[Tensors | None] = [None] * num_ranks()
-    dist.all_gather_object(everyone, None if mine is None else tuple(tensor.cpu() for tensor in mine))
-    given = [tensors for tensors in everyone if tensors is not None]
-    if not given:
-        return None
-    return tuple(torch.cat(column) for column in zip(*given, strict=True))
+    forms: list[list[tuple[torch.Size, torch.dtype]] | None] = [None] * num_ranks()
+    dist.all_gather_object(forms, None if mine is None else [(tensor.shape, tensor.dtype) for tensor in mine])
+    given = []
+    for rank, form in enumerate(forms):
+        if form is not None:
+            new = (torch.empty(shape, dtype=dtype, device=device) for shape, dtype in form)
+            tensors = [tensor.contiguous() for tensor in mine] if rank == this_rank() else list(new)
+            SentState(tensors, rank).wait()
+            given.append(tensors)
+    return tuple(torch.cat(column) for column in zip(*given, strict=True)) if given else None
 
 
 def check_ranks_agree(model: nn.Module, step: int) -> None:
@@ -61,7 +103,7 @@ def check_ranks_agree(model: nn.Module, step: int) -> None:
     if num_ranks() == 1:
         return
     state = sorted(model.state_dict().items())
-    mine = [zlib.crc32(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy()) for _, tensor in state]
+    mine = [zlib.crc32(_bytes_of(tensor.cpu().contiguous()).numpy()) for _, tensor in state]
     everyone: list[list[int]] = [[]] * num_ranks()
     dist.all_gather_object(everyone, mine)
     for rank, sums in enumerate(everyone):

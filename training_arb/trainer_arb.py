@@ -86,7 +86,7 @@ class ArbTrainer(Trainer):
         return self.optimizer
 
     def training_step(self, *args, **kwargs):
-        self.integer_optimizer.last_micro_batch = self.accelerator.sync_gradients
+        self.integer_optimizer.begin_micro_batch(last=self.accelerator.sync_gradients)
         return super().training_step(*args, **kwargs)
 
     def _wrap_model(self, model, training=True, dataloader=None):
