@@ -19,7 +19,7 @@ pretrain: venv
 	$(BIN)/python scripts/pretrain.py --resume_from_checkpoint auto $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: venv
 	$(BIN)/ruff check .
