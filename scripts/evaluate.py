@@ -1,42 +1,139 @@
-"""Bits per byte of a model on text, by a sliding window.
+"""Bits per byte of models on text, by a sliding window; tasks of lm-evaluation-harness.
+
+Any causal language model that transformers loads stands beside ARB's, whatever its tokenizer: what its tokens cost is
+divided by the bytes that they stand for. Each document is scored by itself.
 
 examples:
   python scripts/evaluate.py runs/pretrain/final --data book.txt
   python scripts/evaluate.py runs/pretrain/final --data corpus/ --max_bytes 100000 --ctx 512 --json score.json
+  python scripts/evaluate.py runs/pretrain/final gpt2 --data book.txt --max_bytes 100000
+  python scripts/evaluate.py runs/pretrain/final --dataset wikitext --dataset_config wikitext-2-raw-v1 --split test
+  python scripts/evaluate.py runs/pretrain/final --lm_eval arb_text,arb_python      # after pip install 'arb[eval]'
 """
 
 from __future__ import annotations
 
 import argparse
 
+import torch
+
 from training_arb.atomic_files import write_json
-from training_arb.bits_per_byte import bits_per_byte
-from training_arb.byte_data import collect_files, read_ids
-from training_arb.command_line import HelpFormatter, load_model, run
+from training_arb.command_line import HelpFormatter, run
+from training_arb.device_names import checked_device
+from training_arb.document_readers import TEXT_COLUMN
+from training_arb.eval_documents import as_text, dataset_documents, file_documents, first_bytes
+from training_arb.eval_encoders import STARTS
+from training_arb.eval_harness import harness_scores, own_tasks
+from training_arb.eval_models import DEFAULT_CTX, EvaluatedModel, load_evaluated, score
+from training_arb.text_files import collect_files
+
+COLUMNS = ("bits/byte", "nats/byte", "tokens/byte", "bytes", "seconds")
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("model", help="a checkpoint folder or hub name")
-    parser.add_argument("--data", nargs="+", required=True, help="files, folders, globs")
-    parser.add_argument("--max_bytes", type=int, default=0, help="stop after so many; 0: all")
-    parser.add_argument("--ctx", type=int, default=256, help="bytes per window")
-    parser.add_argument("--stride", type=int, default=0, help="bytes between windows; 0: half a window")
-    parser.add_argument("--batch", type=int, default=16, help="windows at a time")
-    parser.add_argument("--json", metavar="OUT", help="write the scores here")
+    add = parser.add_argument
+    add("model", nargs="+", help="checkpoint folders or hub names")
+    add("--data", nargs="+", help="files, folders, globs")
+    add("--dataset", help="hub name of a dataset, or a folder of one")
+    add("--dataset_config", help="which of the dataset's configurations")
+    add("--split", default="test", help="which part of the dataset")
+    add("--text_column", default=TEXT_COLUMN, help="where jsonl, parquet and datasets keep the text")
+    add("--max_bytes", type=int, default=0, help="stop after so many; 0: all")
+    add("--ctx", type=int, default=0, help=f"ids per window; 0: {DEFAULT_CTX}, or all positions of a smaller model")
+    add("--stride", type=int, default=0, help="ids between windows; 0: half a window")
+    add("--batch", type=int, default=16, help="windows at a time")
+    start = "before a document; auto: BOS where a tokenizer has one; for ARB EOS where there are several documents"
+    add("--start", choices=STARTS, default="auto", help=start)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
+    add("--trust_remote_code", action="store_true", help="run the code that another's checkpoint brings")
+    add("--lm_eval", metavar="TASK[,TASK]", help=f"run tasks of lm-eval; ARB's own: {', '.join(own_tasks())}")
+    add("--json", metavar="OUT", help="write the scores here")
     args = parser.parse_args()
     if args.max_bytes < 0 or args.batch < 1:
         raise ValueError(f"max_bytes={args.max_bytes}, batch={args.batch}: need max_bytes >= 0 and batch >= 1")
-    ids = read_ids(collect_files(args.data))[:-1]  # the end of the last document is nothing to score
-    if not len(ids):
-        raise ValueError(f"data={' '.join(args.data)!r} is empty: 0 bytes")
-    ids = ids[: args.max_bytes] if args.max_bytes else ids
-    scores = bits_per_byte(
-        load_model(args.model), ids, args.ctx, args.stride or args.ctx // 2, args.batch, progress=True
-    )
-    print(f"{scores['bits_per_byte']:.4f} bits per byte, {scores['nats_per_byte']:.4f} nats, {scores['bytes']:,} bytes")
+    if args.ctx < 0 or args.stride < 0:
+        raise ValueError(f"ctx={args.ctx}, stride={args.stride} must not be negative")
+    if args.data and args.dataset:
+        raise ValueError(f"data={' '.join(args.data)!r} and dataset={args.dataset!r}: give one of them")
+    if not (args.data or args.dataset or args.lm_eval):
+        raise ValueError("data=None: --data, --dataset or --lm_eval says what to evaluate on")
+    return args
+
+
+def read_documents(args: argparse.Namespace) -> list[bytes]:
+    """What --data or --dataset names; none where only tasks are asked for."""
+    if args.dataset:
+        found = dataset_documents(args.dataset, args.dataset_config, args.split, args.text_column)
+    else:
+        found = file_documents(collect_files(args.data), args.text_column) if args.data else []
+    documents = first_bytes(found, args.max_bytes)
+    if not documents and (args.data or args.dataset):
+        named = f"dataset={args.dataset!r}" if args.dataset else f"data={' '.join(args.data)!r}"
+        raise ValueError(f"{named} is empty: 0 bytes")
+    return documents
+
+
+def scores_of(evaluated: EvaluatedModel, documents: list[bytes], args: argparse.Namespace) -> dict:
+    """A model's row of the table, and the results of its tasks."""
+    row = {"model": evaluated.name}
+    if documents:
+        row |= score(evaluated, documents, args.ctx, args.stride, args.batch, args.start, progress=True)
+    if args.lm_eval:
+        row["lm_eval"] = harness_scores(
+            evaluated.name,
+            evaluated.tokenizer,
+            args.lm_eval.split(","),
+            device=args.device,
+            batch_size=args.batch,
+            max_length=evaluated.ctx(args.ctx) - 1,
+            prefix_token_id=evaluated.lm_eval_prefix(args.start),
+            trust_remote_code=args.trust_remote_code,
+        )
+    return row
+
+
+def table(rows: list[dict]) -> str:
+    """Bits per byte, a line for each model."""
+    width = max(len(row["model"]) for row in rows)
+    lines = [" " * width + "".join(f"{name:>14}" for name in COLUMNS)]
+    for row in rows:
+        rates = "".join(f"{row[key]:>14.4f}" for key in ("bits_per_byte", "nats_per_byte", "tokens_per_byte"))
+        lines.append(f"{row['model']:<{width}}{rates}{row['bytes']:>14,}{row['seconds']:>14.1f}")
+    return "\n".join(lines)
+
+
+def task_lines(rows: list[dict]) -> list[str]:
+    """Every metric of every task, a line for each."""
+    found = [(row["model"], *task) for row in rows for task in row.get("lm_eval", {}).items()]
+    return [f"{model}  {task}  {metric} {value:.4f}" for model, task, row in found for metric, value in row.items()]
+
+
+def main() -> None:
+    args = parse()
+    device = checked_device(args.device)
+    documents = read_documents(args)
+    models = [load_evaluated(name, device, args.trust_remote_code) for name in args.model]
+    for evaluated in models:
+        evaluated.ctx(args.ctx)
+    replaced = 0
+    if not all(evaluated.encoder.reads_any_bytes for evaluated in models):
+        documents, replaced = as_text(documents)
+    if replaced:
+        print(f"{replaced} of {len(documents)} documents are no UTF-8: U+FFFD stands for what is not, for every model")
+    rows = [scores_of(evaluated, documents, args) for evaluated in models]
+    if documents:
+        print(table(rows))
+    for row in rows:
+        if row.get("changed_documents"):
+            changed = f"{row['changed_documents']} of {row['documents']} documents"
+            print(
+                f"{row['model']}: {changed} do not come back from its tokenizer as they were: this score is of others"
+            )
+    for line in task_lines(rows):
+        print(line)
     if args.json:
-        write_json(args.json, scores)
+        write_json(args.json, {**rows[0], "replaced_documents": replaced, "models": rows})
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from modeling_arb import ArbForCausalLM
 from training_arb.atomic_files import write_json
 from training_arb.command_line import HelpFormatter, run
 from training_arb.cpu_allocator import keep_freed_memory
+from training_arb.device_names import checked_device
 from training_arb.integer_optimizer import IntegerOptimizer
 from training_arb.live_memory import live_memory_mb, peak_device_mb
 from training_arb.measurement import describe_environment
@@ -109,18 +110,6 @@ def main() -> None:
     if args.json:
         write_json(args.json, result)
     print(json.dumps(result), flush=True)
-
-
-def checked_device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"device={name!r} must be cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device={name!r} must be cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device={name!r}: torch sees {torch.cuda.device_count()} such devices")
-    return device
 
 
 def timed_step(model: ArbForCausalLM, optimizer: IntegerOptimizer | None, block: torch.Tensor) -> tuple[float, float]:
