@@ -1,42 +1,74 @@
-"""Export a checkpoint as a self-contained folder: weights, config, code, tokenizer, model card.
+"""Export a checkpoint as a self-contained folder, on this machine or on the Hugging Face hub.
 
-The folder loads with AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True) where this repo is not
-installed. Training state is left out unless asked for.
+Weights, config, generation config, code, tokenizer, licence and a model card filled from the run's record and an audit
+of the files. It loads with AutoModelForCausalLM.from_pretrained(NAME, trust_remote_code=True) where this repo is not
+installed. Training state is left out unless asked for. A push is one commit, by the token of `hf auth login` or of
+HF_TOKEN.
 
 examples:
-  python scripts/export_hub.py runs/pretrain/checkpoint-1200 runs/export
+  python scripts/export_hub.py runs/pretrain/final runs/export
   python scripts/export_hub.py runs/pretrain/checkpoint-1200 runs/resumable --training_state
+  python scripts/export_hub.py runs/pretrain/final --push USER/NAME --private
+  python scripts/export_hub.py runs/pretrain/best --push USER/NAME --branch best --max_shard_size 500MB
+  python scripts/export_hub.py USER/NAME runs/copy --revision COMMIT
 """
 
 from __future__ import annotations
 
 import argparse
-import shutil
+import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
-from tokenization_arb import ArbTokenizer
 from training_arb.atomic_files import new_folder
 from training_arb.command_line import HelpFormatter, load_model, run
+from training_arb.hub_export import SHARD_SIZE, export_model
+from training_arb.hub_push import check_target, push_folder
+from training_arb.run_facts import facts_of
 
-MODEL_CARD = Path(__file__).resolve().parent / "model_card.md"
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument("model", help="a checkpoint folder or hub name")
+    parser.add_argument("output", nargs="?", help="the folder to write; must not exist; may be left out with --push")
+    parser.add_argument("--push", metavar="USER/NAME", help="also commit the export to this repository of the hub")
+    parser.add_argument("--private", action="store_true", help="of --push: make a new repository private")
+    parser.add_argument("--branch", help="of --push: the branch to commit to, made where it is missing")
+    parser.add_argument("--revision", help="of a model on the hub: branch, tag or commit")
+    parser.add_argument(
+        "--max_shard_size", default=SHARD_SIZE, help="split the weights into files of at most this size"
+    )
+    parser.add_argument("--training_state", action="store_true", help="keep the update rule's accumulators")
+    args = parser.parse_args()
+    if args.output is None and args.push is None:
+        raise ValueError("output: name a folder to write, or a repository with --push")
+    if args.output is not None and Path(args.output).exists():
+        raise ValueError(f"output={args.output!r} exists already")
+    if args.push is None and (args.private or args.branch):
+        raise ValueError(f"{'private' if args.private else 'branch'} goes with --push only")
+    return args
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("model", help="a checkpoint folder or hub name")
-    parser.add_argument("output", help="the folder to write; must not exist")
-    parser.add_argument("--training_state", action="store_true", help="keep the update rule's accumulators")
-    args = parser.parse_args()
-    if Path(args.output).exists():
-        raise ValueError(f"output={args.output!r} exists already")
-    model = load_model(args.model)
-    with new_folder(args.output) as folder:
-        model.save_pretrained(folder, training_state=args.training_state)
-        ArbTokenizer().save_pretrained(folder)
-        shutil.copyfile(MODEL_CARD, folder / "README.md")
-    size = sum(path.stat().st_size for path in Path(args.output).glob("*.safetensors"))
-    per_weight = size / model.num_parameters()
-    print(f"{args.output}: {model.num_parameters():,} weights in {size:,} bytes, {per_weight:.4f} bytes a weight")
+    args = parse_arguments()
+    if args.push:
+        check_target(args.push)
+    model = load_model(args.model, args.revision)
+    facts = facts_of(Path(args.model), model)
+    with ExitStack() as stack:
+        if args.output is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        else:  # a push that fails leaves nothing here either
+            folder = stack.enter_context(new_folder(args.output))
+        audit = export_model(model, folder, facts, args.push, args.training_state, args.max_shard_size)
+        size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        if args.push:
+            message = f"Export {audit.logical_weights:,} ternary weights"
+            commit = push_folder(folder, args.push, message, private=args.private or None, branch=args.branch)
+    weights = audit.logical_weights
+    print(f"{args.output or args.push}: {weights:,} weights in {size:,} bytes, {size / weights:.4f} bytes a weight")
+    if args.push:
+        print(f"pushed to {commit.repo_url}, commit {commit.oid}; from_pretrained(..., revision=) pins it")
 
 
 if __name__ == "__main__":

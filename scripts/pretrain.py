@@ -11,7 +11,12 @@ examples:
   python scripts/pretrain.py --dataset roneneldan/TinyStories --max_steps 5000 --output_dir runs/stories
   python scripts/pretrain.py --output_dir runs/mine --data corpus/ --resume_from_checkpoint latest
   python scripts/pretrain.py --blocks '{"codebook": {"size": 512, "dim": 64}, "moe_graph": {"num_experts": 4}}'
+  python scripts/pretrain.py --init_from runs/mine/final --data notes/ --learning_rate 0.01 --output_dir runs/tuned
+  python scripts/pretrain.py --init_from USER/NAME --revision COMMIT --data notes/ --output_dir runs/tuned
+  python scripts/pretrain.py --output_dir runs/mine --push_to_hub true --hub_model_id USER/NAME
   accelerate launch scripts/pretrain.py --preset arb-14m --bf16 true --max_steps 20000
+
+All but 0 come with one line that says what happened; ARB_TRACEBACK=1 shows where.
 """
 
 from __future__ import annotations
@@ -48,8 +53,10 @@ from training_arb.cpu_allocator import keep_freed_memory
 from training_arb.mixed_stream import MixedStream, configure_reading
 from training_arb.rank_exchange import lone_process_warning
 from training_arb.run_report import write_report
-from training_arb.state_audit import audit_model, state_hash, zero_share
+from training_arb.starting_point import describe_start, start_from
+from training_arb.state_audit import audit_model, inference_hash, state_hash, zero_share
 from training_arb.trainer_arb import ArbTrainer
+from training_arb.run_facts import shown_command
 from training_arb.training_args_arb import ArbTrainingArguments
 from training_arb.training_plots import plot_training
 
@@ -58,9 +65,20 @@ SHORTEST_CTX = 8
 
 @dataclass
 class PretrainArguments:
+DEFAULT_PRESET = "arb-small"
     """The model and its data."""
 
-    preset: str = field(default="arb-small", metadata={"help": f"Shape: {', '.join(PRESETS)}."})
+    preset: str | None = field(
+        default=None, metadata={"help": f"Shape: {', '.join(PRESETS)}. Default: {DEFAULT_PRESET}, or --init_from's."}
+    )
+    init_from: str | None = field(
+        default=None,
+        metadata={
+            "help": "Finetune: start from the weights and the shape of a checkpoint, a folder or a hub name;"
+            " residual and momentum start at zero."
+        },
+    )
+    revision: str | None = field(default=None, metadata={"help": "Of --init_from on the hub: branch, tag or commit."})
     data: list[str] | None = field(
         default=None,
         metadata={
@@ -77,10 +95,19 @@ class PretrainArguments:
     blocks: str = field(
         default="{}", metadata={"help": "Config fields over the preset's, as JSON; null switches a block off."}
     )
-    update_rule: str = field(default="momentum", metadata={"help": "momentum, flip or correlation."})
-    group_size: int = field(default=0, metadata={"help": "Weights per scale exponent; 0: the whole row."})
-    momentum_bits: int = field(default=4, metadata={"help": "Bits of residual and of momentum: 4 or 8."})
-    compute: str = field(default="auto", metadata={"help": "Matmuls: int8, float, or auto (int8 where it can)."})
+    update_rule: str | None = field(
+        default=None, metadata={"help": "momentum, flip or correlation. Default: momentum, or --init_from's."}
+    )
+    group_size: int | None = field(
+        default=None, metadata={"help": "Weights per scale exponent; 0: the whole row. Default: 0, or --init_from's."}
+    )
+    momentum_bits: int | None = field(
+        default=None, metadata={"help": "Bits of residual and of momentum: 4 or 8. Default: 4, or --init_from's."}
+    )
+    compute: str | None = field(
+        default=None,
+        metadata={"help": "Matmuls: int8, float, or auto (int8 where it can). Default: auto, or --init_from's."},
+    )
     eval_blocks: int = field(default=64, metadata={"help": "Held-out blocks in evaluations during training."})
     eval_bytes: int = field(default=200_000, metadata={"help": "Held-out bytes in the final evaluation."})
     prompt: str = field(default="def ", metadata={"help": "What the final sample continues."})
@@ -89,6 +116,11 @@ class PretrainArguments:
 def resolve_resume(args: ArbTrainingArguments) -> str | None:
     """The checkpoint to continue: `latest` and `best` must exist, `auto` may; None starts afresh in a folder without
     runs. A damaged newest checkpoint gives way to the one before it, with a warning."""
+    @property
+    def beginning(self) -> str:
+        """What the run begins with, for titles."""
+        return self.preset or self.init_from
+
     output_dir, wanted = Path(args.output_dir), args.resume_from_checkpoint
     if wanted is None or wanted == "auto":
         if (output_dir / "final").exists() or (wanted is None and numbered_checkpoints(output_dir)):
@@ -131,6 +163,26 @@ def sample(model: ArbForCausalLM, tokenizer: ArbTokenizer, prompt: str, length: 
     """A seeded sample that continues `prompt`."""
     set_seed(0)
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+def first_model(arguments: PretrainArguments, resume: str | None) -> tuple[ArbForCausalLM, dict | None]:
+    """The model to train and, with --init_from, where its weights come from. Notes its settings in `arguments`."""
+    options = ("update_rule", "group_size", "momentum_bits", "compute")
+    fields = {name: value for name in options if (value := getattr(arguments, name)) is not None}
+    fields |= parse_blocks(arguments.blocks)
+    if arguments.init_from is not None:
+        model, origin = start_from(
+            arguments.init_from, arguments.revision, arguments.preset, fields, arguments.ctx, resume
+        )
+    elif arguments.revision is not None:
+        raise ValueError(f"revision={arguments.revision!r} goes with --init_from only")
+    else:
+        arguments.preset = arguments.preset or DEFAULT_PRESET
+        fields = {"max_position_embeddings": max(arguments.ctx, 4096), **fields}
+        model, origin = ArbForCausalLM(preset_config(arguments.preset, **fields)), None
+    for name in options:
+        setattr(arguments, name, getattr(model.config, name))
+    return model, origin
+
+
     ids = model.generate(**inputs, max_new_tokens=length, do_sample=True, top_p=0.9)
     return tokenizer.decode(ids[0])
 
@@ -149,14 +201,8 @@ def main() -> int:
     keep_freed_memory()
     resume = resolve_resume(args)
     set_seed(args.seed)
-    config = preset_config(
-        arguments.preset,
-        update_rule=arguments.update_rule,
-        group_size=arguments.group_size,
-        momentum_bits=arguments.momentum_bits,
-        compute=arguments.compute,
-        **{"max_position_embeddings": max(arguments.ctx, 4096), **parse_blocks(arguments.blocks)},
-    )
+    model, origin = first_model(arguments, resume)
+    config = model.config
     train, held_out, source, size = open_corpus(
         arguments.data,
         arguments.dataset,
@@ -167,29 +213,33 @@ def main() -> int:
     )
     if isinstance(train, MixedStream):
         configure_reading(args)
-    model = ArbForCausalLM(config)
     if args.should_log and (warning := lone_process_warning(os.environ)):
         print(f"warning: {warning}", file=sys.stderr)
     if args.should_log:
         audit = audit_model(model)
         step_bytes = args.train_batch_size * args.gradient_accumulation_steps * args.world_size * arguments.ctx
-        print(f"model     {arguments.preset}: {audit.logical_weights:,} ternary weights, rule {config.update_rule}")
+        print(f"model     {arguments.beginning}: {audit.logical_weights:,} ternary weights, rule {config.update_rule}")
         print(f"state     {audit.state_bytes:,} bytes, {audit.state_bytes / audit.logical_weights:.3f} a weight")
         print(f"compute   {config.compute}, {describe_backend(args.device)}")
         print(f"data      {source}: {size}, and {len(held_out):,} held out")
-        print(f"training  steps {args.max_steps} of {step_bytes:,} bytes on {args.device}, from {resume or 'scratch'}")
+        start = resume or arguments.init_from or "scratch"
+        print(f"training  steps {args.max_steps} of {step_bytes:,} bytes on {args.device}, from {start}")
     trainer = ArbTrainer(
+        if origin:
+            print(f"start     {describe_start(origin, config)}")
         model,
         args,
-        run_description={"data": source, "ctx": arguments.ctx, "streamed": isinstance(train, MixedStream)},
+        run_description={
+            "data": source,
+            "ctx": arguments.ctx,
+            "streamed": isinstance(train, MixedStream),
+            "init_from": origin,
+        },
         train_dataset=train,
         eval_dataset=ByteBlocks(held_out, arguments.ctx, arguments.eval_blocks),
         data_collator=collate_blocks,
     )
-    try:
-        trainer.train(resume_from_checkpoint=resume)
-    except FloatingPointError as error:
-        raise ValueError(error) from error
+    trainer.train(resume_from_checkpoint=resume)
     if trainer.interruption.signum:
         return stop_early(trainer)
     if trainer.is_world_process_zero():
@@ -218,7 +268,7 @@ def finish(trainer: ArbTrainer, arguments: PretrainArguments, held_out, source: 
     )
     text = sample(model, tokenizer, arguments.prompt)
     audit = audit_model(model, trainer.integer_optimizer)
-    plot_training(trainer.state.log_history, output_dir / "loss.png", f"{arguments.preset} on {source}")
+    plot_training(trainer.state.log_history, output_dir / "loss.png", f"{arguments.beginning} on {source}")
     write_json(
         output_dir / "report.json",
         {
@@ -229,11 +279,15 @@ def finish(trainer: ArbTrainer, arguments: PretrainArguments, held_out, source: 
             "ctx": arguments.ctx,
             "seconds": round(time.time() - started, 1),
             "state_sha256": state_hash(model),
+            "init_from": trainer.run_description["init_from"],
+            "command": shown_command(sys.argv),
             "zero_share": zero_share(model),
             "audit": {key: value for key, value in audit.to_dict().items() if key != "tensors"},
+            "trained_bytes": trainer.state.global_step * trainer.step_blocks * arguments.ctx,
             "sample": text,
             "torch": torch.__version__,
             "settings": {
+            "weights_sha256": inference_hash(model),
                 **vars(arguments),
                 **{name: getattr(trainer.args, name) for name in ArbTrainingArguments.__annotations__},
             },
@@ -253,3 +307,10 @@ def finish(trainer: ArbTrainer, arguments: PretrainArguments, held_out, source: 
 
 if __name__ == "__main__":
     run(main)
+    if trainer.args.push_to_hub:
+        try:
+            commit = trainer.push_to_hub()
+        except ValueError as error:
+            how = f"scripts/export_hub.py {output_dir}/final --push {trainer.hub_model_id}"
+            raise ValueError(f"{error}; the run is whole, {how} pushes it") from error
+        print(f"pushed      {commit.repo_url}, commit {commit.oid}")

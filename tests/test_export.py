@@ -12,7 +12,7 @@ from configuration_arb import preset_config
 from modeling_arb import ArbForCausalLM
 from modeling_arb.remote_code import bundled_modules, flattened_source
 
-FRESH_PROCESS = """
+NO_REPO = """
 import sys
 sys.meta_path = [finder for finder in sys.meta_path if "__editable__" not in repr(finder)]
 sys.path = [path for path in sys.path if "__editable__" not in path]
@@ -22,6 +22,8 @@ for name in ("arb_kernels", "configuration_arb", "modeling_arb", "tokenization_a
     except ImportError:
         continue
     raise SystemExit(f"{name} can be imported: this proves nothing")
+"""
+FRESH_PROCESS = f"""{NO_REPO}
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
 folder, again, logits = sys.argv[1:]
@@ -45,8 +47,9 @@ print("LOADED")
 """
 
 
-def fresh_process(tmp_path, code, *arguments):
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+def fresh_process(tmp_path, code, *arguments, **variables):
+    threads = str(torch.get_num_threads())
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": threads, **variables}
     command = [sys.executable, "-I", "-c", code, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=240)
 

@@ -6,9 +6,11 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 from modeling_arb import ArbForCausalLM
+
+from .checkpoint_source import find_checkpoint
+
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -30,11 +32,6 @@ def run(main: Callable[[], int | None]) -> None:
         sys.exit(1 if isinstance(error, FloatingPointError) else 2)
 
 
-def load_model(name: str) -> ArbForCausalLM:
+def load_model(name: str, revision: str | None = None) -> ArbForCausalLM:
     """An ArbForCausalLM in evaluation mode, from a folder or a hub name. Raises ValueError when there is none."""
-    folder = Path(name)
-    if not folder.is_dir() and (folder.is_absolute() or name.count("/") != 1 or name.startswith(".")):
-        raise ValueError(f"model={name!r}: no such folder")
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ValueError(f"model={name!r}: no config.json there")
-    return ArbForCausalLM.from_pretrained(name).eval()
+    return ArbForCausalLM.from_pretrained(find_checkpoint(name, revision).folder).eval()

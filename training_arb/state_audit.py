@@ -180,7 +180,22 @@ def audit_folder(folder: str | Path) -> StateAudit:
 def state_hash(model: nn.Module) -> str:
     """sha256 over every tensor of the state dict, names included: equal hashes mean equal state bit for bit."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    return _hash_tensors(model.state_dict())
+
+
+def inference_hash(model: ArbForCausalLM) -> str:
+    """As `state_hash`, over what inference needs alone: the same whether or not there is training state."""
+    kept = {
+        f"{name}.{key}"
+        for name, module in model.integer_states().items()
+        for key, spec in module.layout().items()
+        if spec.inference
+    }
+    return _hash_tensors({name: tensor for name, tensor in model.state_dict().items() if name in kept})
+
+
+def _hash_tensors(tensors: dict[str, torch.Tensor]) -> str:
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.cpu().numpy().tobytes())
     return digest.hexdigest()

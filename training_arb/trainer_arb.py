@@ -12,7 +12,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from torch import nn
 from torch.optim import Optimizer
-from transformers import Trainer, TrainerState
+from transformers import TrainerState
 from transformers.trainer_utils import SaveStrategy, TrainOutput
 
 from modeling_arb import ArbForCausalLM
@@ -30,6 +30,7 @@ from .checkpoint_files import (
 )
 from .divergence import DivergenceStop
 from .integer_optimizer import IntegerOptimizer
+from .hub_trainer import HubTrainer
 from .interruption import Interruption
 from .mixed_stream import MixedStream
 from .rank_exchange import used_on_any_rank
@@ -42,7 +43,7 @@ INCIDENTAL_FIELDS = ("transformers_version", "auto_map", "use_cache", "architect
 logger = logging.getLogger(__name__)
 
 
-class ArbTrainer(Trainer):
+class ArbTrainer(HubTrainer):
     """Trains an ArbForCausalLM's integer state. Everything not named here is the stock Trainer's.
 
     run_description: what a resumed run must have in common with the one it continues (data, block length, ...).
@@ -178,6 +179,7 @@ class ArbTrainer(Trainer):
         except (OSError, SafetensorError, RuntimeError) as caught:
             if not out_of_space(caught):
                 raise
+                self.push_checkpoint(self.state.global_step)
             error = caught
             free = shutil.disk_usage(target.parent).free
             logger.warning(
@@ -217,8 +219,7 @@ class ArbTrainer(Trainer):
 
     def _blocks_since_resume(self) -> int:
         """Of all ranks; what was read ahead does not count."""
-        a_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return (self.state.global_step - self._initial_global_step) * a_step
+        return (self.state.global_step - self._initial_global_step) * self.step_blocks
 
     def _finalize_training(self, *args, **kwargs):
         """With save_total_limit=1 the Trainer deletes the latest checkpoint for the best one: both are wanted here."""
@@ -227,6 +228,11 @@ class ArbTrainer(Trainer):
             return super()._finalize_training(*args, **kwargs)
         finally:
             self.args.save_total_limit = limit
+    @property
+    def step_blocks(self) -> int:
+        """Blocks that all ranks together train on in one step."""
+        return self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load integer state exactly. Raises ValueError when the checkpoint is damaged or belongs to another run."""
