@@ -35,9 +35,7 @@ class PreallocatedLayer(DynamicLayer):
             self.lazy_initialization(key_states, value_states)
         start, self.filled = self.filled, self.filled + key_states.shape[2]
         if self.filled > self.max_cache_len:
-            raise ValueError(
-                f"max_cache_len={self.max_cache_len}: the static cache cannot hold {self.filled} positions"
-            )
+            raise ValueError(f"max_cache_len={self.max_cache_len}: {self.filled} positions do not fit the static cache")
         self.keys[:, :, start : self.filled] = key_states
         self.values[:, :, start : self.filled] = value_states
         return self.keys[:, :, : self.filled], self.values[:, :, : self.filled]

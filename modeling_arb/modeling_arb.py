@@ -201,6 +201,8 @@ class ArbModel(ArbPreTrainedModel):
     ) -> ArbModelOutput:
         """input_ids (B, T), attention_mask (B, P + T) with P cached positions. hidden_states, where asked for: what
         each block reads, and the last hidden state."""
+        if input_ids is None:
+            raise ValueError("input_ids=None: a byte is read with those before it, so inputs_embeds cannot replace ids")
         cache = self._cache(past_key_values, use_cache)
         is_byte = _unmasked(attention_mask, input_ids)  # (B, T) or None
         input_ids = input_ids if is_byte is None else input_ids.masked_fill(~is_byte, self.config.pad_token_id)

@@ -1,76 +1,126 @@
 """Continue a prompt, or chat.
 
+Ends with two lines on standard error: tokens a second, and the cache's bytes a token against plain multi-head keys and
+values of the same width. In a chat, /reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C ends a reply; what
+is typed is never read as special tokens.
+
 examples:
   python scripts/generate.py runs/pretrain/final --prompt 'import os'
   python scripts/generate.py runs/pretrain/final --prompt 'class ' --max_new_tokens 400 --temperature 0.6 --stream
-  python scripts/generate.py runs/chat/final --chat
+  head -c 300 setup.py | python scripts/generate.py runs/pretrain/final --prompt - --num_beams 4 --temperature 0
+  python scripts/generate.py runs/pretrain/final --prompt 'def f(' --stop $'\\n\\n' --repetition_penalty 1.1 --quiet
+  python scripts/generate.py runs/chat/final --chat --system 'Be brief.'
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
-from transformers import TextStreamer, set_seed
+from transformers import set_seed
+from transformers.utils import logging
 
-from modeling_arb import ArbForCausalLM
 from tokenization_arb import ArbTokenizer
 from training_arb.command_line import HelpFormatter, load_model, run
+from training_arb.terminal_chat import TURN_ENDS, Conversation, TerminalStreamer, talk, without_controls
+from training_arb.text_generation import TextGenerator
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("model", help="a checkpoint folder or hub name")
-    parser.add_argument("--prompt", default="", help="text to continue")
-    parser.add_argument("--max_new_tokens", type=int, default=200, help="bytes to generate at most")
-    parser.add_argument("--temperature", type=float, default=0.7, help="0: the likeliest byte every time")
-    parser.add_argument("--top_k", type=int, default=0, help="sample from so many likeliest bytes; 0: from all")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling")
-    parser.add_argument("--chat", action="store_true", help="talk turn by turn; an empty line ends it")
-    parser.add_argument("--stream", action="store_true", help="show bytes as they come")
+    add = parser.add_argument
+    add("model", help="a checkpoint folder or hub name")
+    add("--prompt", default="", help="text to continue; -: all of standard input")
+    add("--chat", action="store_true", help="talk turn by turn; replies are streamed")
+    add("--system", help="what a chat starts from")
+    add("--max_new_tokens", type=int, default=200, help="bytes to generate at most")
+    add("--temperature", type=float, default=0.7, help="0: the likeliest byte every time")
+    add("--top_k", type=int, default=0, help="sample from so many likeliest bytes; 0: from all")
+    add("--top_p", type=float, default=1.0, help="sample from the likeliest bytes that make up this probability")
+    add("--num_beams", type=int, default=1, help="search with so many beams")
+    add("--repetition_penalty", type=float, default=1.0, help="above 1: bytes that occurred become less likely")
+    add("--stop", nargs="+", metavar="STRING", help="end after any of these")
+    add("--seed", type=int, default=0, help="of the sampling")
+    add("--stream", action="store_true", help="show characters as they come")
+    add("--no_cache", action="store_true", help="read the whole text again for every byte")
+    add("--quiet", action="store_true", help="nothing on standard error")
     args = parser.parse_args()
-    if args.max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={args.max_new_tokens} must be at least 1")
-    if args.temperature < 0:
-        raise ValueError(f"temperature={args.temperature} must not be negative")
-    if args.top_k < 0:
-        raise ValueError(f"top_k={args.top_k} must not be negative")
+    check(args)
     return args
 
 
-def reply(model: ArbForCausalLM, tokenizer: ArbTokenizer, text: str, args: argparse.Namespace) -> str:
-    """The text that the model adds to `text`; streamed to the terminal as it comes when asked for."""
-    inputs = tokenizer(text or tokenizer.eos_token, return_tensors="pt").to(model.device)
-    sampling = {"do_sample": True, "temperature": args.temperature, "top_k": args.top_k} if args.temperature else {}
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if args.stream or args.chat else None
-    ids = model.generate(**inputs, max_new_tokens=args.max_new_tokens, streamer=streamer, **sampling)
-    return tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+def check(args: argparse.Namespace) -> None:
+    """Raises ValueError naming the option that is out of range, or of no use beside another."""
+    for field in ("max_new_tokens", "num_beams"):
+        if getattr(args, field) < 1:
+            raise ValueError(f"{field}={getattr(args, field)} must be at least 1")
+    for field in ("temperature", "top_k"):
+        if not getattr(args, field) >= 0:
+            raise ValueError(f"{field}={getattr(args, field)} must not be negative")
+    if not 0 < args.top_p <= 1:
+        raise ValueError(f"top_p={args.top_p} must be above 0 and at most 1")
+    if not args.repetition_penalty > 0:
+        raise ValueError(f"repetition_penalty={args.repetition_penalty} must be positive")
+    if args.stop and "" in args.stop:
+        raise ValueError("stop='' would end every text before it begins")
+    if args.stream and args.num_beams > 1:
+        raise ValueError(f"num_beams={args.num_beams}: what a beam says may still change, so it cannot be streamed")
+    if args.chat and args.prompt:
+        raise ValueError(f"prompt={args.prompt!r} has no meaning in a chat; its start is --system")
+    if args.system is not None and not args.chat:
+        raise ValueError(f"system={args.system!r} is for --chat")
 
 
-def chat(model: ArbForCausalLM, tokenizer: ArbTokenizer, args: argparse.Namespace) -> None:
-    """Read a turn from standard input, answer it, until an empty line or the end of input."""
-    messages: list[dict[str, str]] = []
-    while True:
-        print("> ", end="", flush=True)
-        turn = sys.stdin.readline().strip()
-        if not turn:
-            return
-        messages.append({"role": "user", "content": turn})
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        messages.append({"role": "assistant", "content": reply(model, tokenizer, text, args)})
+def options(args: argparse.Namespace, tokenizer: ArbTokenizer) -> dict:
+    """What `generate` is told."""
+    told = {name: getattr(args, name) for name in ("max_new_tokens", "num_beams", "repetition_penalty")}
+    told |= {"use_cache": not args.no_cache, "do_sample": args.temperature > 0}
+    if args.temperature > 0:
+        told |= {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p}
+    if args.stop:
+        told |= {"stop_strings": args.stop, "tokenizer": tokenizer}
+    if args.chat:
+        told["eos_token_id"] = TURN_ENDS
+    return told
+
+
+def complete(generator: TextGenerator, tokenizer: ArbTokenizer, data: bytes, stream: bool) -> None:
+    """Print the bytes and what the model adds to them."""
+    spell_controls = sys.stdout.isatty()
+    ids = tokenizer.encode_bytes(data) or [tokenizer.eos_token_id]
+    streamer = TerminalStreamer(tokenizer, skip_prompt=False, spell_controls=spell_controls) if stream else None
+    new = generator(ids, streamer)
+    if not stream:
+        text = tokenizer.decode_bytes([*ids, *new]).decode("utf-8", errors="replace")
+        print(without_controls(text) if spell_controls else text)
+
+
+def chat(generator: TextGenerator, tokenizer: ArbTokenizer, args: argparse.Namespace) -> None:
+    if sys.stdin.isatty():
+        import readline  # noqa: F401  line editing and history for input()
+    streamer = TerminalStreamer(tokenizer, spell_controls=sys.stdout.isatty()) if args.num_beams == 1 else None
+    talk(Conversation(generator, tokenizer, args.system), streamer)
 
 
 def main() -> None:
     args = parse()
-    model, tokenizer = load_model(args.model), ArbTokenizer()
+    if args.quiet:
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors=errors)
+    data = sys.stdin.buffer.read() if args.prompt == "-" else os.fsencode(args.prompt)
+    tokenizer = ArbTokenizer()
+    generator = TextGenerator(load_model(args.model), **options(args, tokenizer))
     set_seed(args.seed)
     if args.chat:
-        chat(model, tokenizer, args)
-    elif args.stream:
-        print(args.prompt, end="", flush=True)
-        reply(model, tokenizer, args.prompt, args)
+        chat(generator, tokenizer, args)
     else:
-        print(args.prompt + reply(model, tokenizer, args.prompt, args))
+        complete(generator, tokenizer, data, args.stream)
+    if not args.quiet:
+        print(generator.summary(), file=sys.stderr)
 
 
 if __name__ == "__main__":
