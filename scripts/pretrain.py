@@ -15,7 +15,10 @@ examples:
   python scripts/pretrain.py --init_from USER/NAME --revision COMMIT --data notes/ --output_dir runs/tuned
   python scripts/pretrain.py --output_dir runs/mine --push_to_hub true --hub_model_id USER/NAME
   accelerate launch scripts/pretrain.py --preset arb-14m --bf16 true --max_steps 20000
+  torchrun --nproc_per_node 2 --max_restarts 9 scripts/pretrain.py --use_cpu true --resume_from_checkpoint auto
 
+Exit codes: 0 done; 1 the loss or a gradient exploded or was not finite; 2 an option, the data, a checkpoint or the disk
+is at fault; 75 another rank was lost or did not answer for --ddp_timeout seconds; 130, 143 stopped by Ctrl-C, SIGTERM.
 All but 0 come with one line that says what happened; ARB_TRACEBACK=1 shows where.
 """
 
@@ -52,20 +55,21 @@ from training_arb.command_line import HelpFormatter, run
 from training_arb.cpu_allocator import keep_freed_memory
 from training_arb.mixed_stream import MixedStream, configure_reading
 from training_arb.rank_exchange import lone_process_warning
+from training_arb.rank_loss import naming_lost_ranks
+from training_arb.run_facts import shown_command
 from training_arb.run_report import write_report
 from training_arb.starting_point import describe_start, start_from
 from training_arb.state_audit import audit_model, inference_hash, state_hash, zero_share
 from training_arb.trainer_arb import ArbTrainer
-from training_arb.run_facts import shown_command
 from training_arb.training_args_arb import ArbTrainingArguments
 from training_arb.training_plots import plot_training
 
 SHORTEST_CTX = 8
+DEFAULT_PRESET = "arb-small"
 
 
 @dataclass
 class PretrainArguments:
-DEFAULT_PRESET = "arb-small"
     """The model and its data."""
 
     preset: str | None = field(
@@ -112,15 +116,15 @@ DEFAULT_PRESET = "arb-small"
     eval_bytes: int = field(default=200_000, metadata={"help": "Held-out bytes in the final evaluation."})
     prompt: str = field(default="def ", metadata={"help": "What the final sample continues."})
 
-
-def resolve_resume(args: ArbTrainingArguments) -> str | None:
-    """The checkpoint to continue: `latest` and `best` must exist, `auto` may; None starts afresh in a folder without
-    runs. A damaged newest checkpoint gives way to the one before it, with a warning."""
     @property
     def beginning(self) -> str:
         """What the run begins with, for titles."""
         return self.preset or self.init_from
 
+
+def resolve_resume(args: ArbTrainingArguments) -> str | None:
+    """The checkpoint to continue: `latest` and `best` must exist, `auto` may; None starts afresh in a folder without
+    runs. A damaged newest checkpoint gives way to the one before it, with a warning."""
     output_dir, wanted = Path(args.output_dir), args.resume_from_checkpoint
     if wanted is None or wanted == "auto":
         if (output_dir / "final").exists() or (wanted is None and numbered_checkpoints(output_dir)):
@@ -159,10 +163,6 @@ def parse_blocks(text: str) -> dict:
     return fields
 
 
-def sample(model: ArbForCausalLM, tokenizer: ArbTokenizer, prompt: str, length: int = 400) -> str:
-    """A seeded sample that continues `prompt`."""
-    set_seed(0)
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
 def first_model(arguments: PretrainArguments, resume: str | None) -> tuple[ArbForCausalLM, dict | None]:
     """The model to train and, with --init_from, where its weights come from. Notes its settings in `arguments`."""
     options = ("update_rule", "group_size", "momentum_bits", "compute")
@@ -183,6 +183,10 @@ def first_model(arguments: PretrainArguments, resume: str | None) -> tuple[ArbFo
     return model, origin
 
 
+def sample(model: ArbForCausalLM, tokenizer: ArbTokenizer, prompt: str, length: int = 400) -> str:
+    """A seeded sample that continues `prompt`."""
+    set_seed(0)
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     ids = model.generate(**inputs, max_new_tokens=length, do_sample=True, top_p=0.9)
     return tokenizer.decode(ids[0])
 
@@ -220,13 +224,13 @@ def main() -> int:
         step_bytes = args.train_batch_size * args.gradient_accumulation_steps * args.world_size * arguments.ctx
         print(f"model     {arguments.beginning}: {audit.logical_weights:,} ternary weights, rule {config.update_rule}")
         print(f"state     {audit.state_bytes:,} bytes, {audit.state_bytes / audit.logical_weights:.3f} a weight")
+        if origin:
+            print(f"start     {describe_start(origin, config)}")
         print(f"compute   {config.compute}, {describe_backend(args.device)}")
         print(f"data      {source}: {size}, and {len(held_out):,} held out")
         start = resume or arguments.init_from or "scratch"
         print(f"training  steps {args.max_steps} of {step_bytes:,} bytes on {args.device}, from {start}")
     trainer = ArbTrainer(
-        if origin:
-            print(f"start     {describe_start(origin, config)}")
         model,
         args,
         run_description={
@@ -253,7 +257,8 @@ def stop_early(trainer: ArbTrainer) -> int:
     if trainer.is_world_process_zero():
         how = "--resume_from_checkpoint latest" if last else "starting again: there is no checkpoint"
         print(f"\nstopped by {signal.Signals(signum).name} after step {step}; last checkpoint {last}; go on by {how}")
-    trainer.accelerator.wait_for_everyone()
+    with naming_lost_ranks(trainer.where_it_stands):
+        trainer.accelerator.wait_for_everyone()
     if last is None or last.name != f"checkpoint-{step}":
         raise ValueError(f"step {step} is not saved; the last checkpoint is {last}")
     return 128 + signum
@@ -274,20 +279,20 @@ def finish(trainer: ArbTrainer, arguments: PretrainArguments, held_out, source: 
         {
             **scores,
             "preset": arguments.preset,
+            "init_from": trainer.run_description["init_from"],
+            "command": shown_command(sys.argv),
             "data": source,
             "steps": trainer.state.global_step,
+            "trained_bytes": trainer.state.global_step * trainer.step_blocks * arguments.ctx,
             "ctx": arguments.ctx,
             "seconds": round(time.time() - started, 1),
             "state_sha256": state_hash(model),
-            "init_from": trainer.run_description["init_from"],
-            "command": shown_command(sys.argv),
+            "weights_sha256": inference_hash(model),
             "zero_share": zero_share(model),
             "audit": {key: value for key, value in audit.to_dict().items() if key != "tensors"},
-            "trained_bytes": trainer.state.global_step * trainer.step_blocks * arguments.ctx,
             "sample": text,
             "torch": torch.__version__,
             "settings": {
-            "weights_sha256": inference_hash(model),
                 **vars(arguments),
                 **{name: getattr(trainer.args, name) for name in ArbTrainingArguments.__annotations__},
             },
@@ -303,10 +308,6 @@ def finish(trainer: ArbTrainer, arguments: PretrainArguments, held_out, source: 
     print(f"held out    {scores['bits_per_byte']:.4f} bits per byte over {scores['bytes']:,} bytes never trained on")
     print(f"state hash  {state_hash(model)}")
     print(f"written     {output_dir}/final, loss.png, report.json, report.html in {time.time() - started:.0f} s")
-
-
-if __name__ == "__main__":
-    run(main)
     if trainer.args.push_to_hub:
         try:
             commit = trainer.push_to_hub()
@@ -314,3 +315,7 @@ if __name__ == "__main__":
             how = f"scripts/export_hub.py {output_dir}/final --push {trainer.hub_model_id}"
             raise ValueError(f"{error}; the run is whole, {how} pushes it") from error
         print(f"pushed      {commit.repo_url}, commit {commit.oid}")
+
+
+if __name__ == "__main__":
+    run(main)

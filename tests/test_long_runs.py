@@ -248,7 +248,7 @@ def test_a_diverging_run_stops_and_names_the_good_checkpoint(corpus, tmp_path, m
     factor = {"nan": float("nan"), "exploding": 50.0}[how]
     each_step(monkeypatch, lambda trainer, loss: loss * factor if trainer.state.global_step >= 4 else loss)
     lines = arguments(corpus, tmp_path / "run", max_steps=20, save_total_limit=1, eval_strategy="no")
-    assert run_script("pretrain", *lines) == 2
+    assert run_script("pretrain", *lines) == 1
     (error,) = errors_in(capsys.readouterr().err)
     assert f"step {6 if how == 'nan' else 10}: the loss is " in error
     assert error.endswith(f"the last good checkpoint is {tmp_path / 'run' / 'checkpoint-4'}")
@@ -264,7 +264,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(corpus, tmp_path, monkeypat
         return loss * float("nan") if self.model.training and self.state.global_step == 5 else loss
 
     monkeypatch.setattr(ArbTrainer, "compute_loss", spoil)
-    assert run_script("pretrain", *arguments(corpus, tmp_path / "run")) == 2
+    assert run_script("pretrain", *arguments(corpus, tmp_path / "run")) == 1
     (error,) = errors_in(capsys.readouterr().err)
     assert "is not finite" in error and error.endswith(f"resume from {tmp_path / 'run' / 'checkpoint-4'}")
     assert steps_in(tmp_path / "run") == [2, 4]

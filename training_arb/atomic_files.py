@@ -38,9 +38,9 @@ def sync_tree(folder: Path) -> None:
 
 def move_into_place(staged: Path, target: Path) -> None:
     """Rename a finished, synced folder or file to its name, replacing what stood there."""
+    replaced = target.with_name(f".{target.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
     if target.is_dir():
-        replaced = target.with_name(f".{target.name}.replaced")
-        shutil.rmtree(replaced, ignore_errors=True)
         os.replace(target, replaced)
         try:
             os.replace(staged, target)

@@ -25,6 +25,7 @@ LATEST, BEST = "latest", "best"
 CHECKSUMS_FILE = "checksums.json"
 RUN_FILE = "run.json"
 STATE_FILE = "trainer_state.json"
+REMOVING = ".removing"
 PICKLES = ("optimizer.pt", "scheduler.pt", "rng_state*.pth")
 NUMBERED = re.compile(r"checkpoint-(\d+)")
 
@@ -65,7 +66,8 @@ def pointed(run_dir: str | Path, pointer: str) -> Path | None:
 def remove_old(run_dir: str | Path, limit: int | None, kept: Collection[Path]) -> None:
     """Delete numbered checkpoints until `limit` are left, never one of `kept`, the last of which was just written.
 
-    Those with a higher number, of a run that was taken up again further back, go first, then the oldest.
+    Those with a higher number, of a run that was taken up again further back, go first, then the oldest. Each loses its
+    name before it is deleted: what bears a checkpoint's name is whole.
     """
     if not limit or limit < 0:
         return
@@ -74,8 +76,11 @@ def remove_old(run_dir: str | Path, limit: int | None, kept: Collection[Path]) -
     spare = sorted(
         (path for path in found if path not in kept), key=lambda path: (step_of(path) < newest, step_of(path))
     )
+    going = Path(run_dir) / REMOVING
+    shutil.rmtree(going, ignore_errors=True)
     for path in spare[: max(0, len(found) - limit)]:
-        shutil.rmtree(path, ignore_errors=True)
+        os.replace(path, going)
+        shutil.rmtree(going, ignore_errors=True)
 
 
 def write_checksums(folder: str | Path) -> None:

@@ -1,4 +1,4 @@
-"""What the scripts share: user errors as one line with exit code 2, and loading a model by folder or hub name."""
+"""What the scripts share: errors as one line with an exit code, and loading a model by folder or hub name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from collections.abc import Callable
 from modeling_arb import ArbForCausalLM
 
 from .checkpoint_source import find_checkpoint
+from .rank_loss import RankLostError
 
+BAD_INPUT, RUN_FAILED = 2, 1
+TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -18,18 +21,29 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Run a script's main and exit. ValueError and OSError, the user's errors, become one line and exit code 2.
+    """Run a script's main and exit. An error that is no bug is one line; ARB_TRACEBACK=1 shows where it came from.
 
-    A gradient that is not finite, a run's error, ends with exit code 1. ARB_TRACEBACK=1 shows where it came from.
+    Exit codes: 2, what was given is wrong: an option, data, a checkpoint, a disk (ValueError, OSError); 1, the run
+    itself went wrong: a loss or a gradient that is not finite or explodes (FloatingPointError); 75, another rank was
+    lost, and the same command may well go on (RankLostError).
     """
     try:
         sys.exit(main() or 0)
-    except (ValueError, OSError, FloatingPointError) as error:
+    except (ValueError, OSError, FloatingPointError, RankLostError) as error:
         if os.environ.get("ARB_TRACEBACK"):
             raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         print(f"error: {lines[0]}", file=sys.stderr)
-        sys.exit(1 if isinstance(error, FloatingPointError) else 2)
+        if isinstance(error, RankLostError):
+            _leave(TRY_AGAIN)
+        sys.exit(RUN_FAILED if isinstance(error, FloatingPointError) else BAD_INPUT)
+
+
+def _leave(code: int) -> None:
+    """End this process now: to tidy up broken connections may take a timeout, or abort it with another exit code."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def load_model(name: str, revision: str | None = None) -> ArbForCausalLM:

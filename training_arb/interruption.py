@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from transformers import TrainerCallback, TrainingArguments
 
 from .rank_exchange import used_on_any_rank
+from .rank_loss import is_connection_error
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -25,13 +26,20 @@ class Interruption(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Receive signals within the block; what was installed before comes back after it."""
+        """Receive signals within the block; what was installed before comes back after it.
+
+        Not so SIGTERM after a lost rank: launchers send it to the ranks that are left, which end, and say why, anyway.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield  # Python lets only the main thread install handlers
             return
         before = {signum: signal.signal(signum, self._receive) for signum in SIGNALS}
         try:
             yield
+        except RuntimeError as error:
+            if is_connection_error(error):
+                before[signal.SIGTERM] = signal.SIG_IGN
+            raise
         finally:
             for signum, handler in before.items():
                 signal.signal(signum, handler)

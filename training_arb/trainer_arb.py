@@ -25,15 +25,17 @@ from .checkpoint_files import (
     STATE_FILE,
     check_checkpoint,
     point,
+    pointed,
     remove_old,
     write_checksums,
 )
 from .divergence import DivergenceStop
-from .integer_optimizer import IntegerOptimizer
 from .hub_trainer import HubTrainer
+from .integer_optimizer import IntegerOptimizer
 from .interruption import Interruption
 from .mixed_stream import MixedStream
 from .rank_exchange import used_on_any_rank
+from .rank_loss import RankLostError, naming_lost_ranks
 from .state_audit import audit_model, zero_share
 from .training_args_arb import ArbTrainingArguments
 
@@ -111,16 +113,18 @@ class ArbTrainer(HubTrainer):
     def train(self, *args, **kwargs):
         """As the Trainer's; SIGTERM and Ctrl-C end it after the step at hand, as `interruption` then says.
 
-        Raises FloatingPointError, naming the last good checkpoint, when the run diverges, and ValueError when the
-        checkpoint to resume from is damaged or belongs to another run.
+        Raises FloatingPointError, naming the last good checkpoint, when the run diverges, RankLostError, naming the
+        last checkpoint, when another rank is gone, and ValueError when the checkpoint to resume from is damaged or
+        belongs to another run.
         """
         try:
-            with self.interruption.listening():
-                output = super().train(*args, **kwargs)
-        except FloatingPointError:
+            with naming_lost_ranks(self.where_it_stands):
+                with self.interruption.listening():
+                    output = super().train(*args, **kwargs)
+                self.interruption.agree(self.args)  # on a signal that came after the last step
+        except (FloatingPointError, RankLostError):
             self.callback_handler.on_train_end(self.args, self.state, self.control)  # close progress bar and logs
             raise
-        self.interruption.agree(self.args)  # on a signal that came after the last step
         return output
 
     def _inner_training_loop(self, *args, resume_from_checkpoint: str | None = None, **kwargs) -> TrainOutput:
@@ -138,6 +142,14 @@ class ArbTrainer(HubTrainer):
         """The checkpoint that this run last wrote, or went on from."""
         last = self.integer_optimizer.last_checkpoint if self.integer_optimizer else None
         return None if last is None else Path(last)
+
+    def where_it_stands(self) -> str:
+        """The end of an error's message: the step at hand, and how to go on. Asks no other rank."""
+        newest = pointed(self.args.output_dir, LATEST)
+        last = newest or self.last_checkpoint
+        how = "auto" if newest else last
+        resume = f"go on from {last} by --resume_from_checkpoint {how}" if last else "there is no checkpoint"
+        return f"after step {self.state.global_step}; {resume}"
 
     def _get_output_dir(self, trial) -> str:
         return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
@@ -167,6 +179,7 @@ class ArbTrainer(HubTrainer):
             whole = self._every_rank(lambda: self._stage(staging, model, trial), target)
             if whole and self._every_rank(lambda: self._publish(staging / target.name, target), target):
                 self.integer_optimizer.last_checkpoint = str(target)
+                self.push_checkpoint(self.state.global_step)
         finally:
             if self.args.should_save:
                 shutil.rmtree(staging, ignore_errors=True)
@@ -179,7 +192,6 @@ class ArbTrainer(HubTrainer):
         except (OSError, SafetensorError, RuntimeError) as caught:
             if not out_of_space(caught):
                 raise
-                self.push_checkpoint(self.state.global_step)
             error = caught
             free = shutil.disk_usage(target.parent).free
             logger.warning(
@@ -217,6 +229,11 @@ class ArbTrainer(HubTrainer):
             point(target.parent, BEST, best.name)
         remove_old(target.parent, self.args.save_total_limit, [*([best] if best else []), target])
 
+    @property
+    def step_blocks(self) -> int:
+        """Blocks that all ranks together train on in one step."""
+        return self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+
     def _blocks_since_resume(self) -> int:
         """Of all ranks; what was read ahead does not count."""
         return (self.state.global_step - self._initial_global_step) * self.step_blocks
@@ -228,11 +245,6 @@ class ArbTrainer(HubTrainer):
             return super()._finalize_training(*args, **kwargs)
         finally:
             self.args.save_total_limit = limit
-    @property
-    def step_blocks(self) -> int:
-        """Blocks that all ranks together train on in one step."""
-        return self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load integer state exactly. Raises ValueError when the checkpoint is damaged or belongs to another run."""

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
+from .rank_loss import meet_on_cpus
+
 
 @dataclass
 class ArbTrainingArguments(TrainingArguments):
@@ -43,4 +45,6 @@ class ArbTrainingArguments(TrainingArguments):
         if self.fp16:
             raise ValueError("fp16=True: loss scaling does not go with integer updates; use bf16 or float32")
         self.label_names = self.label_names or ["labels"]  # transformers would ask for every head's
+        if self.use_cpu:
+            meet_on_cpus(self.ddp_timeout)
         super().__post_init__()

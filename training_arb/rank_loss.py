@@ -1,0 +1,69 @@
+"""A rank that ended or answers no more: told from other errors, and said in one line that names how to go on."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch.distributed as dist
+
+# gloo raises plain RuntimeErrors that name the place in its sources, whatever failed
+GLOO_PLACE = re.compile(r"\[\S*gloo/\S*\] ")
+LEARNED_LATER = ". This is typically"
+
+
+class RankLostError(RuntimeError):
+    """Another rank ended or hangs, and this one cannot go on without it. The message is one line for people."""
+
+
+def meet_on_cpus(timeout: int) -> None:
+    """Join the ranks of this run, when the environment names several; waits `timeout` seconds, then and later, for one.
+
+    accelerate would join them too, but it passes the timeout on for GPUs only, and where torchrun starts lost ranks
+    again it finds the addresses of those before them. Raises ValueError on an impossible timeout, RankLostError when
+    not all ranks come.
+    """
+    if timeout <= 0:
+        raise ValueError(f"ddp_timeout={timeout} must be positive: seconds to wait for another rank")
+    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) < 2 or dist.is_initialized():
+        return
+    wait = timedelta(seconds=timeout)
+    try:
+        store, rank, size = next(dist.rendezvous("env://", timeout=wait))
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=wait)
+    except RuntimeError as error:
+        if not is_connection_error(error):
+            raise
+        raise RankLostError(f"rank {os.environ['RANK']}: the ranks do not meet: {_first_words(error)}") from error
+
+
+@contextmanager
+def naming_lost_ranks(describe: Callable[[], str]) -> Iterator[None]:
+    """Turn what a broken connection between ranks raises within the block into RankLostError.
+
+    describe: where the run stands and how to go on, asked for only then.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_connection_error(error):
+            raise
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        raise RankLostError(
+            f"rank {rank}: another rank was lost or hangs ({_first_words(error)}) {describe()}"
+        ) from error
+
+
+def is_connection_error(error: RuntimeError) -> bool:
+    """Whether the connection between ranks raised it, not the work on this one."""
+    return isinstance(error, dist.DistError) or GLOO_PLACE.search(str(error)) is not None
+
+
+def _first_words(error: RuntimeError) -> str:
+    """The first line, without places in sources and advice."""
+    line = GLOO_PLACE.sub("", str(error)).partition("\n")[0]
+    return line.partition(LEARNED_LATER)[0].rstrip(". ")
