@@ -179,7 +179,6 @@ def audit_folder(folder: str | Path) -> StateAudit:
 
 def state_hash(model: nn.Module) -> str:
     """sha256 over every tensor of the state dict, names included: equal hashes mean equal state bit for bit."""
-    digest = hashlib.sha256()
     return _hash_tensors(model.state_dict())
 
 
@@ -195,6 +194,7 @@ def inference_hash(model: ArbForCausalLM) -> str:
 
 
 def _hash_tensors(tensors: dict[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.cpu().numpy().tobytes())
