@@ -127,4 +127,5 @@ def test_a_wheels_packages_are_enough(tmp_path):
     )
     exits = [line for line in done.stdout.splitlines() if line.startswith("EXIT ")]
     assert exits == ["EXIT 0"] * len(commands), done.stderr[-3000:]
-    assert (tmp_path / "out" / "README.md").read_bytes() == (ROOT / "model_card.md").read_bytes()
+    assert "trust_remote_code=True" in (tmp_path / "out" / "README.md").read_text()
+    assert (tmp_path / "out" / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
