@@ -8,11 +8,11 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from scripting import run_script
+from scripting import ROOT, run_script
 
 from configuration_arb import preset_config
 from modeling_arb import ArbForCausalLM
-from training_arb.eval_harness import TASKS_FOLDER, own_tasks
+from training_arb.eval_harness import TASKS_FOLDER, no_script_named_evaluate, own_tasks
 
 HARNESS = pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval is not installed: pip install 'arb[eval]'")
 CTX = 128
@@ -108,3 +108,15 @@ def test_the_harness_by_itself(export, tmp_path, offline):
 def test_a_task_that_nobody_knows(export, capsys):
     assert run_script("evaluate", export, "--lm_eval", "arb_text,no_such_task") == 2
     assert "lm_eval='no_such_task' is no task; ARB's own are arb_python, arb_text" in capsys.readouterr().err
+
+
+@HARNESS
+def test_the_library_evaluate_is_not_our_script(monkeypatch):
+    """`python scripts/evaluate.py` begins its path with scripts/, and metrics of the harness import `evaluate`."""
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    monkeypatch.delitem(sys.modules, "evaluate", raising=False)
+    before = sys.path[:]
+    assert find_spec("evaluate").origin == str(ROOT / "scripts" / "evaluate.py")
+    with no_script_named_evaluate():
+        assert find_spec("evaluate").origin.endswith("evaluate/__init__.py")
+    assert sys.path == before

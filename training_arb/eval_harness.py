@@ -6,7 +6,9 @@ The tasks are the YAML files in `lm_eval_tasks`; from a shell: `lm_eval --includ
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -19,6 +21,19 @@ def own_tasks() -> list[str]:
     return sorted(path.stem for path in TASKS_FOLDER.glob("*.yaml"))
 
 
+@contextmanager
+def no_script_named_evaluate() -> Iterator[None]:
+    """Without folders that hold an evaluate.py on sys.path, as a running script's is: the harness's metrics import a
+    library of that name."""
+    before = sys.path[:]
+    sys.path[:] = [entry for entry in before if not (Path(entry) / "evaluate.py").is_file()]
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+
+
+@no_script_named_evaluate()
 def harness_scores(
     name: str,
     tokenizer: PreTrainedTokenizerBase,
