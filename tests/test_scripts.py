@@ -1,6 +1,5 @@
-"""The other scripts as a user runs them: evaluate, generate, benchmark; their numbers, JSON keys and refusals."""
+"""The other scripts as a user runs them: evaluate, benchmark; their numbers, JSON keys and refusals."""
 
-import io
 import json
 import math
 
@@ -48,22 +47,6 @@ def test_evaluate_agrees_with_one_byte_at_a_time(folder, corpus, tmp_path):
     assert scores["bits_per_byte"] == pytest.approx(nats / 87 / math.log(2), abs=1e-5)
 
 
-def test_generate_greedy_stream_and_sample(folder, capsys):
-    shown = []
-    for extra in (["--temperature", 0], ["--temperature", 0, "--stream"], ["--seed", 1], ["--seed", 1], ["--seed", 2]):
-        assert run_script("generate", folder, "--prompt", "The quick", "--max_new_tokens", 24, *extra) == 0
-        shown.append(capsys.readouterr().out.rstrip("\n"))
-    assert all(text.startswith("The quick") and len(text) > len("The quick") for text in shown)
-    assert shown[0] == shown[1]
-    assert shown[2] == shown[3] != shown[4]
-
-
-def test_chat_answers_each_turn(folder, capsys, monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.StringIO("hello\nmore\n\nnever read\n"))
-    assert run_script("generate", folder, "--chat", "--max_new_tokens", 5, "--temperature", 0) == 0
-    assert capsys.readouterr().out.count("> ") == 3
-
-
 @pytest.mark.parametrize(
     ("script", "arguments", "said"),
     [
@@ -73,9 +56,6 @@ def test_chat_answers_each_turn(folder, capsys, monkeypatch):
         ("evaluate", ["MODEL", "--data", "CORPUS", "--stride", 300], "stride=300"),
         ("evaluate", ["MODEL", "--data", "CORPUS", "--max_bytes", -1], "max_bytes=-1"),
         ("evaluate", ["MODEL", "--data", "CORPUS", "--max_bytes", 2], "bytes=2"),
-        ("generate", ["nowhere"], "model='nowhere'"),
-        ("generate", ["MODEL", "--max_new_tokens", 0], "max_new_tokens=0"),
-        ("generate", ["MODEL", "--temperature", -1], "temperature=-1"),
         ("benchmark_true_ternary", ["--configs", "Lion", "--data", "CORPUS"], "configs='Lion'"),
         ("benchmark_true_ternary", ["--data", "nowhere.txt"], "data='nowhere.txt'"),
         ("benchmark_true_ternary", ["--data", "EMPTY"], "is empty"),
@@ -98,9 +78,7 @@ def test_bad_input_is_one_line_and_exit_code_2(folder, corpus, tmp_path, capsys,
     assert said in errors[0]
 
 
-@pytest.mark.parametrize(
-    "script", ["pretrain", "benchmark_true_ternary", "audit_state", "evaluate", "generate", "export_hub"]
-)
+@pytest.mark.parametrize("script", ["pretrain", "benchmark_true_ternary", "audit_state", "evaluate", "export_hub"])
 def test_help_shows_examples(script, capsys):
     assert run_script(script, "--help") == 0
     assert f"python scripts/{script}.py" in capsys.readouterr().out

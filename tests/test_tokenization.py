@@ -4,12 +4,22 @@ import json
 import random
 import subprocess
 import sys
+import threading
 
 import jinja2
 import pytest
+import torch
 from transformers import AutoTokenizer
 
-from tokenization_arb import SPECIAL_IDS, SPECIAL_NAMES, SPECIAL_TOKENS, ArbTokenizer
+from tokenization_arb import (
+    CHAT_ROLES,
+    SPECIAL_IDS,
+    SPECIAL_NAMES,
+    SPECIAL_TOKENS,
+    ArbTokenizer,
+    ByteIteratorStreamer,
+    ByteStreamer,
+)
 
 DESIGN_NAMES = """PAD EOS BOS SYSTEM USER ASSISTANT SCRATCHPAD PLAN REFLECTION SUMMARY ACTION TOOL
 TOOL_RESULT FUNCTION CODE CODE_BLOCK PATCH EXECUTION SEARCH RETRIEVAL CONTEXT CITATION JSON XML TABLE LIST MARKDOWN
@@ -73,12 +83,131 @@ def test_random_text_round_trips(tokenizer, block):
         assert tokenizer.decode_bytes(ids) == text.encode()
 
 
-def test_random_bytes_round_trip(tokenizer):
-    rng = random.Random(0)
-    for data in (bytes(range(256)), b"", *(rng.randbytes(rng.randrange(300)) for _ in range(100))):
+def random_bytes(seed):
+    """Any bytes, valid text, or pieces of characters where a decoder may go wrong: three kinds in turn."""
+    rng = random.Random(seed)
+    if seed % 3 == 0:
+        return rng.randbytes(rng.randrange(80))
+    if seed % 3 == 1:
+        return random_text(seed).encode()
+    pieces = [b"\xc3", b"\xa9", b"\xe2\x82", b"\xac", b"\xf0\x9f\x98", b"\x80", b"\xed\xa0", b"\xf4\x90", b"\xe0\x9f"]
+    pieces += [b"\xc0", b"\xf5", b"\x00", "\u20ac\U0001f600".encode(), b"<|eos|>", bytes([rng.randrange(256)])]
+    return b"".join(rng.choice(pieces) for _ in range(rng.randrange(30)))
+
+
+class Pieces(ByteStreamer):
+    """What a streamer gives out, piece by piece."""
+
+    def __init__(self, tokenizer, **kwargs):
+        super().__init__(tokenizer, **kwargs)
+        self.pieces, self.ended = [], 0
+
+    def on_finalized_text(self, text, stream_end=False):
+        self.pieces.append(text)
+        self.ended += stream_end
+
+
+def messages_in(ids):
+    """The messages that encode_chat's ids hold: (role, bytes)."""
+    roles = {SPECIAL_IDS[name]: role for role, name in CHAT_ROLES.items()}
+    messages = []
+    while ids:
+        end = ids.index(EOS)
+        messages.append((roles[ids[0]], bytes(ids[1:end])))
+        ids = ids[end + 1 :]
+    return messages
+
+
+@pytest.mark.parametrize("block", range(10))
+def test_random_bytes_round_trip_everywhere(tokenizer, block):
+    """A thousand byte strings through ids, chat and streamer; as text, too, where they are text."""
+    for seed in range(block * 100, block * 100 + 100):
+        data = random_bytes(seed)
         ids = tokenizer.encode_bytes(data)
         assert ids == list(data)
         assert tokenizer.decode_bytes(ids) == data
+        shown = data.decode("utf-8", errors="replace")
+        assert tokenizer.decode(ids) == shown
+
+        contents = [("user", data), ("assistant", data[::-1]), ("tool", b""), ("system", data[: len(data) // 2])]
+        messages = [{"role": role, "content": content} for role, content in contents]
+        assert messages_in(tokenizer.encode_chat(messages)) == contents
+        text = [{"role": role, "content": content.decode("utf-8", "surrogateescape")} for role, content in contents]
+        assert tokenizer.encode_chat(text) == tokenizer.encode_chat(messages)
+        if b"<|eos|>" not in data and shown.encode() == data:
+            template = tokenizer.apply_chat_template([{"role": "user", "content": shown}]).input_ids
+            assert messages_in(template) == [("user", data)]
+            assert tokenizer(shown).input_ids == ids
+
+        streamer, cuts = Pieces(tokenizer), random.Random(seed)
+        while ids:
+            count = cuts.choice([1, 1, 2, 5])
+            streamer.put(torch.tensor(ids[:count]))
+            ids = ids[count:]
+        streamer.end()
+        assert "".join(streamer.pieces) == shown and streamer.ended == 1
+
+
+def test_empty_bytes_and_all_bytes(tokenizer):
+    for data in (b"", bytes(range(256))):
+        assert tokenizer.decode_bytes(tokenizer.encode_bytes(data)) == data
+
+
+def beginnings():
+    """Every byte string that begins a character without being one."""
+    points = [*range(0x80, 0xD800), *range(0xE000, 0x110000, 61)]
+    return {chr(point).encode()[:n] for point in points for n in range(1, len(chr(point).encode()))}
+
+
+def test_characters_come_as_soon_as_they_are_certain(tokenizer):
+    """After each byte, what is held back is the longest beginning of a character at the end, and nothing else."""
+    starts = beginnings()
+    for seed in range(300):
+        data, streamer = random_bytes(seed), Pieces(tokenizer)
+        for end in range(1, len(data) + 1):
+            streamer.put(torch.tensor([data[end - 1]]))
+            held = next((n for n in (3, 2, 1) if data[max(end - n, 0) : end] in starts and n <= end), 0)
+            assert "".join(streamer.pieces) == data[: end - held].decode("utf-8", errors="replace")
+        assert "" not in streamer.pieces
+
+
+def test_streamed_specials_and_prompts(tokenizer):
+    for skip_prompt in (False, True):
+        for skip_special, expected in ((False, "a<|user|>\ufffd<|eos|>b"), (True, "a\u00e9b")):
+            streamer = Pieces(tokenizer, skip_prompt=skip_prompt, skip_special_tokens=skip_special)
+            for _ in range(2):  # it is ready for another text after an end
+                streamer.put(torch.tensor([[80, 81]]))
+                for token in (97, USER, 0xC3, EOS, *([] if not skip_special else [0xA9]), 98):
+                    streamer.put(torch.tensor([token]))
+                streamer.end()
+            assert "".join(streamer.pieces) == 2 * (expected if skip_prompt else "PQ" + expected)
+    with pytest.raises(ValueError, match=r"shape \(2, 1\)"):
+        streamer.put(torch.zeros(2, 1, dtype=torch.long))
+
+
+def test_streamer_prints(tokenizer, capsys):
+    streamer = ByteStreamer(tokenizer)
+    for byte in "\u00e9t\u00e9".encode():
+        streamer.put(torch.tensor([byte]))
+        assert capsys.readouterr().out in ("\u00e9", "t", "")
+    streamer.end()
+    assert capsys.readouterr().out == "\n"
+
+
+def test_iterator_streamer(tokenizer):
+    streamer, data = ByteIteratorStreamer(tokenizer, timeout=10, skip_prompt=True), "na\u00efve \U0001f600 fin".encode()
+
+    def produce():
+        streamer.put(torch.tensor([list(b"prompt")]))
+        for byte in data:
+            streamer.put(torch.tensor([byte]))
+        streamer.end()
+
+    thread = threading.Thread(target=produce)
+    thread.start()
+    pieces = list(streamer)
+    thread.join()
+    assert pieces == [*data.decode(), ""]
 
 
 def test_decode_bytes_leaves_specials_out(tokenizer):
