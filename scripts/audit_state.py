@@ -8,6 +8,7 @@ examples:
   python scripts/audit_state.py --preset arb-3b --json audit.json
   python scripts/audit_state.py --preset arb-3b --update_rule correlation --allocate      # 0.9 GB, a minute
   python scripts/audit_state.py --preset arb-14m --batch 8 --ctx 256       # and what a training step would need
+  python scripts/audit_state.py --preset arb-14m --batch 8 --ctx 1024 --gradient_checkpointing
 """
 
 from __future__ import annotations
@@ -21,9 +22,8 @@ from modeling_arb import ArbForCausalLM
 from training_arb.atomic_files import write_json
 from training_arb.command_line import HelpFormatter, run
 from training_arb.cpu_allocator import keep_freed_memory
-from training_arb.live_memory import MEGABYTE
-from training_arb.memory_forecast import forecast_step
-from training_arb.quality_benchmark import peak_memory_mb
+from training_arb.live_memory import MEGABYTE, peak_memory_mb
+from training_arb.memory_forecast import StepMemory, forecast_step, process_base_mb
 from training_arb.state_audit import StateAudit, audit_config, audit_folder, audit_model
 
 
@@ -38,6 +38,20 @@ def audit_built(config: ArbConfig) -> tuple[StateAudit, dict[str, float]]:
     return audit, {"seconds": seconds, "rss_before_mb": before, "peak_rss_mb": peak, "state_mb": state}
 
 
+def forecast(config: ArbConfig, args: argparse.Namespace) -> StepMemory:
+    model = ArbForCausalLM(config)
+    if args.gradient_checkpointing:
+        model.activation_checkpointing_enable()
+    return forecast_step(model, args.batch, args.ctx)
+
+
+def print_step(step: StepMemory, base: float, args: argparse.Namespace) -> None:
+    sizes = (size / MEGABYTE for size in (step.peak, step.state, step.saved, step.transient_peak - step.saved))
+    print(f"\na training step of {args.batch} x {args.ctx} bytes needs {next(sizes):.1f} MB of tensors:", end=" ")
+    print("{:.1f} of state, {:.1f} saved by the forward, {:.1f} in passing".format(*sizes))
+    print(f"a process on the CPU peaks at about {step.process_peak_mb(base):.0f} MB, {base:.0f} of it before the model")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("model_dir", nargs="?", help="a checkpoint folder")
@@ -46,6 +60,7 @@ def main() -> int:
     parser.add_argument("--allocate", action="store_true", help="build the preset's model and audit the real thing")
     parser.add_argument("--batch", type=int, help="with --ctx: forecast the memory of a training step of the preset")
     parser.add_argument("--ctx", type=int, help="bytes per window of that step")
+    parser.add_argument("--gradient_checkpointing", action="store_true", help="of that step: forward again in backward")
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
     parser.add_argument("--json", metavar="OUT", help="write the audit here")
     args = parser.parse_args()
@@ -57,17 +72,20 @@ def main() -> int:
         raise ValueError(f"batch={args.batch}, ctx={args.ctx}: a training step's memory needs both")
     if args.batch is not None and not args.preset:
         raise ValueError("batch: a training step is forecast for a preset; give --preset NAME")
+    if args.gradient_checkpointing and args.batch is None:
+        raise ValueError("gradient_checkpointing: it is of a training step; give --batch and --ctx")
     for field, least in (("batch", 1), ("ctx", 8)):
         if getattr(args, field) is not None and getattr(args, field) < least:
             raise ValueError(f"{field}={getattr(args, field)} must be at least {least}")
     memory = step = None
+    base = process_base_mb() if args.batch else 0.0  # while the process has done nothing else
     if args.preset:
         config = preset_config(args.preset, update_rule=args.update_rule)
         audit, memory = audit_built(config) if args.allocate else (audit_config(config), None)
     else:
         audit = audit_folder(args.model_dir)
     if args.batch:
-        step = forecast_step(ArbForCausalLM(config), args.batch, args.ctx)
+        step = forecast(config, args)
     if args.tensors:
         for row in audit.tensors:
             print(f"{row.name:<56}{row.role:<24}{row.dtype:<8}{row.bytes:>12,}  {row.shape}")
@@ -78,11 +96,10 @@ def main() -> int:
         print(f"\nbuilt in {memory['seconds']:.0f} s; peak memory {peak:.0f} MB, {before:.0f} of it before")
         print(f"peak over state ({state:.1f} MB): {peak / state:.3f}, built alone {(peak - before) / state:.3f}")
     if step:
-        sizes = (size / MEGABYTE for size in (step.peak, step.state, step.saved, step.transient_peak - step.saved))
-        print(f"\na training step of {args.batch} x {args.ctx} bytes needs {next(sizes):.1f} MB of tensors:", end=" ")
-        print("{:.1f} of state, {:.1f} saved by the forward, {:.1f} in passing".format(*sizes))
+        print_step(step, base, args)
     if args.json:
-        extra = {"memory": memory, "training_step": {**asdict(step), "peak": step.peak} if step else None}
+        process = {"process_base_mb": base, "process_peak_mb": step.process_peak_mb(base)} if step else {}
+        extra = {"memory": memory, "training_step": {**asdict(step), "peak": step.peak, **process} if step else None}
         write_json(args.json, {**audit.to_dict(), **{key: value for key, value in extra.items() if value}})
     return 0 if audit.clean else 1
 

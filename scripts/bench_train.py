@@ -35,15 +35,9 @@ from training_arb.cpu_allocator import keep_freed_memory
 from training_arb.float_baselines import ArbFloatBaseline
 from training_arb.integer_optimizer import IntegerOptimizer
 from training_arb.integer_rules import TableRule, UpdateRule
+from training_arb.live_memory import peak_memory_mb, reset_peak_memory
 from training_arb.measurement import MILLISECONDS, describe_environment, interleaved, set_threads
-from training_arb.quality_benchmark import (
-    ADAM_CONFIGS,
-    CONFIGS,
-    GROUP_SIZES,
-    UPDATE_RULES,
-    peak_memory_mb,
-    reset_peak_memory,
-)
+from training_arb.quality_benchmark import ADAM_CONFIGS, CONFIGS, GROUP_SIZES, UPDATE_RULES
 
 COMPUTES = ("int8", "float")
 PEAK_STEPS = 4  # AdamW's state is there from the second on

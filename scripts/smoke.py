@@ -3,7 +3,9 @@
 The first call builds what later ones find ready: kernels compiled for these shapes, tables, memory. It comes before the
 steps and is timed apart, so this also warms the caches of a real run on the same machine. Random bytes, fresh weights.
 
-live_mb_by_step: memory in use after each step, which stays level unless something leaks. Exit code 2 on bad input.
+live_mb_by_step: memory in use after each step, which stays level unless something leaks; peak_mb_by_step: the most that
+was resident up to then. As many steps again, not timed, are counted tensor by tensor: state and saved activations by
+area, and the highest of forward, backward and update. Exit code 2 on bad input.
 
 examples:
   python scripts/smoke.py --preset arb-tiny --ctx 16 --batch 1 --backward
@@ -29,9 +31,9 @@ from training_arb.command_line import HelpFormatter, run
 from training_arb.cpu_allocator import keep_freed_memory
 from training_arb.device_names import checked_device
 from training_arb.integer_optimizer import IntegerOptimizer
-from training_arb.live_memory import live_memory_mb, peak_device_mb
+from training_arb.live_memory import live_memory_mb, peak_device_mb, peak_memory_mb
 from training_arb.measurement import describe_environment
-from training_arb.quality_benchmark import peak_memory_mb
+from training_arb.memory_probe import describe_probes, probe_step, probe_table, state_by_area
 from training_arb.state_audit import audit_model
 
 
@@ -78,21 +80,27 @@ def main() -> None:
     block = torch.randint(0, 256, (args.batch, args.ctx), generator=torch.Generator().manual_seed(args.seed)).to(device)
 
     first_loss, first_call_ms = timed_step(model, optimizer, block)
-    losses, live, times = [], [], []
+    losses, live, peaks, times = [], [], [], []
     for _ in tqdm(range(args.steps), desc="steps", mininterval=2, leave=False):
         loss, milliseconds = timed_step(model, optimizer, block)
         losses.append(loss)
         times.append(milliseconds)
         live.append(live_memory_mb(device))
+        peaks.append(peak_device_mb(device) or peak_memory_mb())
+    peak_rss, peak_device = peak_memory_mb(), peak_device_mb(device)
+    after = audit_model(model, optimizer)
+    probed = describe_probes(state_by_area(after), [probe_step(model, optimizer, block) for _ in range(args.steps)])
 
     result = {
-        "state_bytes": audit_model(model, optimizer).state_bytes,
+        "state_bytes": after.state_bytes,
         "logical_weights": audit.logical_weights,
         "live_mb_by_step": live,
+        "peak_mb_by_step": peaks,
+        **probed,
         "rss_before_build_mb": before_mb,
         "rss_after_build_mb": built_mb,
-        "peak_rss_mb": peak_memory_mb(),
-        "peak_device_mb": peak_device_mb(device),
+        "peak_rss_mb": peak_rss,
+        "peak_device_mb": peak_device,
         "first_loss": first_loss,
         "loss": losses,
         "first_call_ms": first_call_ms,
@@ -102,10 +110,12 @@ def main() -> None:
         "update_rule": args.update_rule,
         "env": describe_environment(args.device),
     }
-    for step, (loss, milliseconds, megabytes) in enumerate(zip(losses, times, live, strict=True)):
-        print(f"step {step}: loss {loss:.4f}, {milliseconds:.1f} ms, {megabytes:.1f} MB live")
+    for step, (loss, milliseconds, megabytes, peak) in enumerate(zip(losses, times, live, peaks, strict=True)):
+        print(
+            f"step {step}: loss {loss:.4f}, {milliseconds:.1f} ms, {megabytes:.1f} MB live, peak {peak:.0f} MB so far"
+        )
     print(f"first call {first_call_ms:.1f} ms, loss {first_loss:.4f}; then {result['warm_ms']:.1f} ms a step")
-    print(f"peak {result['peak_rss_mb']:.0f} MB")
+    print(f"peak {peak_device or peak_rss:.0f} MB\n\n{probe_table(probed)}")
     print()
     if args.json:
         write_json(args.json, result)

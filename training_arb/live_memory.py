@@ -1,4 +1,4 @@
-"""How much memory is in use at a moment, as opposed to kept by the allocator: what a leak shows in."""
+"""How much memory is in use at a moment, as opposed to kept by the allocator, and the most that was resident."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import sys
 
 import psutil
 import torch
+
+from .cpu_allocator import return_freed_memory
 
 MEGABYTE = 2**20
 
@@ -32,7 +34,7 @@ def live_memory_mb(device: torch.device) -> float:
         return torch.cuda.memory_allocated(device) / MEGABYTE
     describe = getattr(ctypes.CDLL(None), "mallinfo2", None) if sys.platform.startswith("linux") else None
     if describe is None:
-        return psutil.Process().memory_info().rss / MEGABYTE
+        return resident_mb()
     describe.restype, describe.argtypes = _Mallinfo2, []
     heap = describe()
     return (heap.uordblks + heap.hblkhd) / MEGABYTE
@@ -41,3 +43,29 @@ def live_memory_mb(device: torch.device) -> float:
 def peak_device_mb(device: torch.device) -> float:
     """The most that was ever allocated on an accelerator, in MB; 0 on the CPU, whose peak is the process's."""
     return torch.cuda.max_memory_allocated(device) / MEGABYTE if device.type == "cuda" else 0.0
+
+
+def resident_mb() -> float:
+    """What the process has resident at this moment, in MB."""
+    return psutil.Process().memory_info().rss / MEGABYTE
+
+
+def reset_peak_memory() -> None:
+    """Start measuring the process's peak memory anew, where the system can (Linux)."""
+    gc.collect()
+    return_freed_memory()
+    try:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+    except OSError:
+        pass
+
+
+def peak_memory_mb() -> float:
+    """Peak resident memory in MB since the last reset; on other systems, the current one."""
+    try:
+        with open("/proc/self/status") as file:
+            peak = next(line for line in file if line.startswith("VmHWM"))
+        return int(peak.split()[1]) / 1024
+    except (OSError, StopIteration):
+        return resident_mb()

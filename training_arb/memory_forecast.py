@@ -1,95 +1,141 @@
-"""How much memory a training step will need, found by running smaller ones and counting every tensor's bytes.
+"""How much memory a training step will need, found by running small ones and counting every tensor's bytes.
 
 A step's peak is the state, what the forward saves, which grows with the batch, and the transients of the layer where
-backward is dearest. Counting tensors where they are made is exact and does not depend on the allocator; what a process
-or a device uses on top of it (the runtime, fragments) is measured in benchmarks/.
+backward is dearest. Two small batches make the same tensors in the same order, each larger by the same amount for every
+row, so the steps of other batches are known without being run. A device's peak is that of its tensors.
+
+A process on the CPU also holds the interpreter and its libraries, and holes: freed memory is kept (cpu_allocator.py),
+and part of it lies in holes too small for what is asked next. What they add is measured in benchmarks/.
 """
 
 from __future__ import annotations
 
-import weakref
-from dataclasses import dataclass
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from modeling_arb import ArbForCausalLM
 
+from .counted_tensors import CountedTensors
+from .cpu_allocator import LARGEST_BLOCK
 from .integer_optimizer import IntegerOptimizer
+from .live_memory import MEGABYTE, resident_mb
 from .state_audit import audit_model
 
-
-class CountedTensors(TorchDispatchMode):
-    """Bytes of the storages made inside the block and still alive: `now`, and `peak` over the block."""
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.peak = 0
-        self._sizes: dict[int, int] = {}
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        given = {tensor.untyped_storage()._cdata for tensor in args if isinstance(tensor, torch.Tensor)}
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in given:
-                self._count(tensor.untyped_storage())
-        return out
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key not in self._sizes:
-            self._sizes[key] = storage.nbytes()
-            self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._forget, key)
-
-    def _forget(self, key: int) -> None:
-        self.now -= self._sizes.pop(key, 0)
+HOLES = 0.25  # of what stands in the heap
+FIRST_STEP_MB = 17.0  # what a first step brings into memory besides tensors: code, graph nodes, threads
+FEW, MORE = 2, 3  # batches that are run; a lone row takes other paths through some ops
 
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes: all persistent state, what the forward leaves for backward, and the most above the state at any moment."""
+    """Bytes: all persistent state; what the forward leaves for backward; the most above the state at any moment.
+
+    Of the latter apart, each at its own highest: blocks that malloc keeps in its heap, and those so large that it maps
+    them one by one and gives them back.
+    """
 
     state: int
     saved: int
     transient_peak: int
+    heap_peak: int
+    mapped_peak: int
 
     @property
     def peak(self) -> int:
         return self.state + self.transient_peak
 
+    def process_peak_mb(self, base_mb: float) -> float:
+        """The most that a process on the CPU will have resident, in MB; base_mb: what it has before its model."""
+        tensors = self.state + self.heap_peak * (1 + HOLES) + self.mapped_peak
+        return base_mb + FIRST_STEP_MB + tensors / MEGABYTE
 
-def measure_step(model: ArbForCausalLM, optimizer: IntegerOptimizer, batch: int, ctx: int) -> StepMemory:
-    """Run one training step of random bytes, (batch, ctx), and count. The model learns from it."""
+
+@dataclass(frozen=True)
+class StepTrace:
+    """The storages of one step as CountedTensors saw them; forward_events: how many events the forward had."""
+
+    state: int
+    sizes: Sequence[int]
+    events: Sequence[int]
+    forward_events: int
+
+    def memory(self) -> StepMemory:
+        now = heap = mapped = saved = peak = heap_peak = mapped_peak = 0
+        for place, event in enumerate(self.events):
+            if place == self.forward_events:
+                saved = now
+            size = self.sizes[event] if event >= 0 else -self.sizes[~event]
+            if abs(size) < LARGEST_BLOCK:
+                heap += size
+            else:
+                mapped += size
+            now += size
+            peak, heap_peak, mapped_peak = max(peak, now), max(heap_peak, heap), max(mapped_peak, mapped)
+        return StepMemory(self.state, saved, peak, heap_peak, mapped_peak)
+
+
+def trace_step(model: ArbForCausalLM, optimizer: IntegerOptimizer, batch: int, ctx: int) -> StepTrace:
+    """Run one training step of random bytes, (batch, ctx), and note its storages. The model learns from it."""
     device = model.device
     ids = torch.randint(0, 256, (batch, ctx), generator=torch.Generator().manual_seed(0)).to(device)
     with CountedTensors() as counted:
         loss = model(ids, labels=ids).loss
-        saved = counted.now
+        forward_events = len(counted.events)
         loss.backward()
         optimizer.step()
-    return StepMemory(audit_model(model, optimizer).state_bytes, saved, counted.peak)
+    state = audit_model(model, optimizer).state_bytes
+    return StepTrace(state, counted.sizes, list(counted.events), forward_events)
+
+
+def measure_step(model: ArbForCausalLM, optimizer: IntegerOptimizer, batch: int, ctx: int) -> StepMemory:
+    """Run one training step of random bytes, (batch, ctx), and count. The model learns from it."""
+    return trace_step(model, optimizer, batch, ctx).memory()
 
 
 def forecast_step(model: ArbForCausalLM, batch: int, ctx: int, **settings) -> StepMemory:
-    """The memory of a training step of (batch, ctx), from steps of a quarter and half the batch. The model learns.
+    """The memory of a training step of (batch, ctx), from steps of small batches. The model learns.
 
-    settings: IntegerOptimizer's. Batches below four are measured as they are.
+    settings: IntegerOptimizer's. Where the two small steps differ in their order of tensors, as routing makes them,
+    their peaks are extrapolated instead.
     """
     optimizer = IntegerOptimizer(model, **settings)
     try:
-        measure_step(model, optimizer, 1, ctx)  # what is made once and kept is no part of a step
-        if batch < 4:
+        trace_step(model, optimizer, 1, ctx)  # what is made once and kept is no part of a step
+        if batch <= MORE:
             return measure_step(model, optimizer, batch, ctx)
-        few, more = batch // 4, batch // 2
-        first, second = (measure_step(model, optimizer, size, ctx) for size in (few, more))
-        steps = (batch - more) / (more - few)
-        return StepMemory(
-            state=second.state,
-            saved=round(second.saved + steps * (second.saved - first.saved)),
-            transient_peak=round(second.transient_peak + steps * (second.transient_peak - first.transient_peak)),
-        )
+        first, second = (trace_step(model, optimizer, size, ctx) for size in (FEW, MORE))
+        if first.events == second.events:
+            return _extrapolate_trace(first, second, batch).memory()
+        few, more = max(FEW, batch // 4), max(MORE, batch // 2)
+        return _extrapolate(*((size, measure_step(model, optimizer, size, ctx)) for size in (few, more)), batch)
     finally:
         optimizer.detach()
+
+
+def _extrapolate_trace(first: StepTrace, second: StepTrace, batch: int) -> StepTrace:
+    steps = (batch - FEW) / (MORE - FEW)
+    sizes = [max(0, round(few + steps * (more - few))) for few, more in zip(first.sizes, second.sizes, strict=True)]
+    return StepTrace(second.state, sizes, second.events, second.forward_events)
+
+
+def _extrapolate(few: tuple[int, StepMemory], more: tuple[int, StepMemory], batch: int) -> StepMemory:
+    """Of each (batch, its memory)."""
+    steps = (batch - more[0]) / (more[0] - few[0])
+    grown = {}
+    for name in (field.name for field in fields(StepMemory)):
+        low, high = getattr(few[1], name), getattr(more[1], name)
+        grown[name] = round(high + steps * (high - low))
+    return StepMemory(**grown)
+
+
+def process_base_mb() -> float:
+    """What a training process has resident before it builds a model, in MB: import what it imports, and look.
+
+    Right in a process that has done nothing large yet.
+    """
+    for module in ("trainer_arb", "run_report"):
+        importlib.import_module(f"{__package__}.{module}")
+    return resident_mb()

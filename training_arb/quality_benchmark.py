@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
-import psutil
 import torch
 from tqdm.auto import tqdm
 
@@ -17,9 +15,9 @@ from configuration_arb import ArbConfig, preset_config
 from modeling_arb import ArbForCausalLM
 
 from .bits_per_byte import bits_per_byte
-from .cpu_allocator import return_freed_memory
 from .float_baselines import ArbFloatBaseline
 from .integer_optimizer import IntegerOptimizer
+from .live_memory import peak_memory_mb, reset_peak_memory
 from .state_audit import audit_model
 
 CONFIGS = ("Adam_FP32", "Adam_STE", "SignSGD_Old", "TrueTernary", "Correlation")
@@ -182,27 +180,6 @@ def persistent_state(model: ArbForCausalLM, optimizer: torch.optim.Optimizer) ->
     tensors = [*model.parameters(), *model.buffers()]
     tensors += [v for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
     return sum(t.numel() * t.element_size() for t in tensors), sum(p.numel() for p in model.parameters())
-
-
-def reset_peak_memory() -> None:
-    """Start measuring the process's peak memory anew, where the system can (Linux)."""
-    gc.collect()
-    return_freed_memory()
-    try:
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")
-    except OSError:
-        pass
-
-
-def peak_memory_mb() -> float:
-    """Peak resident memory in MB since the last reset; on other systems, the current one."""
-    try:
-        with open("/proc/self/status") as file:
-            peak = next(line for line in file if line.startswith("VmHWM"))
-        return int(peak.split()[1]) / 1024
-    except (OSError, StopIteration):
-        return psutil.Process().memory_info().rss / 2**20
 
 
 def tuned(rates: list[float], run: Callable[[float], BenchmarkResult]) -> BenchmarkResult:

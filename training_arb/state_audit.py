@@ -95,7 +95,8 @@ class StateAudit:
         return "\n".join([*areas, "", *roles, "", *verdict])
 
 
-def _area_of(name: str) -> str:
+def area_of(name: str) -> str:
+    """The area that a module or tensor of this name belongs to; other: none of them."""
     return next((area for part, area in AREAS.items() if part in name.split(".")), "other")
 
 
@@ -105,7 +106,7 @@ def _audit_tensors(model: ArbForCausalLM, tensors: dict[str, torch.Tensor]) -> S
     listed = {}
     for name, module in model.integer_states().items():
         if isinstance(module, TernaryMatrix):
-            audit.areas[_area_of(name)] = audit.areas.get(_area_of(name), 0) + module.logical_weights
+            audit.areas[area_of(name)] = audit.areas.get(area_of(name), 0) + module.logical_weights
         for key, spec in module.layout().items():
             if spec.inference or model.config.training_state:
                 listed[f"{name}.{key}"] = spec
@@ -114,7 +115,7 @@ def _audit_tensors(model: ArbForCausalLM, tensors: dict[str, torch.Tensor]) -> S
         role = spec.role if spec else "unlisted"
         size = tensor.numel() * tensor.element_size()
         dtype = str(tensor.dtype).removeprefix("torch.")
-        audit.tensors.append(TensorRow(name, role, dtype, tuple(tensor.shape), size, _area_of(name)))
+        audit.tensors.append(TensorRow(name, role, dtype, tuple(tensor.shape), size, area_of(name)))
         if tensor.is_floating_point() or tensor.is_complex():
             audit.float_tensors.append(name)
         if spec is None:

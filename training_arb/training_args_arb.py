@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 
 from .rank_loss import meet_on_cpus
 
@@ -48,3 +49,6 @@ class ArbTrainingArguments(TrainingArguments):
         if self.use_cpu:
             meet_on_cpus(self.ddp_timeout)
         super().__post_init__()
+        missing = sorted(set(self.report_to) - set(get_available_reporting_integrations()))
+        if missing:
+            raise ValueError(f"report_to={missing[0]!r} is not installed here, or unknown; none: the terminal alone")
