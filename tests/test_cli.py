@@ -70,7 +70,7 @@ def test_a_whole_name_wins_over_a_longer_one():
 
 
 @pytest.mark.parametrize(
-    ("command", "said"), [("bench", "bench_kernels, bench_ranks"), ("train", "pretrain"), ("", "pretrain")]
+    ("command", "said"), [("bench", "bench_kernels, bench_"), ("train", "pretrain"), ("", "pretrain")]
 )
 def test_unknown_or_ambiguous_names_are_refused_in_one_line(command, said, capsys, monkeypatch):
     assert run_arb(monkeypatch, command) == 2
