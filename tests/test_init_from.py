@@ -5,12 +5,15 @@ import shutil
 
 import pytest
 import torch
+from huggingface_hub import constants
 from loopback_hub import used_by_this_process
 from scripting import run_script
 from test_pretrain import arguments, final_hash, report
 
 from configuration_arb import preset_config
 from modeling_arb import ArbForCausalLM
+from training_arb.model_card import card_metadata
+from training_arb.run_facts import RunFacts
 from training_arb.starting_point import start_from
 from training_arb.state_audit import inference_hash
 
@@ -133,27 +136,28 @@ def test_it_goes_on_with_its_own_run(tuned, text, checkpoints, tmp_path, capsys)
     assert report(tmp_path / "part")["init_from"] == report(run_dir)["init_from"]
 
 
-def test_from_the_hub_at_a_pinned_revision(text, checkpoints, tmp_path, capsys):
+def test_from_the_hub_at_a_pinned_revision(checkpoints, tmp_path, monkeypatch):
     with used_by_this_process(tmp_path / "cache") as hub:
         assert run_script("export_hub", checkpoints / "inference", "--push", "me/arb") == 0
         commit = hub.repositories["me/arb"].branches["main"]
-        saved(tmp_path / "other", hidden_size=32)
+        stored = saved(tmp_path / "other", hidden_size=32)
         assert run_script("export_hub", tmp_path / "other", "--push", "me/arb") == 0
-        pinned = finetuning(text, "me/arb", tmp_path / "run", revision=commit, max_steps=1, **GOING_ON)
-        assert run_script("pretrain", *pinned) == 0
-        assert not [request for request in hub.requests if request.startswith("GET") and request.endswith(".py")]
-        origin = report(tmp_path / "run")["init_from"]
+        hub.requests.clear()
+        model, origin = start_from("me/arb", commit)
+        assert inference_hash(model) == inference_hash(ArbForCausalLM.from_pretrained(checkpoints / "inference"))
         assert (origin["source"], origin["revision"], origin["commit"]) == ("me/arb", commit, commit)
-        assert run_script("export_hub", tmp_path / "run" / "final", tmp_path / "export") == 0
-        assert "base_model: me/arb\n" in (tmp_path / "export" / "README.md").read_text()
-        capsys.readouterr()
-        for name, changes, said in (
-            ("me/nothing", {}, "the hub has no such repository"),
-            ("me/arb", {"revision": "nowhere"}, "the hub has no such revision"),
-        ):
-            assert run_script("pretrain", *finetuning(text, name, tmp_path / "none", **changes)) == 2
-            assert said in capsys.readouterr().err
-    assert not (tmp_path / "none").exists()
+        assert inference_hash(start_from("me/arb")[0]) == inference_hash(stored)
+        fetched = {request.rpartition("/")[2] for request in hub.requests if "/resolve/" in request}
+        assert {name.rpartition(".")[2] for name in fetched} == {"json", "safetensors"}  # no code
+        metadata = card_metadata(RunFacts(init_from=origin), "tuned").to_dict()
+        assert (metadata["base_model"], metadata["base_model_relation"]) == ("me/arb", "finetune")
+        with pytest.raises(ValueError, match="init_from='me/nothing': the hub has no such repository"):
+            start_from("me/nothing")
+        with pytest.raises(ValueError, match="init_from='me/arb', revision='nowhere': the hub has no such revision"):
+            start_from("me/arb", "nowhere")
+        monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+        with pytest.raises(ValueError, match="init_from='me/other': not in the cache, and http://127"):
+            start_from("me/other")
 
 
 def missing(folder):

@@ -22,6 +22,7 @@ METRIC = "bits_per_byte"
 SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "head_layers", "group_size")
 SETTINGS = (
     "update_rule",
+    "table_rule",
     "momentum_bits",
     "learning_rate",
     "per_device_train_batch_size",
@@ -101,7 +102,7 @@ def _training(config: ArbConfig, facts: RunFacts) -> str:
     if facts.picture:
         parts.append(f"![loss, bits per byte and flips over the steps]({facts.picture.name})")
     if facts.sample:
-        parts.append(f"A sample of it, not chosen, from the run's end:\n\n{_fenced(facts.sample)}")
+        parts.append(f"A sample from the end of the run, not chosen among others:\n\n{_fenced(facts.sample)}")
     return "\n\n".join(parts)
 
 
@@ -109,7 +110,7 @@ def _score(facts: RunFacts) -> str | None:
     if facts.bits_per_byte is None:
         return None
     over = f" over {facts.measured_bytes:,} bytes never trained on" if facts.measured_bytes else ""
-    return f"**{facts.bits_per_byte:.4f}**{over}"
+    return f"**{facts.bits_per_byte:.4f}**{over}{f', in windows of {facts.ctx}' if facts.ctx else ''}"
 
 
 def _origin(facts: RunFacts) -> str | None:
