@@ -32,7 +32,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("model", help="a checkpoint folder or hub name")
     parser.add_argument("output", nargs="?", help="the folder to write; must not exist; may be left out with --push")
     parser.add_argument("--push", metavar="USER/NAME", help="also commit the export to this repository of the hub")
-    parser.add_argument("--private", action="store_true", help="of --push: make a new repository private")
+    parser.add_argument("--private", action="store_true", help="of --push: to a private repository")
     parser.add_argument("--branch", help="of --push: the branch to commit to, made where it is missing")
     parser.add_argument("--revision", help="of a model on the hub: branch, tag or commit")
     parser.add_argument(
@@ -52,7 +52,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     if args.push:
-        check_target(args.push)
+        check_target(args.push, args.private)
     model = load_model(args.model, args.revision)
     facts = facts_of(Path(args.model), model)
     with ExitStack() as stack:

@@ -203,7 +203,11 @@ def wrong_token(hub, monkeypatch):
 
 
 def another_model(hub, monkeypatch):
-    hub.add("me/arb").commit({"config.json": b'{"model_type": "gpt2"}'}, "main", "a model")
+    hub.add("me/arb", private=True).commit({"config.json": b'{"model_type": "gpt2"}'}, "main", "a model")
+
+
+def a_public_one(hub, monkeypatch):
+    hub.add("me/arb")
 
 
 def a_commit_fails(hub, monkeypatch):
@@ -230,6 +234,7 @@ def no_network(hub, monkeypatch):
         (None, "you/arb", "the token has no right to write there (403)"),
         (None, "me/a/rb", "me/a/rb"),
         (another_model, "me/arb", "the name is taken, by a model of type 'gpt2'"),
+        (a_public_one, "me/arb", "the repository is there already, and it is public"),
         (a_commit_fails, "me/arb", "the hub answered 501: the stand-in was told to fail"),
         (validation_fails, "me/arb", "the hub answered 501"),
         (a_large_file_fails, "me/arb", "Error while uploading 'model.safetensors' to the Hub: the token has no right"),
@@ -240,7 +245,8 @@ def test_a_push_that_fails_says_so_in_one_line(tmp_path, hub, checkpoint, monkey
     if trouble:
         trouble(hub, monkeypatch)
     before = {name: dict(repository.commits) for name, repository in hub.repositories.items()}
-    assert run_script("export_hub", checkpoint, tmp_path / "out" / "export", "--push", target) == 2
+    pushing = ("--push", target, "--private")
+    assert run_script("export_hub", checkpoint, tmp_path / "out" / "export", *pushing) == 2
     (line,) = re.findall("error: .*", capsys.readouterr().err)
     assert said in line
     assert not list(tmp_path.glob("out/*")) and not list(tmp_path.glob("out/.*"))

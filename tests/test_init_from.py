@@ -151,12 +151,12 @@ def test_from_the_hub_at_a_pinned_revision(checkpoints, tmp_path, monkeypatch):
         assert {name.rpartition(".")[2] for name in fetched} == {"json", "safetensors"}  # no code
         metadata = card_metadata(RunFacts(init_from=origin), "tuned").to_dict()
         assert (metadata["base_model"], metadata["base_model_relation"]) == ("me/arb", "finetune")
-        with pytest.raises(ValueError, match="init_from='me/nothing': the hub has no such repository"):
+        with pytest.raises(ValueError, match="init_from='me/nothing', no folder here: the hub has no such repository"):
             start_from("me/nothing")
         with pytest.raises(ValueError, match="init_from='me/arb', revision='nowhere': the hub has no such revision"):
             start_from("me/arb", "nowhere")
         monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-        with pytest.raises(ValueError, match="init_from='me/other': not in the cache, and http://127"):
+        with pytest.raises(ValueError, match="init_from='me/other', no folder here: not in the cache, and http://127"):
             start_from("me/other")
 
 

@@ -37,7 +37,7 @@ def find_checkpoint(name: str, revision: str | None = None, option: str = "model
     elif folder.is_absolute() or name.count("/") != 1 or name.startswith("."):
         raise ValueError(f"{asked}: no such folder")
     else:
-        with hub_errors(asked if revision is None else f"{asked}, revision={revision!r}"):
+        with hub_errors(f"{asked}, no folder here" if revision is None else f"{asked}, revision={revision!r}"):
             folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(FETCHED)))
         source = CheckpointSource(folder, folder.name)
     _check_folder(source.folder, asked)

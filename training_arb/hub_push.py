@@ -42,24 +42,25 @@ def _require_token(name: str, token: str | None) -> None:
         raise ValueError(f"push to {name!r}: there is no token; log in with `hf auth login`, or set HF_TOKEN")
 
 
-def check_target(repo_id: str, token: str | None = None) -> bool:
-    """Whether the repository is there already. Raises ValueError when there is no token, when the hub cannot be asked,
-    or when the repository holds another type of model."""
+def check_target(repo_id: str, private: bool = False, token: str | None = None) -> None:
+    """Raises ValueError when there is no token, when the hub cannot be asked, and when the repository is there and
+    holds another type of model, or is public where `private` was asked for."""
     asked = f"push to {repo_id!r}"
     _require_token(repo_id, token)
     api = HfApi(token=token)
     with hub_errors(asked):
         try:
-            files = [file.rfilename for file in api.model_info(repo_id).siblings or []]
+            info = api.model_info(repo_id)
         except RepositoryNotFoundError as error:
             if error.response.status_code == 401:
                 raise
-            return False
-        if "config.json" in files:
+            return
+        if private and not info.private:
+            raise ValueError(f"{asked}: the repository is there already, and it is public")
+        if "config.json" in [file.rfilename for file in info.siblings or []]:
             model_type = json.loads(Path(api.hf_hub_download(repo_id, "config.json")).read_bytes()).get("model_type")
             if model_type != MODEL_TYPE:
                 raise ValueError(f"{asked}: the name is taken, by a model of type {model_type!r}")
-    return True
 
 
 def push_folder(

@@ -47,7 +47,7 @@ class HubTrainer(Trainer):
         token = token or self.args.hub_token
         name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
         name = whole_name(name, token)
-        check_target(name, token)
+        check_target(name, bool(private or self.args.hub_private_repo), token)
         with hub_errors(f"push to {name!r}"):
             super().init_hf_repo(token, private)
 
