@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from modeling_arb import ArbForCausalLM
 
@@ -47,5 +48,12 @@ def _leave(code: int) -> None:
 
 
 def load_model(name: str, revision: str | None = None) -> ArbForCausalLM:
-    """An ArbForCausalLM in evaluation mode, from a folder or a hub name. Raises ValueError when there is none."""
+    """An ArbForCausalLM in evaluation mode, from a folder or a hub name. Raises ValueError when there is none.
+
+    The folder of a peft adapter gives its base with the adapter on it.
+    """
+    if (Path(name) / "adapter_config.json").is_file():
+        from .lora_adapter import load_adapter  # peft is needed here alone
+
+        return load_adapter(name)
     return ArbForCausalLM.from_pretrained(find_checkpoint(name, revision).folder).eval()

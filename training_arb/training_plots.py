@@ -44,6 +44,29 @@ def plot_training(history: Sequence[dict], path: str | Path, title: str) -> None
     plt.close(figure)
 
 
+def plot_finetuning(
+    history: Sequence[dict], before: float, after: float, held_out_after: float, path: str | Path, title: str
+) -> None:
+    """Losses of an adapter over steps, from a Trainer's log history, to a PNG.
+
+    before: the frozen base's on held-out conversations; after, held_out_after: over all at the end.
+    """
+    figure, panel = plt.subplots(figsize=(8, 4.2), constrained_layout=True)
+    panel.plot(*_series(history, "loss"), color=COLOURS[0], label=f"training batches; all at the end: {after:.3f}")
+    points = [(0, before), *zip(*_series(history, "eval_loss"), strict=True)]
+    panel.plot(
+        *zip(*points, strict=True), "o-", color=COLOURS[1], markersize=4, label=f"held out: {held_out_after:.3f}"
+    )
+    panel.axhline(before, color="#aaaaaa", linestyle=":", label=f"frozen base, held out: {before:.3f}")
+    panel.set(xlabel="step", ylabel="nats per assistant byte", title=title)
+    panel.set_ylim(bottom=0)
+    panel.grid(alpha=0.25)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.legend(frameon=False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
 def plot_comparison(curves: dict[str, Sequence[tuple[int, float]]], path: str | Path, title: str) -> None:
     """Held-out losses (step, nats per byte) per configuration, to a PNG.
 

@@ -1,0 +1,265 @@
+"""Finetune a LoRA adapter on conversations over a frozen ternary model, or merge one into it.
+
+The base's integer state stays as it is, bit for bit; the adapter is float, trained by AdamW on what the assistant says.
+Ends with the loss before and after on training and held-out conversations, loss.png, report.json and final/, which
+peft loads, as do scripts/generate.py and scripts/evaluate.py.
+
+examples:
+  python scripts/finetune_lora.py runs/pretrain/final                       # the 500 conversations of this repo
+  python scripts/finetune_lora.py runs/pretrain/final --data chats.jsonl --epochs 2 --output_dir runs/chat
+  python scripts/finetune_lora.py runs/pretrain/final --dataset HuggingFaceH4/no_robots --max_steps 2000
+  python scripts/finetune_lora.py runs/pretrain/final --r 8 --target_modules up_proj down_proj --dora true
+  python scripts/finetune_lora.py runs/pretrain/final --resume latest --output_dir runs/chat --data chats.jsonl
+  python scripts/finetune_lora.py runs/lora/final --merge true --output_dir runs/merged
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import HfArgumentParser, set_seed
+
+from modeling_arb import ArbForCausalLM
+from tokenization_arb import ArbTokenizer
+from training_arb.atomic_files import new_folder, write_json
+from training_arb.chat_data import (
+    Conversation,
+    ConversationDataset,
+    Conversations,
+    load_hub_conversations,
+    read_conversations,
+    split_conversations,
+)
+from training_arb.checkpoint_files import write_checksums
+from training_arb.command_line import HelpFormatter, load_model, run
+from training_arb.cpu_allocator import keep_freed_memory
+from training_arb.lora_adapter import (
+    ADAPTER_WEIGHTS,
+    ALL_LINEAR,
+    adapter_parameters,
+    add_adapter,
+    assistant_loss,
+    base_hash,
+    is_adapter,
+    load_adapter,
+    save_adapter,
+)
+from training_arb.lora_merge import merge_adapter
+from training_arb.lora_trainer import LoraTrainer, LoraTrainingArguments, adapter_checkpoint_to_resume
+from training_arb.training_plots import plot_finetuning
+
+INSTRUCTIONS = Path(__file__).with_name("instructions.jsonl")
+FLOAT16_BYTES = 2
+SAMPLES = 4
+MEASURED = 1000
+
+
+@dataclass
+class LoraArguments:
+    """The adapter and its conversations."""
+
+    data: str = field(default=str(INSTRUCTIONS), metadata={"help": "A .jsonl of conversations."})
+    dataset: str | None = field(default=None, metadata={"help": "Hub dataset of conversations, instead of --data."})
+    split: str = field(default="train", metadata={"help": "Which part of --dataset."})
+    ctx: int = field(default=512, metadata={"help": "Bytes of a conversation; longer ones are cut there."})
+    hold_out_every: int = field(default=10, metadata={"help": "Each so-many-th conversation is not trained on."})
+    r: int = field(default=3, metadata={"help": "Rank of the adapter."})
+    alpha: float = field(default=6.0, metadata={"help": "The adapter's output is scaled by alpha / r."})
+    dropout: float = field(default=0.0, metadata={"help": "On the adapter's input, in training."})
+    target_modules: list[str] = field(
+        default_factory=lambda: [ALL_LINEAR], metadata={"help": "Layers by name; all-linear: all but the head."}
+    )
+    dora: bool = field(default=False, metadata={"help": "Weight-decomposed LoRA."})
+    merge: bool = field(
+        default=False, metadata={"help": "Write merged/, a ternary model; MODEL may be an adapter to merge as it is."}
+    )
+
+
+def read_data(arguments: LoraArguments) -> tuple[list[Conversation], list[Conversation], Conversations]:
+    """Training and held-out conversations, and all that was read."""
+    if arguments.ctx < 8 or arguments.hold_out_every < 2:
+        raise ValueError(
+            f"ctx={arguments.ctx}, hold_out_every={arguments.hold_out_every}: need ctx >= 8, hold_out_every >= 2"
+        )
+    if arguments.dataset:
+        read = load_hub_conversations(arguments.dataset, arguments.split, arguments.ctx)
+    else:
+        read = read_conversations(arguments.data, arguments.ctx)
+    return *split_conversations(read.kept, arguments.hold_out_every), read
+
+
+def sample_answers(model: ArbForCausalLM, conversations: Sequence[Conversation]) -> list[dict[str, str]]:
+    """Greedy answers to the first turns of held-out conversations, beside what was wanted."""
+    tokenizer, shown = ArbTokenizer(), []
+    for ids, said in conversations[:SAMPLES]:
+        begin = said.index(True)
+        end = begin + ids[begin:].index(tokenizer.eos_token_id) if tokenizer.eos_token_id in ids[begin:] else len(ids)
+        prompt = torch.tensor([ids[:begin]], device=model.device)
+        answer = model.generate(input_ids=prompt, max_new_tokens=160, do_sample=False)[0, begin:].tolist()
+        texts = {"asked": ids[:begin], "wanted": ids[begin:end], "answered": answer}
+        shown.append({name: tokenizer.decode_bytes(part).decode(errors="replace") for name, part in texts.items()})
+    return shown
+
+
+def main() -> int:
+    started = time.time()
+    parser = HfArgumentParser(
+        (LoraArguments, LoraTrainingArguments), description=__doc__, formatter_class=HelpFormatter
+    )
+    parser.add_argument("model", help="a pretrained model's folder or hub name; with --merge also an adapter's folder")
+    arguments, args, positional = parser.parse_args_into_dataclasses()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    keep_freed_memory()
+    resume, faults = adapter_checkpoint_to_resume(args.output_dir, args.resume_from_checkpoint)
+    for fault in faults:
+        print(f"warning: {fault}; going on from {resume} instead", file=sys.stderr)
+    train, held_out, read = read_data(arguments)
+    if is_adapter(positional.model):
+        if not arguments.merge:
+            raise ValueError(f"model={positional.model!r} is an adapter: give its base, or --merge true")
+        return merge(load_adapter(positional.model), args, train, held_out)
+    set_seed(args.seed)
+    base = load_model(positional.model)
+    base.name_or_path = str(Path(positional.model).resolve()) if Path(positional.model).is_dir() else positional.model
+    sha256 = base_hash(base)
+    weights = base.num_parameters()
+    model = add_adapter(base, arguments.r, arguments.alpha, arguments.dropout, arguments.target_modules, arguments.dora)
+    parameters, source = adapter_parameters(model), arguments.dataset or arguments.data
+    if args.should_log:
+        print(f"base      {positional.model}: {weights:,} ternary weights, frozen, sha256 {sha256[:16]}")
+        print(f"adapter   rank {arguments.r}{', DoRA' if arguments.dora else ''}: {parameters:,} float parameters")
+        print(f"data      {source}: {len(train)} conversations, and {len(held_out)} held out;", end=" ")
+        print(f"{read.cut} cut at {arguments.ctx} bytes, {read.dropped} left out as nothing was said before that")
+    before = losses(model, train, held_out, args)
+    trainer = LoraTrainer(
+        model,
+        args,
+        run_description={
+            **{name: getattr(arguments, name) for name in sorted(set(vars(arguments)) - {"merge"})},
+            "base_sha256": sha256,
+            "seed": args.seed,
+            "batch": args.per_device_train_batch_size * args.gradient_accumulation_steps,
+        },
+        train_dataset=ConversationDataset(train),
+        eval_dataset=ConversationDataset(held_out),
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    if trainer.interruption.signum:
+        return stop_early(trainer)
+    if trainer.is_world_process_zero():
+        after = losses(model, train, held_out, args)
+        if base_hash(model) != sha256:
+            raise RuntimeError("the frozen base has changed")
+        answers = sample_answers(model, held_out)
+        with new_folder(Path(args.output_dir) / "final") as folder:
+            save_adapter(model, folder)
+            ArbTokenizer().save_pretrained(folder)
+            size = (folder / ADAPTER_WEIGHTS).stat().st_size
+            write_checksums(folder)
+        report = {
+            "base": positional.model,
+            "base_sha256": sha256,
+            "weights": weights,
+            "adapter_parameters": parameters,
+            "adapter_bytes": size,
+            "adapter_share_of_float16": size / (FLOAT16_BYTES * weights),
+            "data": source,
+            "conversations": {
+                "train": len(train),
+                "held_out": len(held_out),
+                "cut": read.cut,
+                "left_out": read.dropped,
+            },
+            "loss_before": before,
+            "loss_after": after,
+            "reduction": {name: 1 - after[name] / before[name] for name in before},
+            "steps": trainer.state.global_step,
+            "seconds": round(time.time() - started, 1),
+            "settings": {
+                **vars(arguments),
+                **{name: getattr(args, name) for name in LoraTrainingArguments.__annotations__},
+            },
+            "samples": answers,
+            "history": trainer.state.log_history,
+        }
+        write_json(Path(args.output_dir) / "report.json", report)
+        plot_finetuning(
+            trainer.state.log_history,
+            before["held_out"],
+            after["train"],
+            after["held_out"],
+            Path(args.output_dir) / "loss.png",
+            f"rank {arguments.r} on {Path(source).name}, {parameters:,} parameters",
+        )
+        show(report, args.output_dir)
+        if arguments.merge:
+            return merge(model, args, train, held_out)
+    return 0
+
+
+def losses(
+    model: PeftModel, train: Sequence[Conversation], held_out: Sequence[Conversation], args: LoraTrainingArguments
+) -> dict[str, float]:
+    """Nats per byte that the assistant says, by part; of training at most as many as MEASURED, evenly spread."""
+    some = train[:: -(-len(train) // MEASURED)]
+    parts = {"train": some, "held_out": held_out}
+    return {name: assistant_loss(model, part, args.per_device_eval_batch_size) for name, part in parts.items()}
+
+
+def stop_early(trainer: LoraTrainer) -> int:
+    """Say how to go on after a signal; the exit code is the one that a shell gives to it."""
+    signum, step = trainer.interruption.signum, trainer.state.global_step
+    print(f"\nstopped by {signal.Signals(signum).name} after step {step}, which is saved; go on by --resume latest")
+    return 128 + signum
+
+
+def show(report: dict, output_dir: str) -> None:
+    """The report for people."""
+    for sample in report["samples"]:
+        print("\n" + "\n".join(f"{name:<9} {text!r}" for name, text in sample.items()))
+    print()
+    for name, loss in report["loss_before"].items():
+        after, reduction = report["loss_after"][name], report["reduction"][name]
+        print(f"{name:<9} {loss:.4f} -> {after:.4f} nats per assistant byte, {reduction:.1%} less")
+    print(
+        f"adapter   {report['adapter_bytes']:,} bytes, {report['adapter_share_of_float16']:.2%} of the base in float16"
+    )
+    print(f"base      unchanged, sha256 {report['base_sha256'][:16]}")
+    print(f"written   {output_dir}/final, loss.png, report.json in {report['seconds']:.0f} s")
+
+
+def merge(
+    model: PeftModel,
+    args: LoraTrainingArguments,
+    train: Sequence[Conversation],
+    held_out: Sequence[Conversation],
+) -> int:
+    """Write merged/, a model that is trits again, with the losses on both parts; nothing when that loses the gain."""
+    batch = args.per_device_eval_batch_size
+    some = train[:: -(-len(train) // MEASURED)]
+    with model.disable_adapter():
+        held_out_losses = {"base": assistant_loss(model, held_out, batch)}
+    held_out_losses["adapter"] = assistant_loss(model, held_out, batch)
+    merged, report = merge_adapter(model, some, seed=args.seed, batch_size=batch)
+    held_out_losses["merged"] = assistant_loss(merged, held_out, batch)
+    with new_folder(Path(args.output_dir) / "merged") as folder:
+        merged.save_pretrained(folder)
+        ArbTokenizer().save_pretrained(folder)
+        write_json(folder / "merge.json", {**report.to_dict(), "held_out": held_out_losses})
+        write_checksums(folder)
+    print(f"merged    {report}")
+    print("held out  " + ", ".join(f"{loss:.4f} {name}" for name, loss in held_out_losses.items()))
+    print(f"written   {args.output_dir}/merged, sha256 {base_hash(merged)[:16]}")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main)
