@@ -16,6 +16,7 @@ examples:
 from __future__ import annotations
 
 import argparse
+import re
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
@@ -44,6 +45,8 @@ def parse_arguments() -> argparse.Namespace:
         raise ValueError("output: name a folder to write, or a repository with --push")
     if args.output is not None and Path(args.output).exists():
         raise ValueError(f"output={args.output!r} exists already")
+    if not re.fullmatch(r"[\d.]+ ?[KMGT]B", args.max_shard_size):
+        raise ValueError(f"max_shard_size={args.max_shard_size!r} must be a number and KB, MB, GB or TB")
     if args.push is None and (args.private or args.branch):
         raise ValueError(f"{'private' if args.private else 'branch'} goes with --push only")
     return args

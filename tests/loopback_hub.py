@@ -80,9 +80,9 @@ def metadata_errors(card: str) -> list[str]:
     if len(parts) < 3 or parts[0]:
         return ["no metadata"]
     fields, errors = yaml.safe_load(parts[1]), []
-    if fields.get("license") not in LICENCES:
+    if "license" in fields and fields["license"] not in LICENCES:
         errors.append(f'"license" must be one of {sorted(LICENCES)}')
-    if fields.get("pipeline_tag") not in TASKS:
+    if "pipeline_tag" in fields and fields["pipeline_tag"] not in TASKS:
         errors.append(f'"pipeline_tag" must be one of {sorted(TASKS)}')
     for name in ("tags", "datasets"):
         if not all(isinstance(item, str) for item in fields.get(name, [])):

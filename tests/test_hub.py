@@ -14,6 +14,7 @@ from test_pretrain import TEXT, arguments
 
 from configuration_arb import preset_config
 from modeling_arb import ArbForCausalLM
+from tokenization_arb import ArbTokenizer
 from training_arb.run_facts import shown_command, shown_sample
 from training_arb.state_audit import audit_folder, inference_hash
 
@@ -125,6 +126,17 @@ def test_a_branch_of_a_private_repository_and_back(tmp_path, hub, checkpoint):
     assert run_script("export_hub", "me/arb", tmp_path / "back", "--revision", "resumable", "--training_state") == 0
     back = ArbForCausalLM.from_pretrained(tmp_path / "back").state_dict()
     assert same_tensors(back, ArbForCausalLM.from_pretrained(checkpoint).state_dict())
+
+
+def test_the_models_and_the_tokenizers_own_push(hub, checkpoint):
+    model = ArbForCausalLM.from_pretrained(checkpoint)
+    model.push_to_hub("me/stock")
+    ArbTokenizer().push_to_hub("me/stock")
+    files = hub.repositories["me/stock"].files()
+    assert {"modeling_arb.py", "tokenizer.json", "config.json"} <= files.keys() and not list(
+        filter(PICKLED.search, files)
+    )
+    assert same_tensors(tensors_on(hub.repositories["me/stock"]), model.state_dict())
 
 
 def test_the_run_pushes_as_it_goes_and_leaves_nothing_behind(pushed_run):
@@ -260,6 +272,7 @@ def test_options_that_do_not_go_together(tmp_path, checkpoint, capsys):
         ((checkpoint,), "output: name a folder"),
         ((checkpoint, tmp_path / "x", "--private"), "private goes with --push"),
         ((checkpoint, tmp_path / "x", "--branch", "b"), "branch goes with --push"),
+        ((checkpoint, tmp_path / "x", "--max_shard_size", "big"), "max_shard_size='big' must be a number and KB"),
         ((checkpoint, tmp_path / "x", "--revision", "b"), "only the hub has revisions"),
     ):
         assert run_script("export_hub", *given) == 2
