@@ -4,6 +4,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from configuration_arb import ArbConfig
 
+from .contrastive_search import contrastive_search
 from .modeling_arb import ArbForCausalLM, ArbModel, ArbPreTrainedModel
 from .remote_code import export_code
 
@@ -12,4 +13,4 @@ AutoConfig.register("arb", ArbConfig)
 AutoModel.register(ArbConfig, ArbModel)
 AutoModelForCausalLM.register(ArbConfig, ArbForCausalLM)
 
-__all__ = ["ArbForCausalLM", "ArbModel", "ArbPreTrainedModel"]
+__all__ = ["ArbForCausalLM", "ArbModel", "ArbPreTrainedModel", "contrastive_search"]

@@ -9,7 +9,7 @@ from transformers import DynamicCache, StaticCache, StoppingCriteria, StoppingCr
 from transformers.cache_utils import Cache
 
 from configuration_arb import PRESETS, preset_config
-from modeling_arb import ArbForCausalLM
+from modeling_arb import ArbForCausalLM, contrastive_search
 from tokenization_arb import ArbTokenizer
 from training_arb.cache_audit import CacheSize, cache_size
 
@@ -224,7 +224,7 @@ def test_caches_of_other_models_are_refused(tiny):
 
 
 def test_modes_that_transformers_does_not_ship_say_so(tiny, batch):
-    """Contrastive search is remote code since transformers 5; its cache operations are tested below."""
+    """Contrastive search is remote code since transformers 5; ours is tested below."""
     with pytest.raises(ValueError, match="transformers-community/contrastive-search"):
         new_ids(tiny, batch, penalty_alpha=0.6, top_k=4)
     with pytest.raises(ValueError, match="inputs_embeds cannot"):
@@ -233,18 +233,37 @@ def test_modes_that_transformers_does_not_ship_say_so(tiny, batch):
         new_ids(tiny, one_row("abcabc"), prompt_lookup_num_tokens=3, cache_implementation="static")
 
 
-def test_candidates_of_a_cache(model):
-    """What contrastive search does: k copies of each row, one byte tried on each, the best copy kept."""
-    ids, tried = torch.randint(0, 256, (2, 20)), torch.randint(0, 256, (6, 1))
-    cache = model(ids, use_cache=True).past_key_values
-    cache.batch_repeat_interleave(3)
-    model(tried, past_key_values=cache)
-    kept = torch.tensor([1, 5])
-    cache.batch_select_indices(kept)
-    out = model(ids[:, :4], past_key_values=cache).logits
-    read = torch.cat([ids, tried[kept]], 1)
-    expected = model(ids[:, :4], past_key_values=model(read, use_cache=True).past_key_values).logits
-    assert (out - expected).abs().max() < 1e-4 * expected.abs().max()
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_contrastive_search_equals_its_uncached_twin(model, batch, alpha):
+    settings = {"custom_generate": contrastive_search, "penalty_alpha": alpha, "top_k": 3}
+    both = new_ids(model, batch, **settings)
+    assert torch.equal(both, new_ids(model, batch, use_cache=False, **settings))
+    assert torch.equal(both[1:], new_ids(model, one_row(PROMPTS[1]), **settings))
+    assert torch.equal(both, new_ids(model, batch)) == (alpha == 0)
+
+
+def test_contrastive_search_chooses_by_the_formula(model):
+    """Each byte by hand: probability against the greatest cosine with what stands before."""
+    ids, expected = torch.randint(0, 256, (1, 12)), []
+    for _ in range(5):
+        read = torch.cat([ids, torch.tensor([expected], dtype=torch.long)], 1)
+        before = model.model(read).last_hidden_state[0]
+        probability, candidates = model(read).logits[0, -1].softmax(-1).topk(4)
+        scores = []
+        for p, candidate in zip(probability, candidates, strict=True):
+            hidden = model.model(torch.cat([read, candidate[None, None]], 1)).last_hidden_state[0, -1]
+            scores.append(0.4 * p - 0.6 * torch.cosine_similarity(before, hidden, dim=-1).max())
+        expected.append(candidates[torch.stack(scores).argmax()].item())
+    start = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": 5}
+    search = {"custom_generate": contrastive_search, "penalty_alpha": 0.6, "top_k": 4}
+    out = model.generate(**start, **search, return_dict_in_generate=True)
+    assert out.sequences[0, 12:].tolist() == expected
+    with pytest.raises(ValueError, match="past_key_values must be empty"):
+        model.generate(**start, **search, past_key_values=out.past_key_values)
+    with pytest.raises(ValueError, match="penalty_alpha=None"):
+        model.generate(**start, custom_generate=contrastive_search, top_k=4)
+    with pytest.raises(ValueError, match="top_k=0"):
+        model.generate(**start, custom_generate=contrastive_search, penalty_alpha=0.6, top_k=0)
 
 
 def test_hidden_states(model, batch):
