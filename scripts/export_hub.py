@@ -21,8 +21,11 @@ import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
+from modeling_arb import ArbForCausalLM
 from training_arb.atomic_files import new_folder
-from training_arb.command_line import HelpFormatter, load_model, run
+from training_arb.checkpoint_files import verify_checksums
+from training_arb.checkpoint_source import find_checkpoint
+from training_arb.command_line import HelpFormatter, run
 from training_arb.hub_export import SHARD_SIZE, export_model
 from training_arb.hub_push import check_target, push_folder
 from training_arb.run_facts import facts_of
@@ -56,8 +59,10 @@ def main() -> None:
     args = parse_arguments()
     if args.push:
         check_target(args.push, args.private)
-    model = load_model(args.model, args.revision)
-    facts = facts_of(Path(args.model), model)
+    source = find_checkpoint(args.model, args.revision).folder
+    verify_checksums(source)
+    model = ArbForCausalLM.from_pretrained(source)
+    facts = facts_of(source, model)
     with ExitStack() as stack:
         if args.output is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))

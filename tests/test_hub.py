@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from test_pretrain import TEXT, arguments
 from configuration_arb import preset_config
 from modeling_arb import ArbForCausalLM
 from tokenization_arb import ArbTokenizer
+from training_arb.checkpoint_files import write_checksums
 from training_arb.run_facts import shown_command, shown_sample
 from training_arb.state_audit import audit_folder, inference_hash
 
@@ -278,6 +280,16 @@ def test_options_that_do_not_go_together(tmp_path, checkpoint, capsys):
         assert run_script("export_hub", *given) == 2
         assert said in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
+
+
+def test_a_damaged_checkpoint_is_not_exported(tmp_path, checkpoint, capsys):
+    shutil.copytree(checkpoint, tmp_path / "damaged")
+    write_checksums(tmp_path / "damaged")
+    weights = bytearray((tmp_path / "damaged" / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (tmp_path / "damaged" / "model.safetensors").write_bytes(weights)
+    assert run_script("export_hub", tmp_path / "damaged", tmp_path / "out" / "export") == 2
+    assert "model.safetensors: damaged" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_a_run_goes_on_when_a_push_fails_and_says_how_to_push_it(tmp_path, hub, capsys, caplog):

@@ -9,7 +9,6 @@ from huggingface_hub import snapshot_download
 
 from modeling_arb.checkpoint_integrity import read_json_object
 
-from .checkpoint_files import verify_checksums
 from .hub_errors import hub_errors
 
 FETCHED = ("*.json", "*.safetensors")
@@ -26,8 +25,7 @@ class CheckpointSource(NamedTuple):
 def find_checkpoint(name: str, revision: str | None = None, option: str = "model") -> CheckpointSource:
     """The folder `name`, or what the hub has under it, downloaded into its cache.
 
-    Raises ValueError, which begins with `option` and the name, when there is none, when it is another type of model,
-    or when a file of it is damaged.
+    Raises ValueError, which begins with `option` and the name, when there is none, or it is another type of model.
     """
     folder, asked = Path(name), f"{option}={name!r}"
     if folder.is_dir():
@@ -52,4 +50,3 @@ def _check_folder(folder: Path, asked: str) -> None:
         raise ValueError(f"{asked}: model_type={model_type!r} in its config.json, this is for {MODEL_TYPE!r}")
     if not list(folder.glob("model*.safetensors")):
         raise ValueError(f"{asked}: no model.safetensors there")
-    verify_checksums(folder)

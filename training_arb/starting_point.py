@@ -15,7 +15,7 @@ from modeling_arb import ArbForCausalLM
 from modeling_arb.checkpoint_integrity import read_config, read_json_object
 from modeling_arb.ternary_codebook import TernaryCodebook
 
-from .checkpoint_files import RUN_FILE
+from .checkpoint_files import RUN_FILE, verify_checksums
 from .checkpoint_source import find_checkpoint
 from .state_audit import inference_hash
 
@@ -35,12 +35,14 @@ def start_from(
 
     preset, fields (of the config): must agree with the checkpoint, but for FREE_FIELDS. ctx: the longest text to come.
     resumed: the checkpoint of this very run that it goes on from; its weights are then the trainer's to load, and the
-    source is not opened again. Raises ValueError when there is no such checkpoint or the settings contradict it.
+    source is not opened again. Raises ValueError when there is no such checkpoint, when it is damaged, or when the
+    settings contradict it.
     """
     if resumed is not None:
         folder, origin = Path(resumed), _stored_origin(Path(resumed), source, revision)
     else:
         folder, commit = find_checkpoint(source, revision, "init_from")
+        verify_checksums(folder)
         origin = {"source": source, "revision": revision, "commit": commit}
     stored = read_config(folder / "config.json")
     config = _agreed_config(stored, source, preset, fields or {})
