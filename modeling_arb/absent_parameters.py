@@ -30,10 +30,11 @@ class AbsentParameters(torch.Tensor):
 
 
 class AbsentWeight:
-    """Stands where an nn.Linear has its float weight. peft merges an adapter into `data`, which is refused."""
+    """Stands where an nn.Linear or nn.Embedding has its float weight: peft looks at its shape, and merges an adapter
+    into its `data`, which is refused."""
 
-    def __init__(self, packed: torch.Tensor):
-        self.device, self.dtype = packed.device, packed.dtype
+    def __init__(self, packed: torch.Tensor, shape: tuple[int, int]):
+        self.device, self.dtype, self.shape = packed.device, packed.dtype, torch.Size(shape)
 
     @property
     def data(self) -> NoReturn:

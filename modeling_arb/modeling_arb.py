@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import nn
@@ -60,9 +61,9 @@ class ArbPreTrainedModel(PreTrainedModel):
         return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
     def parameters(self, recurse: bool = True) -> Iterator[torch.Tensor]:
-        """An adapter's; without one a stand-in, of whose kind AbsentParameters says more."""
+        """An adapter's; without one a stand-in, see AbsentParameters."""
         found = list(super().parameters(recurse))
-        return iter(found or [AbsentParameters(self.device)])
+        return iter(found or [AbsentParameters(buffer.device) for buffer in islice(self.buffers(), 1)])
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Logical ternary weights, plus whatever float parameters an adapter brought."""

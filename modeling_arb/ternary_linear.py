@@ -10,8 +10,9 @@ from arb_kernels.decode_layout import decode_linear
 from arb_kernels.int8_matmul import int8_matmul
 from arb_kernels.quantise import quantise_gradient, quantise_tokens
 
-from .absent_parameters import AbsentWeight
 from .ternary_matrix import TernaryMatrix
+
+ZERO_ROW_TRACE = 2.0**-20
 
 
 class FloatLinearFunction(torch.autograd.Function):
@@ -76,18 +77,17 @@ class TernaryLinear(TernaryMatrix, nn.Linear):
         self.setup_state(out_features, in_features, config, init_fan_in=in_features)
 
     @property
-    def weight(self) -> AbsentWeight:
-        return AbsentWeight(self.T_packed)
-
-    @property
     def qweight(self) -> torch.Tensor:
         return self.T_packed
 
     W_q = qweight
 
     def dequantize(self) -> torch.Tensor:
-        """float32 (out_features, in_features): a transient."""
-        return self.effective_weight(torch.float32)
+        """float32 (out_features, in_features), a transient. DoRA divides by the norm of a row: one of zeros gets a
+        trace of one."""
+        weight = self.effective_weight(torch.float32)
+        weight[:, 0] += ZERO_ROW_TRACE * (weight == 0).all(1)
+        return weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.is_autocast_enabled(x.device.type):

@@ -17,6 +17,7 @@ from arb_kernels.packing import TRITS_PER_BYTE, packed_width, unpack_trits
 from arb_kernels.scaled_rows import effective_weight
 from arb_kernels.state_layout import StateTensor, state_layout
 
+from .absent_parameters import AbsentWeight
 from .integer_state import IntegerState
 
 logger = logging.get_logger(__name__)
@@ -75,6 +76,10 @@ class TernaryMatrix(IntegerState):
     def layout(self) -> dict[str, StateTensor]:
         """The matrix's persistent tensors, training state included whether or not it is there."""
         return state_layout(self.update_rule, self.rows, self.columns, self.group_size, self.momentum_bits)
+
+    @property
+    def weight(self) -> AbsentWeight:
+        return AbsentWeight(self.T_packed, (self.rows, self.columns))
 
     @property
     def logical_weights(self) -> int:

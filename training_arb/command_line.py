@@ -8,13 +8,16 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 from modeling_arb import ArbForCausalLM
 
 from .checkpoint_source import find_checkpoint
-from .rank_loss import RankLostError
+from .rank_loss import RankLostError, RanksPartedError
 
 BAD_INPUT, RUN_FAILED = 2, 1
 TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
+ALLOCATOR = "DefaultCPUAllocator: "  # torch's words for no memory begin behind it
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -24,20 +27,43 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 def run(main: Callable[[], int | None]) -> None:
     """Run a script's main and exit. An error that is no bug is one line; ARB_TRACEBACK=1 shows where it came from.
 
-    Exit codes: 2, what was given is wrong: an option, data, a checkpoint, a disk (ValueError, OSError); 1, the run
-    itself went wrong: a loss or a gradient that is not finite or explodes (FloatingPointError); 75, another rank was
-    lost, and the same command may well go on (RankLostError).
+    Exit codes: 2, what was given is wrong: an option, data, a checkpoint, a disk (ValueError, OSError), or it
+    asks for more memory than there is; 1, the run itself went wrong: a loss or a gradient is not finite or explodes
+    (FloatingPointError), ranks differ (RanksPartedError); 75, another rank was lost, and the same command may well go
+    on (RankLostError).
     """
     try:
         sys.exit(main() or 0)
-    except (ValueError, OSError, FloatingPointError, RankLostError) as error:
-        if os.environ.get("ARB_TRACEBACK"):
+    except Exception as error:
+        code = exit_code(error)
+        if code is None or os.environ.get("ARB_TRACEBACK"):
             raise
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        print(f"error: {lines[0]}", file=sys.stderr)
-        if isinstance(error, RankLostError):
-            _leave(TRY_AGAIN)
-        sys.exit(RUN_FAILED if isinstance(error, FloatingPointError) else BAD_INPUT)
+        print(f"error: {_in_one_line(error)}", file=sys.stderr)
+        if code == TRY_AGAIN:
+            _leave(code)
+        sys.exit(code)
+
+
+def exit_code(error: Exception) -> int | None:
+    """What the process ends with for it; None: it is a bug, to be shown whole."""
+    if isinstance(error, RankLostError):
+        return TRY_AGAIN
+    if isinstance(error, FloatingPointError | RanksPartedError):
+        return RUN_FAILED
+    return BAD_INPUT if isinstance(error, ValueError | OSError) or _out_of_memory(error) else None
+
+
+def _out_of_memory(error: Exception) -> bool:
+    refused = isinstance(error, RuntimeError) and ALLOCATOR in str(error)
+    return refused or isinstance(error, MemoryError | torch.OutOfMemoryError)
+
+
+def _in_one_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    if _out_of_memory(error):
+        reason = lines[0].rpartition(ALLOCATOR)[2].partition(". ")[0]
+        return f"out of memory ({reason}): a smaller batch, ctx or model needs less"
+    return lines[0]
 
 
 def _leave(code: int) -> None:
@@ -53,7 +79,9 @@ def load_model(name: str) -> ArbForCausalLM:
     The folder of a peft adapter gives its base with the adapter on it.
     """
     if (Path(name) / "adapter_config.json").is_file():
-        from .lora_adapter import load_adapter  # peft is needed here alone
-
+        try:
+            from .lora_adapter import load_adapter
+        except ImportError as error:
+            raise ValueError(f"model={name!r} is an adapter, and peft is not there to load it: {error}") from error
         return load_adapter(name)
     return ArbForCausalLM.from_pretrained(find_checkpoint(name).folder).eval()

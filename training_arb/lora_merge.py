@@ -55,9 +55,8 @@ class MergeReport:
 
     @property
     def kept(self) -> float:
-        """How much of what the adapter gained is left: 1 is all, below 0 is worse than the base."""
-        gain = self.loss_base - self.loss_adapter
-        return (self.loss_base - self.loss_merged) / gain if gain else 0.0
+        """How much of what the adapter gained is left: 1 is all, below 0 would be worse than the base."""
+        return (self.loss_base - self.loss_merged) / (self.loss_base - self.loss_adapter)
 
     def __str__(self) -> str:
         return (
@@ -88,6 +87,10 @@ def merge_adapter(
     with model.disable_adapter():
         loss_base = assistant_loss(model, conversations, batch_size)
     loss_adapter = assistant_loss(model, conversations, batch_size)
+    if not loss_adapter < loss_base:
+        raise ValueError(
+            f"the adapter is not merged, it gains nothing: loss {loss_base:.4f} base, {loss_adapter:.4f} with it"
+        )
     moments = input_moments(model, layers, conversations, batch_size) if rounding == "compensated" else {}
     stored = {name: tensor.clone() for name, tensor in model.named_buffers()}
     flips = 0
@@ -128,7 +131,7 @@ def mergeable_layers(model: PeftModel) -> dict[str, LoraLinear]:
 
 def weight_change(layer: LoraLinear) -> torch.Tensor:
     """float32 (rows, columns): what the active adapters add to W_eff."""
-    weight = layer.get_base_layer().effective_weight(torch.float32)
+    weight = layer.get_base_layer().dequantize()
     total = torch.zeros_like(weight)
     for name in layer.active_adapters:
         if name in layer.lora_A:
@@ -179,8 +182,6 @@ def _merge_layer(layer: LoraLinear, rounding: str, moments: torch.Tensor | None,
     base = layer.get_base_layer()
     trits = base.trits().clone()
     change = weight_change(layer) / spread_groups(base.scale(), base.group_size, base.columns)
-    if not change.isfinite().all():
-        raise ValueError("the adapter holds numbers that are not finite")
     form, residual, codes = None, 0.0, None
     if hasattr(base, "accum"):
         form = MomentumFormat(base.momentum_bits)
