@@ -155,6 +155,24 @@ def test_a_padded_row_gives_what_it_gives_alone(model, batch, settings):
         assert (row[len(alone) :] == PAD).all()
 
 
+def test_cached_logits_are_those_of_the_full_forward_bit_for_bit(tiny):
+    """Within generate, whose forwards are compared here, not outside it, where attention is quicker."""
+    ids, seen = torch.randint(0, 256, (3, 40)), []
+    hook = tiny.byte_head.register_forward_hook(lambda _module, _inputs, logits: seen.append(logits))
+    force = {"max_new_tokens": 20, "logits_processor": [lambda read, scores: forced(ids[:, read.shape[1]], scores)]}
+    try:
+        for use_cache in (True, False):
+            tiny.generate(ids[:, :20], use_cache=use_cache, eos_token_id=None, **force)
+    finally:
+        hook.remove()
+    assert len(seen) == 40
+    assert all(torch.equal(cached, full) for cached, full in zip(seen[:20], seen[20:], strict=True))
+
+
+def forced(tokens, scores):
+    return torch.full_like(scores, -100.0).scatter(1, tokens[:, None], 0.0)
+
+
 def test_prefill_in_chunks(model):
     prompt = one_row(PROMPTS[0])
     assert torch.equal(new_ids(model, prompt, prefill_chunk_size=16), new_ids(model, prompt, use_cache=False))
