@@ -5,14 +5,16 @@ backward is dearest. Two small batches make the same tensors in the same order, 
 row, so the steps of other batches are known without being run. A device's peak is that of its tensors.
 
 A process on the CPU also holds the interpreter and its libraries, and holes: freed memory is kept (cpu_allocator.py),
-and part of it lies in holes too small for what is asked next. What they add is measured in benchmarks/.
+and part of it lies in holes that what is asked next does not fit. glibc takes a little more than an aligned block and
+gives its small ends to other objects, so a freed block rarely takes its like again. Under checkpointing, where each
+layer's tensors come and go, the holes outgrow the tensors. Their shares are fitted to benchmarks/memory_cpu_zen4.json.
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -24,8 +26,9 @@ from .integer_optimizer import IntegerOptimizer
 from .live_memory import MEGABYTE, resident_mb
 from .state_audit import audit_model
 
-HOLES = 0.25  # of what stands in the heap
-FIRST_STEP_MB = 17.0  # what a first step brings into memory besides tensors: code, graph nodes, threads
+HOLES = 0.3  # of what stands in the heap
+HOLES_RECOMPUTED = 1.05  # of all tensors, under checkpointing
+FIRST_STEP_MB = 23.0  # what a first step brings into memory besides tensors: code, graph nodes, threads
 FEW, MORE = 2, 3  # batches that are run; a lone row takes other paths through some ops
 
 
@@ -34,7 +37,7 @@ class StepMemory:
     """Bytes: all persistent state; what the forward leaves for backward; the most above the state at any moment.
 
     Of the latter apart, each at its own highest: blocks that malloc keeps in its heap, and those so large that it maps
-    them one by one and gives them back.
+    them one by one and gives them back. recomputed: whether layers run again in backward (checkpointing).
     """
 
     state: int
@@ -42,6 +45,7 @@ class StepMemory:
     transient_peak: int
     heap_peak: int
     mapped_peak: int
+    recomputed: bool = False
 
     @property
     def peak(self) -> int:
@@ -49,8 +53,9 @@ class StepMemory:
 
     def process_peak_mb(self, base_mb: float) -> float:
         """The most that a process on the CPU will have resident, in MB; base_mb: what it has before its model."""
-        tensors = self.state + self.heap_peak * (1 + HOLES) + self.mapped_peak
-        return base_mb + FIRST_STEP_MB + tensors / MEGABYTE
+        transients = self.heap_peak + self.mapped_peak
+        holes = HOLES_RECOMPUTED * transients if self.recomputed else HOLES * self.heap_peak
+        return base_mb + FIRST_STEP_MB + (self.state + transients + holes) / MEGABYTE
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,7 @@ class StepTrace:
     sizes: Sequence[int]
     events: Sequence[int]
     forward_events: int
+    recomputed: bool = False
 
     def memory(self) -> StepMemory:
         now = heap = mapped = saved = peak = heap_peak = mapped_peak = 0
@@ -74,7 +80,7 @@ class StepTrace:
                 mapped += size
             now += size
             peak, heap_peak, mapped_peak = max(peak, now), max(heap_peak, heap), max(mapped_peak, mapped)
-        return StepMemory(self.state, saved, peak, heap_peak, mapped_peak)
+        return StepMemory(self.state, saved, peak, heap_peak, mapped_peak, self.recomputed)
 
 
 def trace_step(model: ArbForCausalLM, optimizer: IntegerOptimizer, batch: int, ctx: int) -> StepTrace:
@@ -87,7 +93,7 @@ def trace_step(model: ArbForCausalLM, optimizer: IntegerOptimizer, batch: int, c
         loss.backward()
         optimizer.step()
     state = audit_model(model, optimizer).state_bytes
-    return StepTrace(state, counted.sizes, list(counted.events), forward_events)
+    return StepTrace(state, counted.sizes, list(counted.events), forward_events, model.is_activation_checkpointing)
 
 
 def measure_step(model: ArbForCausalLM, optimizer: IntegerOptimizer, batch: int, ctx: int) -> StepMemory:
@@ -118,17 +124,17 @@ def forecast_step(model: ArbForCausalLM, batch: int, ctx: int, **settings) -> St
 def _extrapolate_trace(first: StepTrace, second: StepTrace, batch: int) -> StepTrace:
     steps = (batch - FEW) / (MORE - FEW)
     sizes = [max(0, round(few + steps * (more - few))) for few, more in zip(first.sizes, second.sizes, strict=True)]
-    return StepTrace(second.state, sizes, second.events, second.forward_events)
+    return replace(second, sizes=sizes)
 
 
 def _extrapolate(few: tuple[int, StepMemory], more: tuple[int, StepMemory], batch: int) -> StepMemory:
     """Of each (batch, its memory)."""
     steps = (batch - more[0]) / (more[0] - few[0])
     grown = {}
-    for name in (field.name for field in fields(StepMemory)):
+    for name in ("saved", "transient_peak", "heap_peak", "mapped_peak"):
         low, high = getattr(few[1], name), getattr(more[1], name)
-        grown[name] = round(high + steps * (high - low))
-    return StepMemory(**grown)
+        grown[name] = max(0, round(high + steps * (high - low)))
+    return replace(more[1], **grown)
 
 
 def process_base_mb() -> float:
