@@ -67,6 +67,7 @@ WEIGHTS_AT_LEAST = [
     ("video_head", ("latent_dim", "hidden_size")),
     ("talker_head", ("num_codes", "hidden_size")),
 ]
+INDEX_FILE = "model.safetensors.index.json"
 LARGEST_HEADER = 16 << 20  # bytes: a hundred thousand tensors
 LARGEST_JSON = 256 << 20
 
@@ -106,6 +107,8 @@ def open_tensor_file(path: str | Path) -> Iterator[safe_open]:
 def read_config(path: str | Path) -> ArbConfig:
     """A local config.json. Raises ValueError, naming the file, when it describes no model."""
     fields = read_json_object(path)
+    if fields.get("model_type", ArbConfig.model_type) != ArbConfig.model_type:
+        raise ValueError(f"{path}: model_type={fields['model_type']!r} must be {ArbConfig.model_type!r}")
     for name in ("dtype", "torch_dtype"):
         if not isinstance(fields.get(name), str | None):
             raise ValueError(f"{path}: {name}={fields[name]!r} must be the name of a dtype")
@@ -135,12 +138,14 @@ def check_sizes(path: Path, config: ArbConfig, tensors: int, size: int) -> None:
 
 
 def check_tensor_files(folder: str | Path) -> None:
-    """Read config.json and the headers of a local checkpoint's weight files. Raises ValueError on a damaged file or a
-    wrong dtype.
+    """Read config.json and the headers of a local checkpoint's weight files. Raises ValueError on a damaged or missing
+    file or a wrong dtype.
 
     transformers would cast a tensor of another dtype to the buffer's without a word.
     """
     paths, num_tensors = sorted(Path(folder).glob("model*.safetensors")), 0
+    if any("-of-" in path.name for path in paths):
+        _check_shards(Path(folder))
     for path in paths:
         with open_tensor_file(path) as file:
             dtypes = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
@@ -152,6 +157,20 @@ def check_tensor_files(folder: str | Path) -> None:
     config = Path(folder) / "config.json"
     if config.is_file() and paths:
         check_sizes(config, read_config(config), num_tensors, sum(path.stat().st_size for path in paths))
+
+
+def _check_shards(folder: Path) -> None:
+    index = folder / INDEX_FILE
+    if not index.is_file():
+        raise ValueError(f"{folder}: {INDEX_FILE} is missing, and with it what its shards hold")
+    fields = read_json_object(index)
+    shards, metadata = fields.get("weight_map"), fields.get("metadata")
+    named = isinstance(shards, dict) and all(isinstance(name, str) for name in shards.values())
+    if not named or not isinstance(metadata, dict):
+        raise ValueError(f"{index}: no index of shards: it needs weight_map, the file of each tensor, and metadata")
+    for name in sorted(set(shards.values())):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder}: {name} is missing, a shard that {INDEX_FILE} names")
 
 
 def check_loading_info(source: str, info: dict, stored_config: dict) -> None:

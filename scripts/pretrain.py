@@ -64,7 +64,7 @@ from training_arb.trainer_arb import ArbTrainer
 from training_arb.training_args_arb import ArbTrainingArguments
 from training_arb.training_plots import plot_training
 
-SHORTEST_CTX = 8
+LEAST = {"ctx": 8, "eval_blocks": 1, "eval_bytes": 4, "stream_above_mb": 0}
 DEFAULT_PRESET = "arb-small"
 
 
@@ -186,7 +186,7 @@ def first_model(arguments: PretrainArguments, resume: str | None) -> tuple[ArbFo
 def sample(model: ArbForCausalLM, tokenizer: ArbTokenizer, prompt: str, length: int = 400) -> str:
     """A seeded sample that continues `prompt`."""
     set_seed(0)
-    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    inputs = tokenizer(prompt or tokenizer.eos_token, return_tensors="pt").to(model.device)
     ids = model.generate(**inputs, max_new_tokens=length, do_sample=True, top_p=0.9)
     return tokenizer.decode(ids[0])
 
@@ -199,8 +199,13 @@ def main() -> int:
     arguments, args = parser.parse_args_into_dataclasses()
     if args.max_steps <= 0:
         raise ValueError(f"max_steps={args.max_steps} must be positive")
-    if arguments.ctx < SHORTEST_CTX:
-        raise ValueError(f"ctx={arguments.ctx} must be at least {SHORTEST_CTX}")
+    for name, least in LEAST.items():
+        if getattr(arguments, name) < least:
+            raise ValueError(f"{name}={getattr(arguments, name)} must be at least {least}")
+    if any("\ud800" <= character <= "\udfff" for character in arguments.prompt):
+        raise ValueError(f"prompt={arguments.prompt!r} is no UTF-8")
+    if os.path.lexists(args.output_dir) and not Path(args.output_dir).is_dir():
+        raise ValueError(f"output_dir={args.output_dir!r} is no folder")
     logging.getLogger("transformers").setLevel(logging.ERROR)
     keep_freed_memory()
     resume = resolve_resume(args)

@@ -55,11 +55,15 @@ def read_windows(pieces: Iterable[tuple[Place, np.ndarray]], ctx: int, most: int
 
 
 class FileShards:
-    """Pieces of the files, each from its own cursor on, in an order that the seed and the epoch make."""
+    """Pieces of the files, each from its own cursor on, in an order that the seed and the epoch make.
+
+    Raises ValueError naming a file that is gone, or of another size than when this was made.
+    """
 
     def __init__(self, files: Sequence[tuple[Path, int]], seed: int, text_column: str = TEXT_COLUMN):
         self.files, self.seed, self.text_column = files, seed, text_column
-        names = "".join(f"{path.name}\0{path.stat().st_size}\0{start}\n" for path, start in files)
+        self.sizes = {path: path.stat().st_size for path, _ in files}
+        names = "".join(f"{path.name}\0{self.sizes[path]}\0{start}\n" for path, start in files)
         self.identity = f"{len(files)} files of {text_column!r}, {zlib.crc32(names.encode()):08x}"
 
     def __call__(self, epoch: int, place: Place) -> Iterator[tuple[Place, np.ndarray]]:
@@ -67,9 +71,18 @@ class FileShards:
         order = shuffled(len(self.files), self.seed, epoch)
         for number in range(first, len(order)):
             path, start = self.files[order[number]]
+            self._check_size(path)
             for here, ids in read_pieces(path, self.text_column, start if cursor is None else cursor):
                 yield [number, here], ids
+            self._check_size(path)
             cursor = None
+
+    def _check_size(self, path: Path) -> None:
+        if path.exists() and path.stat().st_size != self.sizes[path]:
+            raise ValueError(
+                f"data={str(path)!r} has changed during training: {path.stat().st_size:,} bytes, {self.sizes[path]:,}"
+                " at the start"
+            )
 
 
 class WindowedBlocks:

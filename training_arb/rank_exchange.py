@@ -10,6 +10,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.autograd.graph import increment_version
 
+from .rank_loss import RanksPartedError
+
 Tensors = tuple[torch.Tensor, ...]
 
 
@@ -99,7 +101,7 @@ def join_ranks(mine: Tensors | None, device: torch.device) -> Tensors | None:
 
 
 def check_ranks_agree(model: nn.Module, step: int) -> None:
-    """Compare a checksum of every persistent tensor. Raises RuntimeError on all ranks, naming what differs."""
+    """Compare a checksum of every persistent tensor. Raises RanksPartedError on all ranks, naming what differs."""
     if num_ranks() == 1:
         return
     state = sorted(model.state_dict().items())
@@ -109,7 +111,9 @@ def check_ranks_agree(model: nn.Module, step: int) -> None:
     for rank, sums in enumerate(everyone):
         for (name, _), ours, theirs in zip(state, everyone[0], sums, strict=True):
             if ours != theirs:
-                raise RuntimeError(f"step {step}: rank {rank} differs from rank 0 in {name}: their states have parted")
+                raise RanksPartedError(
+                    f"step {step}: rank {rank} differs from rank 0 in {name}: their states have parted"
+                )
 
 
 def lone_process_warning(environment: Mapping[str, str]) -> str | None:

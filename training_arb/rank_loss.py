@@ -19,6 +19,10 @@ class RankLostError(RuntimeError):
     """Another rank ended or hangs, and this one cannot go on without it. The message is one line for people."""
 
 
+class RanksPartedError(RuntimeError):
+    """The ranks no longer hold the same state. The message names what differs."""
+
+
 def meet_on_cpus(timeout: int) -> None:
     """Join the ranks of this run, when the environment names several; waits `timeout` seconds, then and later, for one.
 

@@ -30,6 +30,8 @@ def collect_files(patterns: Sequence[str]) -> list[Path]:
     """
     found: set[Path] = set()
     for pattern in patterns:
+        if not pattern:
+            raise ValueError("data='' names nothing; the folder at hand is .")
         path = Path(pattern)
         if path.is_dir():
             inside = (p for p in path.rglob("*") if p.is_file())

@@ -16,6 +16,7 @@ from transformers import TrainerState
 from transformers.trainer_utils import SaveStrategy, TrainOutput
 
 from modeling_arb import ArbForCausalLM
+from modeling_arb.checkpoint_integrity import read_json_object
 
 from .atomic_files import move_into_place, out_of_space, sync_tree, write_json
 from .checkpoint_files import (
@@ -160,7 +161,11 @@ class ArbTrainer(HubTrainer):
             return False
         if self.state.best_global_step and not self._checkpoint_at(self.state.best_global_step).is_dir():
             self.state.best_metric = None
-        return super()._determine_best_metric(metrics, trial)
+        try:
+            return super()._determine_best_metric(metrics, trial)
+        except KeyError as error:
+            wanted = self.args.metric_for_best_model
+            raise ValueError(f"metric_for_best_model={wanted!r} is none of {', '.join(sorted(metrics))}") from error
 
     def _checkpoint_at(self, step: int) -> Path:
         return Path(self.args.output_dir) / f"checkpoint-{step}"
@@ -251,7 +256,8 @@ class ArbTrainer(HubTrainer):
         check_checkpoint(resume_from_checkpoint)
         check_resumable(resume_from_checkpoint, self.model.config, self.run_description)
         if self._stream is not None:
-            self._stream.load_state_dict(_read_stream_position(Path(resume_from_checkpoint) / STREAM_FILE))
+            position = _read_stream_position(Path(resume_from_checkpoint) / STREAM_FILE)
+            self._stream.load_state_dict(position)
         stored = ArbForCausalLM.from_pretrained(resume_from_checkpoint)
         self.model.load_state_dict(stored.state_dict())
         self._resumed_from = str(resume_from_checkpoint)
@@ -263,7 +269,7 @@ class ArbTrainer(HubTrainer):
 def _read_stream_position(path: Path) -> dict:
     if not path.is_file():
         raise ValueError(f"{path}: no such file; the data's position is lost, and the run cannot go on exactly")
-    return json.loads(path.read_text())
+    return read_json_object(path)
 
 
 def check_resumable(checkpoint: str | Path, config, run_description: dict) -> None:

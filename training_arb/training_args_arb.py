@@ -45,6 +45,12 @@ class ArbTrainingArguments(TrainingArguments):
     def __post_init__(self):
         if self.fp16:
             raise ValueError("fp16=True: loss scaling does not go with integer updates; use bf16 or float32")
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("logging_steps", "eval_steps", "save_steps"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name):g} must be positive")
         self.label_names = self.label_names or ["labels"]  # transformers would ask for every head's
         if self.use_cpu:
             meet_on_cpus(self.ddp_timeout)
