@@ -19,6 +19,7 @@ import logging
 import signal
 import sys
 import time
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,7 +67,10 @@ MEASURED = 1000
 class LoraArguments:
     """The adapter and its conversations."""
 
-    data: str = field(default=str(INSTRUCTIONS), metadata={"help": "A .jsonl of conversations."})
+    data: str | None = field(
+        default=None,
+        metadata={"help": "A .jsonl of conversations. Default: 500 of them that stand beside this script."},
+    )
     dataset: str | None = field(default=None, metadata={"help": "Hub dataset of conversations, instead of --data."})
     split: str = field(default="train", metadata={"help": "Which part of --dataset."})
     ctx: int = field(default=512, metadata={"help": "Bytes of a conversation; longer ones are cut there."})
@@ -89,6 +93,8 @@ def read_data(arguments: LoraArguments) -> tuple[list[Conversation], list[Conver
         raise ValueError(
             f"ctx={arguments.ctx}, hold_out_every={arguments.hold_out_every}: need ctx >= 8, hold_out_every >= 2"
         )
+    if arguments.data is None:
+        arguments.data = str(INSTRUCTIONS)
     if arguments.dataset:
         read = load_hub_conversations(arguments.dataset, arguments.split, arguments.ctx)
     else:
@@ -145,6 +151,7 @@ def main() -> int:
         run_description={
             **{name: getattr(arguments, name) for name in sorted(set(vars(arguments)) - {"merge"})},
             "base_sha256": sha256,
+            "data_crc32": zlib.crc32(repr(read.kept).encode()),
             "seed": args.seed,
             "batch": args.per_device_train_batch_size * args.gradient_accumulation_steps,
         },
