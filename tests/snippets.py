@@ -6,8 +6,8 @@ A `text` block after either is its output: each line must come, in order, its wo
 TOLERANCE; those before a unit of time or speed may be any.
 
 What would take minutes says how it is cut in an HTML comment before the block: `tests add: OPTIONS` puts options behind
-each command, `tests run: COMMAND` stands for the block. Such a block's output is shown, not held to. With ARB_DOCS=full in
-the environment `tests add` is ignored: then the blocks run as they stand.
+each script's, `tests run: COMMAND` stands for the block. Such a block's output is not held to what is shown. With
+ARB_DOCS=full in the environment `tests add` is ignored: then the blocks run as they stand.
 """
 
 import contextlib
@@ -31,6 +31,7 @@ NUMBER = re.compile(r"(?<![\w.])[-+]?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?(?![\w])")
 ANY_VALUE = re.compile(r"\s?(?:s|ms|us|seconds|tokens/s|MB/s|bytes/s)\b")
 TOLERANCE = 0.05
 SHELL = re.compile(r"[|<>&;$`*]")
+RUNS_A_SCRIPT = re.compile(r"^arb |scripts/\w+\.py")
 EXIT_CODE = re.compile(r"#.*exit code (\d+)")
 
 
@@ -51,7 +52,7 @@ class Snippet:
 
 
 def snippets(text: str) -> list[Snippet]:
-    """The python and bash blocks of a file, each with the text block that follows it, if only blank lines lie between."""
+    """The python and bash blocks of a file, each with the text block that follows it without words between."""
     found, end = [], 0
     for match in FENCE.finditer(text):
         language = match["language"]
@@ -111,10 +112,12 @@ def run_snippet(snippet: Snippet, namespace: dict) -> str:
         code = snippet.given if snippet.how == "run" else snippet.code
         for command in commands(code):
             said = EXIT_CODE.search(command)
-            if snippet.how == "add" and snippet.cut:
+            if snippet.how == "add" and snippet.cut and RUNS_A_SCRIPT.search(command):
                 command = f"{command.partition('  #')[0]} {snippet.given}"
             status = run_command(command)
-            assert status == (int(said[1]) if said else 0), f"{command}: exit code {status}\n{printed.getvalue()[-2000:]}"
+            assert status == (int(said[1]) if said else 0), (
+                f"{command}: exit code {status}\n{printed.getvalue()[-2000:]}"
+            )
     return printed.getvalue()
 
 

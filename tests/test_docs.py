@@ -1,18 +1,17 @@
 """Every snippet of README, model card and docs runs, and prints what is shown. snippets.py says how.
 
 A file's snippets run in a folder that looks like the repository and holds a finished run of `make pretrain`, cut to a
-few steps of arb-tiny, as runs/pretrain.
+few steps of arb-tiny, as runs/pretrain. The hub is the stand-in on loopback.
 """
 
-import re
 import shlex
 import shutil
 import subprocess
-import sys
 
 import pytest
+from loopback_hub import used_by_this_process
 from scripting import ROOT, run_script
-from snippets import commands, missing_lines, run_snippet, snippets
+from snippets import missing_lines, run_snippet, snippets
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 OUR_OWN = {"runs", "build", ".venv", ".git"}
@@ -38,8 +37,8 @@ def checkout(tmp_path, monkeypatch, pretrained):
             (tmp_path / path.name).symlink_to(path)
     shutil.copytree(pretrained, tmp_path / "runs" / "pretrain", symlinks=True)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    return tmp_path
+    with used_by_this_process(tmp_path / "hub"):
+        yield tmp_path
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
