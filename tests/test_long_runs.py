@@ -82,7 +82,7 @@ def test_killed_at_any_moment_and_resumed(corpus, tmp_path):
         draw = random.Random(seed)
         process = subprocess.Popen([*LINE, *map(str, resumable)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         wanted = stood + 2 * draw.choice([1, 2])
-        wait_for(process, lambda wanted=wanted: newest_step(output_dir) >= wanted)
+        wait_for(process, lambda wanted=wanted: step_pointed_to(output_dir) >= wanted)
         if seed % 2:
             wait_for(process, (output_dir / ".writing").exists)
         time.sleep(draw.uniform(0, 0.02 if seed % 2 else 0.3))
@@ -96,8 +96,10 @@ def test_killed_at_any_moment_and_resumed(corpus, tmp_path):
     assert not list(output_dir.glob(".*"))
 
 
-def newest_step(output_dir):
-    return max(steps_in(output_dir), default=0)
+def step_pointed_to(output_dir):
+    """Of the newest checkpoint, in a folder that is being written to."""
+    checkpoint = pointed(output_dir, "latest")
+    return step_of(checkpoint) if checkpoint else 0
 
 
 def wait_for(process, holds):

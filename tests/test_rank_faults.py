@@ -17,9 +17,15 @@ import time
 
 import pytest
 from scripting import ROOT, run_script
+from test_long_runs import step_pointed_to
 from test_pretrain import TEXT, arguments, final_hash
 
-from training_arb.checkpoint_files import check_checkpoint, newest_sound_checkpoint, numbered_checkpoints, step_of
+from training_arb.checkpoint_files import (
+    check_checkpoint,
+    newest_sound_checkpoint,
+    numbered_checkpoints,
+    step_of,
+)
 
 KILLS = int(os.environ.get("ARB_KILLS", "3"))
 STEPS = max(8, 6 * KILLS)
@@ -131,8 +137,7 @@ def test_killed_ranks_and_resumed(corpus, finished, tmp_path):
         victims, saving = VICTIMS[seed % 3], seed % 2
         with Ranks(output_dir, lines) as ranks:
             wanted = stood + 2 * draw.choice([1, 2])
-            ranks.wait_for(lambda wanted=wanted: (output_dir / f"checkpoint-{wanted}").is_dir())
-            ranks.wait_for(lambda wanted=wanted: newest_step(output_dir) >= wanted)
+            ranks.wait_for(lambda wanted=wanted: step_pointed_to(output_dir) >= wanted)
             if saving:
                 ranks.wait_for((output_dir / ".writing").exists)
             time.sleep(draw.uniform(0, 0.02 if saving else 0.3))
