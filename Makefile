@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: venv pretrain test lint bench
+.PHONY: venv pretrain test lint bench docs
 
 venv: $(STAMP)
 
@@ -30,3 +30,7 @@ bench: venv
 	$(BIN)/python scripts/bench_kernels.py --json runs/bench_kernels.json
 	$(BIN)/python scripts/bench_train.py --json runs/bench_train.json
 	$(BIN)/python scripts/bench_generate.py --json runs/bench_generate.json
+
+docs: venv
+	$(BIN)/python docs/draw_figures.py
+	$(BIN)/python docs/build_api.py

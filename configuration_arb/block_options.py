@@ -17,6 +17,7 @@ class Option(NamedTuple):
 
 
 def is_int(value: object) -> bool:
+    """Whether it is an integer and no bool, which Python takes for one."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 

@@ -39,6 +39,7 @@ def triton_runs_on(device: torch.device) -> bool:
 
 
 def ceil_div(total: int, part: int) -> int:
+    """How many parts of that size cover the total."""
     return -(-total // part)
 
 

@@ -70,6 +70,7 @@ def variant_config(preset: str, name: str) -> ArbConfig:
 
 
 def build_variant(preset: str, name: str, settings: BenchmarkSettings, rate: float):
+    """The variant's model and its optimizer, at their seed."""
     torch.manual_seed(settings.seed)
     model = ArbForCausalLM(variant_config(preset, name))
     return model, IntegerOptimizer(model, lr=rate, seed=settings.seed)

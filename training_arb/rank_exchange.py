@@ -16,10 +16,12 @@ Tensors = tuple[torch.Tensor, ...]
 
 
 def num_ranks() -> int:
+    """How many processes train together; 1 without torch.distributed."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def this_rank() -> int:
+    """This process's number among them, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
