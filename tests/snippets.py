@@ -81,18 +81,27 @@ def commands(code: str) -> list[str]:
     return whole
 
 
-def run_command(command: str) -> int:
-    """One command; its standard output goes to this process's. Returns the exit code."""
-    words = shlex.split(command, comments=True)
-    plain = not SHELL.search(re.sub(r"'[^']*'", "", command.partition("  #")[0]))
-    if plain and words[0] == "arb":
-        before, sys.argv = sys.argv, words
+def run_arb(words: list[str], standard_input: str) -> int:
+    """`arb ...` in this process, reading a file as its standard input. Returns the exit code."""
+    before = sys.argv, sys.stdin
+    with open(standard_input, encoding="utf-8") as file:
+        sys.argv, sys.stdin = words, file
         try:
             return arb.main()
         except SystemExit as stop:
             return stop.code
         finally:
-            sys.argv = before
+            sys.argv, sys.stdin = before
+
+
+def run_command(command: str) -> int:
+    """One command; its standard output goes to this process's. Returns the exit code."""
+    words, given = shlex.split(command, comments=True), os.devnull
+    if words[0] == "arb" and words[-2] == "<":
+        words, given, command = words[:-2], words[-1], command.partition(" < ")[0]
+    plain = not SHELL.search(re.sub(r"'[^']*'", "", command.partition("  #")[0]))
+    if plain and words[0] == "arb":
+        return run_arb(words, given)
     if plain and words[0] == "python" and words[1].startswith("scripts/"):
         return run_script(Path(words[1]).stem, *words[2:])
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

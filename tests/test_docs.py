@@ -65,7 +65,11 @@ def test_a_cards_snippets_run(checkout):
     assert (python.language, shell.language) == ("python", "bash")
     assert "def " in run_snippet(python, {})
     for number, command in enumerate(commands(shell.code)):
-        cut = "--max_bytes 500" if "evaluate" in command else f"{TINY_CUT} --output_dir runs/card-{number}"
+        cut = (
+            "--max_bytes 500"
+            if "evaluate" in command
+            else f"{TINY_CUT} --data README.md LOG.md --output_dir runs/card-{number}"
+        )
         run_snippet(replace(shell, code=command, how="add", given=cut), {})
 
 
