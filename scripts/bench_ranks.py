@@ -41,8 +41,7 @@ class WaitingGradient(AveragedGradient):
 
     def __init__(self, dW: torch.Tensor, owner: int):
         super().__init__(dW, owner)
-        if self._work is not None:
-            self._work.wait()
+        self.wait()
 
 
 def train(rank: int, config: str, args: argparse.Namespace, folder: str, answers) -> None:

@@ -18,13 +18,14 @@ from training_arb.rank_exchange import (
 from training_arb.state_audit import state_hash
 
 RANKS = 3
+SERVER = multiprocessing.get_context("forkserver")  # ranks start with everything imported
+SERVER.set_forkserver_preload(["training_arb.integer_optimizer", "training_arb.state_audit", __name__])
 
 
 def on_ranks(work, folder, *arguments):
     """Run work(rank, *arguments) in RANKS processes joined by gloo; returns what each returned."""
-    context = multiprocessing.get_context("spawn")
-    queue = context.SimpleQueue()
-    processes = [context.Process(target=_rank, args=(work, r, folder, queue, arguments)) for r in range(RANKS)]
+    queue = SERVER.SimpleQueue()
+    processes = [SERVER.Process(target=_rank, args=(work, r, folder, queue, arguments)) for r in range(RANKS)]
     for process in processes:
         process.start()
     answers = dict(queue.get() for _ in processes)

@@ -6,6 +6,7 @@ It holds no tensor: all persistent state lives in the model's integer buffers, a
 from __future__ import annotations
 
 import zlib
+from collections import deque
 from typing import NamedTuple
 
 import torch
@@ -29,6 +30,8 @@ from .rank_exchange import (
     this_rank,
     used_on_any_rank,
 )
+
+IN_FLIGHT = 2  # gradients on their way between ranks: more of them hide more of a rank's being late, and hold memory
 
 
 class SentGradient(NamedTuple):
@@ -103,7 +106,7 @@ class IntegerOptimizer(torch.optim.Optimizer):
         self._last_micro_batch = True
         self._micro_batches: dict[TernaryMatrix, int] = {}
         self._shared: dict[TernaryMatrix, torch.Tensor] = {}
-        self._travelling: SentGradient | None = None
+        self._travelling: deque[SentGradient] = deque()
         self._arriving: list[SentState] = []
         self._not_finite: set[TernaryMatrix] = set()
         self._model = model
@@ -191,16 +194,12 @@ class IntegerOptimizer(torch.optim.Optimizer):
                 self._shared[matrix] = self._shared[matrix].add_(dW) if matrix in self._shared else dW.clone()
             return
         sent = SentGradient(matrix, AveragedGradient(dW, self._owner[matrix]), self._last_micro_batch)
-        if num_ranks() == 1:
-            self._apply(sent)
-        else:
-            self._apply_travelling()
-            self._travelling = sent
+        self._travelling.append(sent)
+        self._apply_travelling(but=IN_FLIGHT if num_ranks() > 1 else 0)
 
-    def _apply_travelling(self) -> None:
-        if self._travelling is not None:
-            sent, self._travelling = self._travelling, None
-            self._apply(sent)
+    def _apply_travelling(self, but: int = 0) -> None:
+        while len(self._travelling) > but:
+            self._apply(self._travelling.popleft())
 
     def _apply(self, sent: SentGradient) -> None:
         """The owner moves its matrix; every rank sends or receives what that changed: of an early micro-batch only what
