@@ -28,7 +28,8 @@ TINY_RUN = f"--preset arb-tiny {TINY_CUT}"
 def pretrained(tmp_path_factory):
     """What `make pretrain` leaves, at the smallest size."""
     shown = subprocess.run(["make", "-n", "pretrain"], cwd=ROOT, capture_output=True, text=True).stdout
-    _, script, *arguments = shlex.split(shown.splitlines()[-1])
+    line = next(line for line in shown.splitlines() if "scripts/pretrain.py" in line)  # a make within make says more
+    _, script, *arguments = shlex.split(line)
     assert script == "scripts/pretrain.py"
     folder = tmp_path_factory.mktemp("made")
     assert run_script("pretrain", *arguments, *TINY_RUN.split(), "--output_dir", folder / "pretrain") == 0
