@@ -7,6 +7,7 @@ import torch.multiprocessing as multiprocessing
 
 from configuration_arb import preset_config
 from modeling_arb import ArbForCausalLM
+from modeling_arb.ternary_table import TernaryTable
 from training_arb.integer_optimizer import IntegerOptimizer
 from training_arb.rank_exchange import (
     check_ranks_agree,
@@ -136,6 +137,17 @@ def test_what_is_wrong_on_one_rank_is_named_on_every_rank(tmp_path):
 def test_work_is_shared_out_evenly(monkeypatch):
     monkeypatch.setattr("training_arb.rank_exchange.num_ranks", lambda: 2)
     assert share_out([5, 3, 1, 4, 1]) == [0, 1, 1, 1, 0]
+
+
+def test_tables_are_nobodys_work(monkeypatch):
+    monkeypatch.setattr("training_arb.rank_exchange.num_ranks", lambda: 2)
+    optimizer = IntegerOptimizer(ArbForCausalLM(preset_config("arb-small")))
+    totals, sizes = [0, 0], []
+    for matrix, owner in optimizer._owner.items():
+        if not isinstance(matrix, TernaryTable):
+            totals[owner] += matrix.logical_weights
+            sizes.append(matrix.logical_weights)
+    assert abs(totals[0] - totals[1]) <= max(sizes)
 
 
 def test_a_lone_process_of_several_is_noticed():

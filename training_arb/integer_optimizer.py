@@ -102,7 +102,8 @@ class IntegerOptimizer(torch.optim.Optimizer):
             module: [] for module in self._matrices if isinstance(module, TernaryTable)
         }
         backward = self._matrices[::-1]
-        self._owner = dict(zip(backward, share_out([matrix.logical_weights for matrix in backward]), strict=True))
+        work = [0 if matrix in self._touched else matrix.logical_weights for matrix in backward]  # all move the tables
+        self._owner = dict(zip(backward, share_out(work), strict=True))
         self._last_micro_batch = True
         self._micro_batches: dict[TernaryMatrix, int] = {}
         self._shared: dict[TernaryMatrix, torch.Tensor] = {}
