@@ -7,7 +7,7 @@ row, so the steps of other batches are known without being run. A device's peak 
 A process on the CPU also holds the interpreter and its libraries, and holes: freed memory is kept (cpu_allocator.py),
 and part of it lies in holes that what is asked next does not fit. glibc takes a little more than an aligned block and
 gives its small ends to other objects, so a freed block rarely takes its like again. Under checkpointing, where each
-layer's tensors come and go, the holes outgrow the tensors. Their shares are fitted to benchmarks/memory_cpu_zen4.json.
+layer's tensors come and go, the holes outgrow the tensors. Their shares are fitted to runs (benchmarks/README.md).
 """
 
 from __future__ import annotations
