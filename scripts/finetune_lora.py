@@ -212,12 +212,16 @@ def main() -> int:
     return 0
 
 
+def evenly_spread(conversations: Sequence[Conversation]) -> Sequence[Conversation]:
+    """At most MEASURED of them."""
+    return conversations[:: -(-len(conversations) // MEASURED)]
+
+
 def losses(
     model: PeftModel, train: Sequence[Conversation], held_out: Sequence[Conversation], args: LoraTrainingArguments
 ) -> dict[str, float]:
     """Nats per byte that the assistant says, by part; of training at most as many as MEASURED, evenly spread."""
-    some = train[:: -(-len(train) // MEASURED)]
-    parts = {"train": some, "held_out": held_out}
+    parts = {"train": evenly_spread(train), "held_out": held_out}
     return {name: assistant_loss(model, part, args.per_device_eval_batch_size) for name, part in parts.items()}
 
 
@@ -251,11 +255,10 @@ def merge(
 ) -> int:
     """Write merged/, a model that is trits again, with the losses on both parts; nothing when that loses the gain."""
     batch = args.per_device_eval_batch_size
-    some = train[:: -(-len(train) // MEASURED)]
     with model.disable_adapter():
         held_out_losses = {"base": assistant_loss(model, held_out, batch)}
     held_out_losses["adapter"] = assistant_loss(model, held_out, batch)
-    merged, report = merge_adapter(model, some, seed=args.seed, batch_size=batch)
+    merged, report = merge_adapter(model, evenly_spread(train), seed=args.seed, batch_size=batch)
     held_out_losses["merged"] = assistant_loss(merged, held_out, batch)
     with new_folder(Path(args.output_dir) / "merged") as folder:
         merged.save_pretrained(folder)

@@ -10,7 +10,7 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -122,19 +122,26 @@ def newest_sound_checkpoint(run_dir: str | Path) -> tuple[Path | None, list[str]
 
     Raises ValueError when there are checkpoints and each is damaged.
     """
-    found, latest, faults = numbered_checkpoints(run_dir), pointed(run_dir, LATEST), []
+    found, latest = numbered_checkpoints(run_dir), pointed(run_dir, LATEST)
     if latest is not None:  # what has a higher number is of a run that was taken up again further back
         found = found[: found.index(latest) + 1]
+    checkpoint, faults = newest_passing(found, check_checkpoint)
+    if checkpoint is None and faults:
+        raise ValueError("; ".join(faults) if len(faults) == 1 else f"{faults[0]}; no other checkpoint is whole either")
+    return checkpoint, faults
+
+
+def newest_passing(found: Sequence[Path], check: Callable[[Path], None]) -> tuple[Path | None, list[str]]:
+    """The last checkpoint that `check` raises no ValueError for, and what it said of those after it."""
+    faults = []
     for checkpoint in reversed(found):
         try:
-            check_checkpoint(checkpoint)
+            check(checkpoint)
         except ValueError as fault:
             faults.append(str(fault))
         else:
             return checkpoint, faults
-    if faults:
-        raise ValueError("; ".join(faults) if len(faults) == 1 else f"{faults[0]}; no other checkpoint is whole either")
-    return None, []
+    return None, faults
 
 
 def _sha256(path: Path) -> str:

@@ -18,6 +18,11 @@ from .state_audit import area_of
 BLOCK_MLP = "block MLP"
 
 
+def probed_area(name: str) -> str:
+    """The audit's area of a module's or a tensor's name, a block's MLP apart from its attention."""
+    return BLOCK_MLP if {"blocks", "mlp"} <= set(name.split(".")) else area_of(name)
+
+
 class CountedTensors(TorchDispatchMode):
     """Bytes of the storages made inside the block and still alive: `now`, and `peak` over the block.
 
@@ -38,7 +43,7 @@ class CountedTensors(TorchDispatchMode):
 
     def __enter__(self):
         for name, module in self._named.items():
-            area = BLOCK_MLP if "blocks" in name.split(".") and "mlp" in name.split(".") else area_of(name)
+            area = probed_area(name)
             if area != "other":
                 enter = module.register_forward_pre_hook(lambda *_, area=area: self._inside.append(area))
                 leave = module.register_forward_hook(lambda *_: self._leave(), always_call=True)

@@ -14,7 +14,15 @@ from modeling_arb.checkpoint_integrity import read_json_object
 
 from .atomic_files import move_into_place, sync_tree, write_json
 from .chat_data import collate_conversations
-from .checkpoint_files import RUN_FILE, STATE_FILE, numbered_checkpoints, remove_old, verify_checksums, write_checksums
+from .checkpoint_files import (
+    RUN_FILE,
+    STATE_FILE,
+    newest_passing,
+    numbered_checkpoints,
+    remove_old,
+    verify_checksums,
+    write_checksums,
+)
 from .interruption import Interruption
 from .lora_adapter import ADAPTER_WEIGHTS, assistant_loss
 
@@ -137,14 +145,9 @@ def adapter_checkpoint_to_resume(output_dir: str | Path, wanted: str | None) -> 
     if wanted not in ("auto", "latest"):
         check_adapter_checkpoint(wanted)
         return wanted, []
-    faults = []
-    for checkpoint in reversed(found):
-        try:
-            check_adapter_checkpoint(checkpoint)
-        except ValueError as fault:
-            faults.append(str(fault))
-        else:
-            return str(checkpoint), faults
+    checkpoint, faults = newest_passing(found, check_adapter_checkpoint)
+    if checkpoint is not None:
+        return str(checkpoint), faults
     if faults or wanted == "latest":
         raise ValueError(f"resume={wanted!r}: {faults[0] if faults else f'no checkpoint in {output_dir}'}")
     return None, []

@@ -12,7 +12,7 @@ import torch
 
 from modeling_arb import ArbForCausalLM
 
-from .counted_tensors import BLOCK_MLP, CountedTensors
+from .counted_tensors import CountedTensors, probed_area
 from .integer_optimizer import IntegerOptimizer
 from .live_memory import MEGABYTE
 from .state_audit import StateAudit
@@ -53,7 +53,7 @@ def state_by_area(audit: StateAudit) -> dict[str, int]:
     """Bytes of persistent state by area, the larger first."""
     sizes: dict[str, int] = {}
     for row in audit.tensors:
-        area = BLOCK_MLP if "blocks" in row.name.split(".") and "mlp" in row.name.split(".") else row.area
+        area = probed_area(row.name)
         sizes[area] = sizes.get(area, 0) + row.bytes
     return dict(sorted(sizes.items(), key=lambda item: -item[1]))
 
