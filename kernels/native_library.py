@@ -20,6 +20,8 @@ _SIGNATURES = {
     "arb_advise_huge_pages": (None, [_POINTER, _LONG]),
     "arb_momentum_fold": (None, [_POINTER] * 3 + [_LONG] * 2 + [_KEY, _POINTER] + [_FLOAT] * 2),
     "arb_momentum_update": (_LONG, [_POINTER] * 4 + [_LONG] * 2 + [_KEY, _POINTER] + [_FLOAT] * 6),
+    "arb_add_gradient": (None, [_POINTER] * 3 + [_LONG] * 2 + [_KEY]),
+    "arb_add_sum": (None, [_POINTER] * 3 + [_LONG] * 2),
     "arb_quantise_tokens": (None, [_POINTER] + [_LONG] * 2 + [_POINTER] * 2),
     "arb_quantise_gradient": (None, [_POINTER] + [_LONG] * 2 + [_POINTER] * 6),
     "arb_unpack_trits": (None, [_POINTER] + [_LONG] * 2 + [_POINTER]),

@@ -32,7 +32,7 @@ class GroupedLinearFunction(torch.autograd.Function):
     def forward(ctx, x, expert, ends, layers):
         codes, token_scale = quantise_tokens(x.float().contiguous())
         ctx.save_for_backward(codes, token_scale, expert, ends)
-        ctx.layers = layers
+        ctx.layers, ctx.uses = layers, [layer.begin_use() for layer in layers]
         trits, scale = stacked_weights(layers)
         sums = F.grouped_mm(codes.float(), trits.transpose(1, 2), offs=ends)
         return (sums * token_scale[:, None] * scale[expert]).to(x.dtype)
@@ -40,6 +40,8 @@ class GroupedLinearFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_y):
         codes, token_scale, expert, ends = ctx.saved_tensors
+        for layer, use in zip(ctx.layers, ctx.uses, strict=True):
+            layer.check_use(use)
         trits, scale = stacked_weights(ctx.layers)
         gradient = grad_y.float()
         grad_x = F.grouped_mm(gradient * scale[expert], trits, offs=ends)
