@@ -45,9 +45,7 @@ def _tile(codes_ptr, exponents_ptr, dW_ptr, rows, columns, BR: tl.constexpr):
 
 @jit(do_not_specialize=["key"])
 def add_gradient_kernel(codes_ptr, exponents_ptr, dW_ptr, rows, columns, key, BR: tl.constexpr):
-    row, column, in_rows, mask, offset, p_exponent, summed = _tile(
-        codes_ptr, exponents_ptr, dW_ptr, rows, columns, BR
-    )
+    row, column, in_rows, mask, offset, p_exponent, summed = _tile(codes_ptr, exponents_ptr, dW_ptr, rows, columns, BR)
     largest = tl.max(magnitude_bits(summed), axis=1)
     exponent = (largest >> 23) - 133 + ((largest & 0x7FFFFF) > 0x7E0000).to(tl.int32)
     exponent = tl.minimum(tl.maximum(exponent, -126), 121)

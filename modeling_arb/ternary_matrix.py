@@ -171,8 +171,8 @@ class TernaryMatrix(IntegerState):
         """Raises RuntimeError in the backward of a forward that read other weights than there are now."""
         if self.armed and use is not None and use.versions != self._state_versions():
             raise RuntimeError(
-                f"{self.full_name}: its weights moved between a forward and its backward: use every forward's graph once"
-                f" and before step(), or {SEVERAL_BACKWARDS}"
+                f"{self.full_name}: its weights moved between a forward and its backward: use each forward's graph"
+                f" once, before step(), or {SEVERAL_BACKWARDS}"
             )
 
     def is_used_ahead(self) -> bool:

@@ -1,5 +1,7 @@
 """What every test starts from: a fixed seed, and fresh buffers that hold poison instead of convenient zeros."""
 
+import training_arb.thread_waiting  # noqa: F401
+
 import os
 
 if "PYTEST_XDIST_WORKER" in os.environ:
