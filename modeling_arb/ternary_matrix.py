@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 from weakref import WeakSet
@@ -135,7 +136,8 @@ class TernaryMatrix(IntegerState):
         return scale
 
     def _correlation_factor(self, corr_accum: torch.Tensor, step_counter: torch.Tensor) -> torch.Tensor:
-        return torch.exp2(correlation_octaves(corr_accum, step_counter, self.columns, self.group_size))
+        octaves = correlation_octaves(corr_accum, step_counter, self.columns, self.group_size)
+        return torch.exp(octaves.double() * math.log(2)).float()  # torch.exp2 rounds by place in the tensor
 
     def inference_weight(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The trits as the backend multiplies them fastest, and the row scale float32 (rows,).
