@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 AVX512_VNNI, AVX2 = 2, 1
 _POINTER, _INT, _LONG, _FLOAT, _KEY = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_uint32
 _SIGNATURES = {
