@@ -8,11 +8,12 @@ from pathlib import Path
 
 from peft import PeftModel
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
 from modeling_arb.checkpoint_integrity import read_json_object
 
 from .atomic_files import move_into_place, sync_tree, write_json
+from .base_trainer import BaseTrainer
 from .chat_data import collate_conversations
 from .checkpoint_files import (
     RUN_FILE,
@@ -61,7 +62,7 @@ class LoraTrainingArguments(TrainingArguments):
         super().__post_init__()
 
 
-class LoraTrainer(Trainer):
+class LoraTrainer(BaseTrainer):
     """run_description: what a resumed run must have in common with the one it continues."""
 
     args: LoraTrainingArguments

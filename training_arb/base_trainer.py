@@ -1,0 +1,20 @@
+"""BaseTrainer: what our trainers change of transformers' Trainer, whatever they train."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import Trainer
+
+
+class BaseTrainer(Trainer):
+    """label_smoothing_factor is applied inside the model's own loss, where the labels are shifted by one byte; the
+    reported loss stays the plain one."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.label_smoother = None  # transformers' takes the labels away from the model
+
+    def compute_loss(self, model: nn.Module, inputs: dict, *args, **kwargs):
+        if self.args.label_smoothing_factor and self.compute_loss_func is None:
+            inputs = {**inputs, "label_smoothing": self.args.label_smoothing_factor}
+        return super().compute_loss(model, inputs, *args, **kwargs)
