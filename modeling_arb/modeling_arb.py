@@ -35,6 +35,7 @@ from .shared_vq import SharedVQ
 from .ternary_matrix import TernaryMatrix
 from .ternary_mlp import TernaryMLP
 from .text_sequencer import TextSequencer
+from .training_notice import say_when_nothing_learns
 from .windowed_context import key_positions, windowed_context
 
 # transformers' Trainer shifts the labels that it smooths for the architectures listed there, and for no other
@@ -362,6 +363,8 @@ class ArbForCausalLM(ArbPreTrainedModel, ArbGenerationMixin):
         """
         outputs = self.model(input_ids, attention_mask, position_ids, past_key_values, use_cache, output_hidden_states)
         x = outputs.last_hidden_state
+        if self.training and x.requires_grad:
+            say_when_nothing_learns(self, x)
         if self.output_router is not None:
             x = x + self.output_router(x)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
