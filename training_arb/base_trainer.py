@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
+
+from modeling_arb.integer_state import ONE_PROCESS_PER_GPU
 
 
 class BaseTrainer(Trainer):
     """label_smoothing_factor is applied inside the model's own loss, where the labels are shifted by one byte; the
-    reported loss stays the plain one."""
+    reported loss stays the plain one.
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    Raises ValueError when one process would train on several GPUs.
+    """
+
+    def __init__(self, model: nn.Module | None, args: TrainingArguments, **kwargs):
+        if args.n_gpu > 1:
+            raise ValueError(f"n_gpu={args.n_gpu}: {ONE_PROCESS_PER_GPU}")
+        super().__init__(model=model, args=args, **kwargs)
         self.label_smoother = None  # transformers' takes the labels away from the model
 
     def compute_loss(self, model: nn.Module, inputs: dict, *args, **kwargs):
