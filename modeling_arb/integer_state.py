@@ -10,7 +10,6 @@ from transformers import initialization as init
 
 from arb_kernels.state_layout import StateTensor
 
-
 ONE_PROCESS_PER_GPU = (
     "nn.DataParallel copies the model to every GPU, and what the copies of integer state learn is lost; launch one"
     " process per GPU (torchrun --nproc_per_node N, or accelerate launch --multi_gpu), or let one GPU be seen"

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import NoReturn
+
 from torch import nn
 from transformers import Trainer, TrainingArguments
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from modeling_arb.integer_state import ONE_PROCESS_PER_GPU
 
@@ -25,3 +29,20 @@ class BaseTrainer(Trainer):
         if self.args.label_smoothing_factor and self.compute_loss_func is None:
             inputs = {**inputs, "label_smoothing": self.args.label_smoothing_factor}
         return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def hyperparameter_search(self, *args, **kwargs) -> NoReturn:
+        """Raises ValueError: checkpoints of all trials would bear the same names in one folder."""
+        raise ValueError(
+            "hyperparameter_search: not supported, trials would overwrite each other's checkpoints; train once a"
+            " setting, each with an output_dir of its own"
+        )
+
+
+def check_whole_state(checkpoint: str | Path) -> None:
+    """Raises ValueError when `save_only_model` left out of a checkpoint what an exact resume takes."""
+    for name in (OPTIMIZER_NAME, SCHEDULER_NAME):
+        if not (Path(checkpoint) / name).is_file():
+            raise ValueError(
+                f"resume_from_checkpoint={str(checkpoint)!r}: it has no {name}, as save_only_model=True leaves it out,"
+                " and cannot go on exactly; start a new run from its weights"
+            )
