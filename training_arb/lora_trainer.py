@@ -8,11 +8,12 @@ from pathlib import Path
 
 from peft import PeftModel
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
 from modeling_arb.checkpoint_integrity import read_json_object
 
 from .atomic_files import move_into_place, sync_tree, write_json
+from .base_trainer import BaseTrainer, check_whole_state
 from .chat_data import collate_conversations
 from .checkpoint_files import (
     RUN_FILE,
@@ -61,7 +62,7 @@ class LoraTrainingArguments(TrainingArguments):
         super().__post_init__()
 
 
-class LoraTrainer(Trainer):
+class LoraTrainer(BaseTrainer):
     """run_description: what a resumed run must have in common with the one it continues."""
 
     args: LoraTrainingArguments
@@ -110,6 +111,7 @@ class LoraTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         check_adapter_checkpoint(resume_from_checkpoint)
+        check_whole_state(resume_from_checkpoint)
         stored = read_json_object(Path(resume_from_checkpoint) / RUN_FILE)
         for key in sorted(stored.keys() | self.run_description.keys()):
             if stored.get(key) != self.run_description.get(key):

@@ -12,13 +12,13 @@ from pathlib import Path
 from safetensors import SafetensorError
 from torch import nn
 from torch.optim import Optimizer
-from transformers import TrainerState
-from transformers.trainer_utils import SaveStrategy, TrainOutput
+from transformers.trainer_utils import SaveStrategy
 
 from modeling_arb import ArbForCausalLM
 from modeling_arb.checkpoint_integrity import read_json_object
 
 from .atomic_files import move_into_place, out_of_space, sync_tree, write_json
+from .base_trainer import check_whole_state
 from .checkpoint_files import (
     BEST,
     LATEST,
@@ -128,15 +128,10 @@ class ArbTrainer(HubTrainer):
             raise
         return output
 
-    def _inner_training_loop(self, *args, resume_from_checkpoint: str | None = None, **kwargs) -> TrainOutput:
-        """As the Trainer's, which would take one step too many after a stop between the last checkpoint and the end."""
-        if resume_from_checkpoint is not None:
-            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / STATE_FILE))
-            if state.global_step >= self.args.max_steps:
-                self.state = state
-                self.create_optimizer()
-                return TrainOutput(state.global_step, 0.0, {})
-        return super()._inner_training_loop(*args, resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+    def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, *args) -> tuple[int, int]:
+        """As the Trainer's, which takes one step too many after a stop between the last checkpoint and the end."""
+        position = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, *args)
+        return (num_train_epochs, 0) if self.state.global_step >= max_steps else position
 
     @property
     def last_checkpoint(self) -> Path | None:
@@ -254,6 +249,7 @@ class ArbTrainer(HubTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load integer state exactly. Raises ValueError when the checkpoint is damaged or belongs to another run."""
         check_checkpoint(resume_from_checkpoint)
+        check_whole_state(resume_from_checkpoint)
         check_resumable(resume_from_checkpoint, self.model.config, self.run_description)
         if self._stream is not None:
             position = _read_stream_position(Path(resume_from_checkpoint) / STREAM_FILE)

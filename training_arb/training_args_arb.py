@@ -45,6 +45,11 @@ class ArbTrainingArguments(TrainingArguments):
     def __post_init__(self):
         if self.fp16:
             raise ValueError("fp16=True: loss scaling does not go with integer updates; use bf16 or float32")
+        if self.auto_find_batch_size:
+            raise ValueError(
+                "auto_find_batch_size=True: a batch that runs out of memory has moved part of the model by then; set"
+                " per_device_train_batch_size, and gradient_accumulation_steps for the rest"
+            )
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
