@@ -34,6 +34,14 @@ class MomentumFormat:
         """Largest momentum code."""
         return 2 ** (self.bits - 1) - 1
 
+    @property
+    def legal(self) -> tuple[tuple[int, int], ...]:
+        """Ranges of accum's values, in rising order: the momentum code below -levels is none."""
+        illegal = -(self.levels + 1) << self.bits  # and the cell - 1 after it
+        if self.bits == 4:  # read as unsigned
+            return ((0, 127), (illegal + 256 + self.cell, 255))
+        return ((illegal + self.cell, 32767),)
+
     def split(self, accum: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """accum (N, K) -> residual, momentum code: signed integers (N, K)."""
         signed = accum.view(torch.int8) if self.bits == 4 else accum

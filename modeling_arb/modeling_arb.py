@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -21,7 +22,14 @@ from .absent_parameters import AbsentParameters
 from .byte_embedding import ByteEmbedding, preceded_by
 from .byte_head import ByteHead, batch_share, next_byte_loss
 from .cache_layers import SideLayers
-from .checkpoint_integrity import check_loading_info, check_tensor_files, check_trits
+from .checkpoint_integrity import (
+    by_loaded_name,
+    check_headers,
+    check_json_files,
+    check_values,
+    read_headers,
+    read_json_object,
+)
 from .composite_proposal import NO_MOTIF, CompositeProposal
 from .context_attention import ContextAttention
 from .generation_arb import ArbGenerationMixin
@@ -129,31 +137,44 @@ class ArbPreTrainedModel(PreTrainedModel):
         return {key: tensor for key, tensor in state_dict.items() if key not in training}
 
     def _adjust_missing_and_unexpected_keys(self, loading_info) -> None:
-        """Missing tensors are judged in `from_pretrained`, in one line instead of transformers' table of them."""
+        """Missing tensors are judged before they are missed, in one line instead of transformers' table of them."""
         super()._adjust_missing_and_unexpected_keys(loading_info)
         self.__dict__["_missing_keys"] = set(loading_info.missing_keys)
         loading_info.missing_keys.clear()
 
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path,
-        *args,
-        output_loading_info: bool = False,
-        ignore_mismatched_sizes: bool = False,
-        **kwargs,
-    ):
-        """As transformers', but refuses a checkpoint whose tensors are missing, mistyped, misshapen or not trits."""
-        source = str(pretrained_model_name_or_path)
-        check_tensor_files(source)
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
+        """Where every way to load passes, its files at hand and nothing of them in memory: a folder, a hub name, any
+        format, a state dict. Checks first what is stored, from headers alone, then the values that were loaded."""
+        source = str(load_config.pretrained_model_name_or_path or "state_dict")
+        stored, stored_config = state_dict, model.config.to_dict()
+        if stored is None:
+            stored = {name: tensor for path in checkpoint_files for name, tensor in read_headers(path).items()}
+            beside = Path(checkpoint_files[0]).with_name("config.json")
+            stored_config = read_json_object(beside) if beside.is_file() else stored_config
+        expected = model.state_dict()
+        stored = by_loaded_name(source, stored, expected, model.base_model_prefix, load_config.weight_mapping or [])
+        check_headers(source, stored, expected, stored_config, load_config.ignore_mismatched_sizes)
+        loaded = PreTrainedModel._load_pretrained_model(
+            model, state_dict, checkpoint_files, load_config, *args, **kwargs
         )
+        check_values(source, model)
+        return loaded
+
+    def _load_and_finalize_distributed_pretrained_model(self, distributed_checkpoint_dir, *args, **kwargs):
+        raise ValueError(
+            f"{distributed_checkpoint_dir}: holds the shards of ranks; save_pretrained writes what is read"
+        )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
+        """As transformers', but refuses a checkpoint whose tensors are missing, mistyped, misshapen or hold values that
+        mean nothing."""
+        if pretrained_model_name_or_path is not None:
+            located = {name: kwargs[name] for name in LOCATING if kwargs.get(name) is not None}
+            check_json_files(str(pretrained_model_name_or_path), kwargs.get("variant"), **located)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         info["missing_keys"] = model.__dict__.pop("_missing_keys", set())
-        if not ignore_mismatched_sizes:
-            located = {name: kwargs[name] for name in LOCATING if name in kwargs}
-            check_loading_info(source, info, cls.config_class.get_config_dict(source, **located)[0])
-        check_trits(source, model)
         return (model, info) if output_loading_info else model
 
 

@@ -49,8 +49,8 @@ class TernaryCodebook(ObservedState):
 
     def layout(self) -> dict[str, StateTensor]:
         return {
-            "usage": StateTensor((self.size,), torch.int16, "code usage"),
-            "fade_position": StateTensor((), torch.int64, "code usage"),
+            "usage": StateTensor((self.size,), torch.int16, "code usage", legal=((0, MOST_USES),)),
+            "fade_position": StateTensor((), torch.int64, "code usage", legal=((0, self.size - 1),)),
         }
 
     def forward(self, values: torch.Tensor, candidates: torch.Tensor | None = None) -> Quantised:

@@ -17,6 +17,7 @@ from .ternary_linear import FloatLinearFunction, Int8LinearFunction, TernaryLine
 
 BIAS_STEP = 1 / 16  # of a logit
 MAX_BIAS = 127
+BIASES = ((-MAX_BIAS, MAX_BIAS),)
 GROUPED_MULTIPLE = 4  # torch's grouped product wants strides of 16 bytes
 
 
@@ -90,7 +91,7 @@ class TernaryExperts(ObservedState):
         self.register_state(config.training_state)
 
     def layout(self) -> dict[str, StateTensor]:
-        return {"expert_bias": StateTensor((self.num_experts,), torch.int8, "expert balance", inference=True)}
+        return {"expert_bias": StateTensor((self.num_experts,), torch.int8, "expert balance", True, BIASES)}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = rms_norm(x, self.eps)

@@ -129,7 +129,9 @@ def test_script_passes_a_clean_folder(folder, tmp_path, capsys):
         pytest.param(
             lambda t: t.update(extra=torch.zeros(5, dtype=torch.int8)), "extra is not on the list", id="unlisted"
         ),
-        pytest.param(lambda t: t["byte_head.proj.T_packed"].fill_(243), "above 242", id="no-trits"),
+        pytest.param(
+            lambda t: t["byte_head.proj.T_packed"].fill_(243), "outside 0 to 242: not packed trits", id="no-trits"
+        ),
         pytest.param(lambda t: t.pop("byte_head.proj.E"), "byte_head.proj.E is missing", id="missing"),
         pytest.param(
             lambda t: t.update({"byte_head.proj.E": t["byte_head.proj.E"].half()}), "float: byte_head.proj.E", id="half"

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from arb_kernels.packing import LARGEST_BYTE, count_invalid_bytes, unpack_trits
+from arb_kernels.packing import unpack_trits
 from configuration_arb import ArbConfig
 from modeling_arb import ArbForCausalLM
-from modeling_arb.checkpoint_integrity import check_sizes, open_tensor_file, read_config
+from modeling_arb.checkpoint_integrity import describe_illegal, open_tensor_file, read_config
 from modeling_arb.ternary_matrix import TernaryMatrix
 
 AREAS = {
@@ -122,8 +122,8 @@ def _audit_tensors(model: ArbForCausalLM, tensors: dict[str, torch.Tensor]) -> S
             audit.faults.append(f"{name} is not on the list of persistent state")
         elif (tensor.dtype, tuple(tensor.shape)) != (spec.dtype, spec.shape):
             audit.faults.append(f"{name} is {dtype} {tuple(tensor.shape)}, listed as {spec.dtype} {spec.shape}")
-        elif role == "packed trits" and not tensor.is_meta and (invalid := count_invalid_bytes(tensor)):
-            audit.faults.append(f"{name} holds {invalid} bytes above {LARGEST_BYTE}, which are not trits")
+        elif not tensor.is_meta and (illegal := spec.count_illegal(tensor)):
+            audit.faults.append(f"{name} {describe_illegal(spec, illegal)}")
     audit.faults += [f"{name} is missing" for name in listed if name not in tensors]
     return audit
 
@@ -147,10 +147,23 @@ def audit_model(model: ArbForCausalLM, optimizer: torch.optim.Optimizer | None =
     return _audit_tensors(model, tensors)
 
 
+def unallocated_model(config: ArbConfig) -> ArbForCausalLM:
+    """A model whose tensors have shapes and dtypes alone, on the meta device."""
+    with torch.device("meta"):
+        return ArbForCausalLM(config)
+
+
 def audit_config(config: ArbConfig) -> StateAudit:
     """Audit a shape without allocating it."""
-    with torch.device("meta"):
-        return audit_model(ArbForCausalLM(config))
+    return audit_model(unallocated_model(config))
+
+
+def weight_files(folder: str | Path) -> list[Path]:
+    """The safetensors files of a local checkpoint. Raises ValueError when there are none."""
+    files = sorted(Path(folder).glob("model*.safetensors"))
+    if not files:
+        raise ValueError(f"{folder}: no model.safetensors there")
+    return files
 
 
 def audit_folder(folder: str | Path) -> StateAudit:
@@ -162,20 +175,14 @@ def audit_folder(folder: str | Path) -> StateAudit:
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: no config.json there")
     config = read_config(folder / "config.json")
-    files = sorted(folder.glob("model*.safetensors"))
-    if not files:
-        raise ValueError(f"{folder}: no model.safetensors there")
     tensors: dict[str, torch.Tensor] = {}
-    for path in files:
+    for path in weight_files(folder):
         with open_tensor_file(path) as file:
             tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    check_sizes(folder / "config.json", config, len(tensors), sum(path.stat().st_size for path in files))
     if (folder / "optimizer.pt").is_file():
         state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
         tensors |= dict(_tensors_in(state, "optimizer"))
-    with torch.device("meta"):
-        model = ArbForCausalLM(config)
-    return _audit_tensors(model, tensors)
+    return _audit_tensors(unallocated_model(config), tensors)
 
 
 def state_hash(model: nn.Module) -> str:
