@@ -4,8 +4,9 @@ ternary  the model as it generates: decode kernels on 2 bits a weight       fp32
 
 tokens_per_s: new bytes over the time of generate(), prompt included. token_ms: from one new byte to the next.
 limit_tokens_per_s: DRAM bandwidth, measured in the same rounds, over the bytes of the weights that a step multiplies; a
-model that fits into the cache can pass it, and on a GPU it is not measured. --profile shows what the ternary model's steps spend their time on; the
-native kernels, which torch's profiler does not know, appear as the self time of their layer.
+model that fits into the cache can pass it, and on a GPU it is not measured. --profile shows what the ternary model's
+steps spend their time on; the native kernels, which torch's profiler does not know, appear as the self time of their
+layer.
 
 examples:
   python scripts/bench_generate.py --preset arb-tiny --prompt-bytes 8 --new-bytes 8 --repeats 2

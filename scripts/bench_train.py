@@ -13,7 +13,7 @@ examples:
   python scripts/bench_train.py --preset arb-tiny --batch 2 --ctx 32 --configs Adam_FP32,TrueTernary --steps 3
   python scripts/bench_train.py --preset arb-14m --batch 8 --ctx 256 --steps 20 --json train.json
   python scripts/bench_train.py --configs TrueTernary --compute int8 --threads 1 --steps 10
-  python scripts/bench_train.py --preset 100m --device cuda --compute int8,bf16 --configs Adam_FP32,Adam_BF16,TrueTernary
+  python scripts/bench_train.py --preset 100m --device cuda --compute int8,bf16 --configs Adam_BF16,TrueTernary
 """
 
 from __future__ import annotations

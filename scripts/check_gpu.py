@@ -82,11 +82,17 @@ def stages(device: str, tiny: bool) -> list[Stage]:
         size = ("--tiny",) if tiny else ()
         return Stage(name, seconds, ("scripts/check_gpu.py", "--stage", name, *on, *size), said_by_itself)
 
-    def speed(preset: str, batch: int, ctx: int) -> Stage:
-        size = ("--batch", "1", "--ctx", "16", "--steps", "1") if tiny else ("--batch", f"{batch}", "--ctx", f"{ctx}")
-        configs = ("--configs", "Adam_FP32,Adam_BF16,TrueTernary", "--compute", "int8,float,bf16")
-        command = ("scripts/bench_train.py", "--preset", preset, *on, *size, *configs)
-        return Stage(f"speed-{'arb-14m' if batch == 8 and ctx == 256 else '100m'}", 60, command, training_speed)
+    def speed(name: str, preset: str, ctx: int) -> Stage:
+        size, configs = ("--batch", "8", "--ctx", f"{ctx}"), "Adam_FP32,Adam_BF16,TrueTernary"
+        computes = ("--compute", "int8,float,bf16")
+        if tiny:
+            size, configs, computes = (
+                ("--batch", "1", "--ctx", "16", "--steps", "1"),
+                "TrueTernary",
+                ("--compute", "bf16"),
+            )
+        command = ("scripts/bench_train.py", "--preset", preset, *on, *size, "--configs", configs, *computes)
+        return Stage(f"speed-{name}", 60, command, training_speed)
 
     def memory(rule: str, ctx: int) -> Stage:
         steps = "1" if tiny else "3"
@@ -105,11 +111,11 @@ def stages(device: str, tiny: bool) -> list[Stage]:
         own("training-arb-tiny", 45),
         own("training-arb-tiny-full", 60),
         own("training-arb-small", 60),
-        speed(small, 8, 256),
+        speed("arb-14m", small, 256),
         memory("correlation", 4),
         memory("momentum", 4),
         Stage("generation", 70, generation, generation_speed),
-        speed(large, 8, 512),
+        speed("100m", large, 512),
         memory("correlation", 256),
         memory("momentum", 256),
     ]
@@ -250,7 +256,7 @@ def environment_stage(args: argparse.Namespace) -> dict:
     except ImportError as error:
         raise ValueError(f"torch is not installed for {sys.executable}: {error}") from error
     if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device={args.device!r}: torch {torch.__version__} sees no GPU; run this on a machine with one")
+        raise ValueError(f"device={args.device!r}: torch {torch.__version__} sees no GPU; run this where there is one")
     from training_arb.device_environment import describe_device
 
     return describe_device(args.device)

@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 LAST_LINES = 25
@@ -54,11 +55,7 @@ def run_bounded(command: Sequence[str], seconds: float, environment: Mapping[str
 
 def _kill_group(process: subprocess.Popen) -> None:
     """The process and its children, if any of them is left."""
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-    try:
+    with suppress(subprocess.TimeoutExpired):
         process.wait(timeout=GRACE_SECONDS)
-    except subprocess.TimeoutExpired:
-        pass

@@ -14,7 +14,7 @@ PACKAGES = ("triton", "transformers", "numpy", "huggingface_hub", "safetensors")
 
 
 def describe_device(name: str) -> dict:
-    """{"passed", "summary", "card", "memory_gb", "driver", "capability", "torch", "cuda", "python", "packages", ...}."""
+    """{"passed", "summary", "card", "memory_gb", "driver", "capability", "torch", "python", "packages", ...}."""
     device = torch.device(name)
     found = {"card": "cpu", "memory_gb": None, "capability": None, "multiprocessors": None}
     if device.type == "cuda":

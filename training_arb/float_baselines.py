@@ -1,7 +1,7 @@
 """Float baselines of an ARB model: the same blocks and shape with float weights, for honest comparisons.
 
-`Adam_FP32` trains the weights as they are, `Adam_BF16` the same in bfloat16 autocast. `Adam_STE` is BitNet b1.58's recipe (Ma et al. 2024): float latents, ternary
-by absmean in the forward, straight through in the backward.
+`Adam_FP32` trains the weights as they are, `Adam_BF16` does so in bfloat16 autocast. `Adam_STE` is the recipe of BitNet
+b1.58 (Ma et al. 2024): float latents, ternary by absmean in the forward, straight through in the backward.
 """
 
 from __future__ import annotations

@@ -59,7 +59,8 @@ def run_file(path: Path, seeds: int, deadline: float) -> list[dict]:
                 return rows
             open_row = rows[-1] if rows and "result" not in rows[-1] else None
             said = " ".join(ended.last_lines[-3:])
-            why = "still ran at the stage's bound" if ended.hung else f"its process ended with code {ended.code}: {said}"
+            died = f"its process ended with code {ended.code}: {said}"
+            why = "still ran at the stage's bound" if ended.hung else died
             if open_row is not None:
                 open_row |= {"result": FAILED, "detail": why, "kernels": []}
                 with out.open("a") as file:

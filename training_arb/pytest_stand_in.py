@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import itertools
+import os
 import re
 import sys
 import types
@@ -62,12 +63,11 @@ class MonkeyPatch:
     _undo: list[Callable[[], object]] = field(default_factory=list)
 
     def setattr(self, target: object, name: str, value: object) -> None:
-        self._undo.append(lambda before=getattr(target, name): setattr(target, name, before))
+        before = getattr(target, name)
+        self._undo.append(lambda: setattr(target, name, before))
         setattr(target, name, value)
 
     def setenv(self, name: str, value: str) -> None:
-        import os
-
         before = os.environ.get(name)
         self._undo.append(lambda: os.environ.pop(name, None) if before is None else os.environ.update({name: before}))
         os.environ[name] = value

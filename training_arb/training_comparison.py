@@ -82,7 +82,9 @@ def compare_training(preset: str, device: torch.device, steps: int, batch: int, 
     largest = max(apart) if all(map(math.isfinite, apart)) else math.inf
     hashes = {name: state_hash(run.model) for name, run in runs.items()}
     repeats = state_hash(again.model) == hashes["device"]
-    where = "same bits as the CPU" if difference is None else f"parts at step {difference['step']}: {difference['tensor']}"
+    where = "same bits as the CPU"
+    if difference is not None:
+        where = f"parts at step {difference['step']} in {difference['tensor']}"
     return {
         "passed": largest <= LARGEST_LOSS_DIFFERENCE,
         "summary": f"{where}; losses within {largest:.2%}; a second run {'agrees' if repeats else 'differs'}",
