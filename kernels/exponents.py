@@ -40,4 +40,5 @@ def fixed_point_scale(absmax: torch.Tensor, bits: int) -> torch.Tensor:
     """float32 () -> float32 (): the power of two that brings values up to `absmax` into [-2^bits, 2^bits]."""
     _, octave = torch.frexp(absmax)
     shift = torch.where(absmax > 0, bits - octave, 0).clamp(-126, 126)
-    return torch.ldexp(torch.ones_like(absmax), shift)
+    # the float of that exponent: ldexp multiplies by a pow, which need not be exact on a GPU
+    return (shift.int() + 127 << 23).view(torch.float32)

@@ -1,6 +1,7 @@
 """Compare ternary training on integer state with AdamW, on the same shape, data, order and steps.
 
 Adam_FP32    float weights, AdamW: the ceiling           12 bytes of state a weight (weight and two moments)
+Adam_BF16    the same in bfloat16 autocast, on request      12
 Adam_STE     BitNet-style: absmean ternary, straight-through, float latents, AdamW          12
 SignSGD_Old  the seeds' rule: sign votes flip trits (`flip`, groups of 32)                  1.3
 TrueTernary  int4 residual and int4 momentum (`momentum`), the default                      1.2
@@ -39,6 +40,7 @@ from training_arb.cpu_allocator import keep_freed_memory
 from training_arb.quality_benchmark import (
     ADAM_CONFIGS,
     CONFIGS,
+    DEFAULT_CONFIGS,
     BenchmarkResult,
     BenchmarkSettings,
     build,
@@ -51,7 +53,7 @@ from training_arb.training_plots import plot_comparison
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
-    add("--configs", default=",".join(CONFIGS), help="comma-separated configurations")
+    add("--configs", default=",".join(DEFAULT_CONFIGS), help=f"comma-separated, of {', '.join(CONFIGS)}")
     add("--steps", type=int, default=600, help="training steps")
     add("--batch", type=int, default=16, help="windows per step")
     add("--ctx", type=int, default=128, help="bytes per window")

@@ -20,8 +20,9 @@ from .integer_optimizer import IntegerOptimizer
 from .live_memory import peak_memory_mb, reset_peak_memory
 from .state_audit import audit_model
 
-CONFIGS = ("Adam_FP32", "Adam_STE", "SignSGD_Old", "TrueTernary", "Correlation")
-ADAM_CONFIGS = ("Adam_FP32", "Adam_STE")
+DEFAULT_CONFIGS = ("Adam_FP32", "Adam_STE", "SignSGD_Old", "TrueTernary", "Correlation")
+CONFIGS = (*DEFAULT_CONFIGS, "Adam_BF16")
+ADAM_CONFIGS = ("Adam_FP32", "Adam_BF16", "Adam_STE")
 UPDATE_RULES = {"SignSGD_Old": "flip", "TrueTernary": "momentum", "Correlation": "correlation"}
 GROUP_SIZES = {"SignSGD_Old": 32, "TrueTernary": 0, "Correlation": 32}
 WARMUP_STEPS = 50
@@ -84,7 +85,7 @@ def build(name: str, settings: BenchmarkSettings, rate: float) -> tuple[ArbForCa
     """The model and optimizer of a configuration at a learning rate."""
     torch.manual_seed(settings.seed)
     if name in ADAM_CONFIGS:
-        model = ArbFloatBaseline(_config(name, settings), straight_through=name == "Adam_STE")
+        model = float_baseline(name, _config(name, settings))
         return model, torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.01)
     model = ArbForCausalLM(_config(name, settings))
     return model, IntegerOptimizer(
@@ -94,6 +95,11 @@ def build(name: str, settings: BenchmarkSettings, rate: float) -> tuple[ArbForCa
         scale_update_interval=settings.scale_update_interval,
         seed=settings.seed,
     )
+
+
+def float_baseline(name: str, config: ArbConfig) -> ArbFloatBaseline:
+    """The model of one of ADAM_CONFIGS."""
+    return ArbFloatBaseline(config, straight_through=name == "Adam_STE", autocast=name == "Adam_BF16")
 
 
 def _config(name: str, settings: BenchmarkSettings) -> ArbConfig:
