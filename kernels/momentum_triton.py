@@ -1,7 +1,7 @@
 """The momentum rule of momentum_update.py on Triton: four passes over dW and state, no float temporary beyond a tile.
 
 fold:    requantises the momentum of a block of 64 columns; the largest |direction| of each row and column
-squares: sums of the direction's squares by row and by column, each in its own fixed point (then, over these: the scales)
+squares: sums of the direction's squares by row and column, each in its own fixed point (then, over them: the scales)
 power:   the sum of squares of the update before it is set to unit RMS
 move:    shifts the latents; works on bytes of five trits, one plane of columns after the other
 

@@ -87,7 +87,7 @@ class NaiveMomentum:
 
     @staticmethod
     def normalised(d):
-        """Statistics over 15-bit fixed point of each row and column, in Python's integers: their order cannot matter."""
+        """Statistics over 15-bit fixed point of each row and column, in Python's integers: in any order."""
         rows, columns = d.shape
         if not d.any():
             return d

@@ -45,15 +45,14 @@ inline __attribute__((always_inline)) void direction_of(const Rule& rule, const 
         direction[i] = (float)((int8_t)accum[i] >> 4) * step * rule.beta + dW[i] * rule.nesterov;
 }
 
-// Folds one row; returns the largest |direction| as ordered bits.
-ARB_CLONES int32_t fold_row(const Rule& rule, int64_t row, uint8_t* accum, int8_t* exponents, const float* dW) {
+// Folds one row.
+ARB_CLONES void fold_row(const Rule& rule, int64_t row, uint8_t* accum, int8_t* exponents, const float* dW) {
     const uint32_t row_key = mix((uint32_t)row ^ rule.key);
-    int32_t absmax = 0;
     for (int64_t start = 0; start < rule.columns; start += BLOCK) {
         const int length = rule.columns - start < BLOCK ? (int)(rule.columns - start) : BLOCK;
         int8_t& exponent = exponents[start / BLOCK];
         const float step = rule.power[exponent + 128];
-        float momentum[BLOCK], square[BLOCK] = {}, direction[BLOCK];
+        float momentum[BLOCK], square[BLOCK] = {};
         for (int i = 0; i < length; ++i) {
             momentum[i] = (float)((int8_t)accum[start + i] >> 4) * step * rule.decay + dW[start + i] * rule.share;
             square[i] = momentum[i] * momentum[i];
@@ -69,13 +68,7 @@ ARB_CLONES int32_t fold_row(const Rule& rule, int64_t row, uint8_t* accum, int8_
             code = code < -LEVELS ? -LEVELS : code > LEVELS ? LEVELS : code;
             accum[start + i] = (uint8_t)((int)code << 4 | (accum[start + i] & 15));
         }
-        direction_of(rule, accum + start, rule.power[exponent + 128], dW + start, length, direction);
-        for (int i = 0; i < length; ++i) {
-            const int32_t bits = magnitude_bits(direction[i]);
-            absmax = bits > absmax ? bits : absmax;
-        }
     }
-    return absmax;
 }
 
 inline __attribute__((always_inline)) int32_t square_of(float fixed_point) {
@@ -83,19 +76,26 @@ inline __attribute__((always_inline)) int32_t square_of(float fixed_point) {
     return steps * steps;
 }
 
-// The row's sum of squares in fixed point of its own scale. Raises each column's largest |direction|, as ordered bits.
-ARB_CLONES int64_t measure_row(const Rule& rule, const uint8_t* accum, const int8_t* exponents, const float* dW,
-                               float scale, int32_t* column_max) {
-    int64_t total = 0;
+// The folded row's direction; returns the largest of it, as ordered bits, and raises each column's largest.
+ARB_CLONES int32_t measure_row(const Rule& rule, const uint8_t* accum, const int8_t* exponents, const float* dW,
+                               float* direction, int32_t* column_max) {
+    int32_t absmax = 0;
     for (int64_t start = 0; start < rule.columns; start += BLOCK) {
         const int length = rule.columns - start < BLOCK ? (int)(rule.columns - start) : BLOCK;
-        float direction[BLOCK];
-        direction_of(rule, accum + start, rule.power[exponents[start / BLOCK] + 128], dW + start, length, direction);
+        const float step = rule.power[exponents[start / BLOCK] + 128];
+        direction_of(rule, accum + start, step, dW + start, length, direction + start);
         for (int i = 0; i < length; ++i) {
-            column_max[start + i] = std::max(column_max[start + i], magnitude_bits(direction[i]));
-            total += square_of(direction[i] * scale);
+            const int32_t bits = magnitude_bits(direction[start + i]);
+            absmax = std::max(absmax, bits);
+            column_max[start + i] = std::max(column_max[start + i], bits);
         }
     }
+    return absmax;
+}
+
+ARB_CLONES int64_t sum_squares(const float* direction, int64_t length, float scale) {
+    int64_t total = 0;
+    for (int64_t i = 0; i < length; ++i) total += square_of(direction[i] * scale);
     return total;
 }
 
@@ -191,13 +191,15 @@ ARB_API int64_t arb_momentum_update(uint8_t* packed, uint8_t* accum, int8_t* exp
 #pragma omp parallel if (parallel) reduction(min : least)
     {
         std::vector<int32_t> own(columns);
+        std::vector<float> direction(columns);
 #pragma omp for
         for (int64_t n = 0; n < rows; ++n) {
-            const int32_t absmax = fold_row(rule, n, state(n), steps(n), gradient(n));
+            fold_row(rule, n, state(n), steps(n), gradient(n));
+            const int32_t absmax = measure_row(rule, state(n), steps(n), gradient(n), direction.data(), own.data());
             row_shift[n] = fixed_point_shift(absmax);
             if (absmax) least = std::min(least, row_shift[n]);
             row_scale[n] = power_of_two(row_shift[n]);
-            row_sum[n] = measure_row(rule, state(n), steps(n), gradient(n), row_scale[n], own.data());
+            row_sum[n] = sum_squares(direction.data(), columns, row_scale[n]);
         }
 #pragma omp critical
         for (int64_t k = 0; k < columns; ++k) column_max[k] = std::max(column_max[k], own[k]);
