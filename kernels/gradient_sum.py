@@ -17,6 +17,7 @@ import torch
 from torch.autograd.graph import increment_version
 
 from .backend import uses_native, uses_triton
+from .exponents import whole_power_of_two
 from .gradient_sum_triton import triton_add_gradient, triton_add_sum
 from .groups import num_groups, split_groups, spread_groups
 from .native_library import native_library, pointer
@@ -42,11 +43,6 @@ def zero_sum(rows: int, columns: int, device: torch.device | str = "cpu") -> Gra
     return GradientSum(codes, torch.full(blocks, LEAST_EXPONENT, dtype=torch.int8, device=device))
 
 
-def _power_of_two(exponent: torch.Tensor) -> torch.Tensor:
-    """int32 (...) in [-126, 127] -> float32 (...): 2^exponent, exactly."""
-    return ((exponent + 127) << 23).view(torch.float32)
-
-
 def _covering_exponent(absmax: torch.Tensor) -> torch.Tensor:
     """float32 (...) >= 0 -> int32 (...): the least exponent with 127 * 2^exponent >= absmax, within the limits."""
     bits = absmax.view(torch.int32)
@@ -56,7 +52,7 @@ def _covering_exponent(absmax: torch.Tensor) -> torch.Tensor:
 
 def naive_value(total: GradientSum) -> torch.Tensor:
     """float32 (N, K): what the codes stand for."""
-    step = _power_of_two(total.exponents.int())
+    step = whole_power_of_two(total.exponents.int())
     return total.codes * spread_groups(step, BLOCK, total.codes.shape[1])
 
 
@@ -64,7 +60,7 @@ def naive_add_gradient(total: GradientSum, dW: torch.Tensor, key: int) -> Gradie
     """`add_gradient` as a pure function."""
     summed = naive_value(total).add_(dW)
     exponent = _covering_exponent(split_groups(summed.abs(), BLOCK).amax(-1))
-    inverse = spread_groups(_power_of_two(-exponent), BLOCK, dW.shape[1])
+    inverse = spread_groups(whole_power_of_two(-exponent), BLOCK, dW.shape[1])
     uniform = uniform_from_low_bits(random_bits(key, *dW.shape, dW.device))
     codes = summed.mul_(inverse).add_(uniform).floor_().clamp_(-127, 127)
     return GradientSum(codes.to(torch.int8), exponent.to(torch.int8))

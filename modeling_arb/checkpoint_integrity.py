@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from zipfile import ZIP_STORED, ZipFile
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -87,6 +88,25 @@ def read_config(path: str | Path) -> ArbConfig:
         raise ValueError(f"{path}: {' '.join(str(error).split())}") from error
 
 
+def load_pickle(path: str | Path, map_location: str = "cpu") -> object:
+    """What torch.save wrote, its tensors mapped from the file, not read.
+
+    Raises ValueError naming the file when it is damaged, holds more than tensors and plain values, or is packed inside;
+    OSError when it cannot be opened.
+    """
+    try:
+        with ZipFile(path) as archive:
+            packed = any(entry.compress_type != ZIP_STORED for entry in archive.infolist())
+        if not packed:
+            return torch.load(path, map_location=map_location, mmap=True, weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # a damaged pickle makes it raise almost anything
+        reason = str(error).partition("\n")[0].partition(". ")[0]
+        raise ValueError(f"{path}: damaged, or not what torch.save writes ({reason})") from error
+    raise ValueError(f"{path}: packed, which torch.save does not do")
+
+
 def read_headers(path: str | Path) -> dict[str, torch.Tensor]:
     """The tensors of a weight file, on the meta device: of .safetensors, or a pickle in torch's zip format. Of the data
     nothing is read.
@@ -96,11 +116,7 @@ def read_headers(path: str | Path) -> dict[str, torch.Tensor]:
     if str(path).endswith(".safetensors"):
         with open_tensor_file(path) as file:
             return {name: _on_meta(path, name, file.get_slice(name)) for name in file.keys()}  # noqa: SIM118
-    try:
-        tensors = torch.load(path, map_location="meta", mmap=True, weights_only=True)
-    except Exception as error:  # a damaged pickle makes it raise almost anything
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path}: damaged, or no pickle of tensors in torch's zip format ({reason})") from error
+    tensors = load_pickle(path, "meta")
     if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
         raise ValueError(f"{path}: must hold tensors by name, and nothing else")
     for name, tensor in tensors.items():

@@ -22,16 +22,10 @@ from .absent_parameters import AbsentParameters
 from .byte_embedding import ByteEmbedding, preceded_by
 from .byte_head import ByteHead, batch_share, next_byte_loss
 from .cache_layers import SideLayers
-from .checkpoint_integrity import (
-    by_loaded_name,
-    check_headers,
-    check_json_files,
-    check_values,
-    read_headers,
-    read_json_object,
-)
+from .checked_loading import CheckedLoading
 from .composite_proposal import NO_MOTIF, CompositeProposal
 from .context_attention import ContextAttention
+from .file_modes import follow_umask
 from .generation_arb import ArbGenerationMixin
 from .integer_state import IntegerState
 from .memgram import MemGram
@@ -49,10 +43,8 @@ from .windowed_context import key_positions, windowed_context
 # transformers' Trainer shifts the labels that it smooths for the architectures listed there, and for no other
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["arb"] = "ArbForCausalLM"
 
-LOCATING = ("revision", "subfolder", "cache_dir", "token", "local_files_only")  # what finds a checkpoint on the hub
 
-
-class ArbPreTrainedModel(PreTrainedModel):
+class ArbPreTrainedModel(CheckedLoading, PreTrainedModel):
     """What ARB models share: no parameter at all, so device, dtype and counts come from buffers and config."""
 
     config_class = ArbConfig
@@ -124,6 +116,8 @@ class ArbPreTrainedModel(PreTrainedModel):
 
     def _save(self, save_directory, state_dict: dict | None, is_main_process: bool = True, **kwargs) -> None:
         super().save_pretrained(save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
+        if is_main_process:
+            follow_umask(Path(save_directory).glob("model*.safetensors"))
         if self._export_code is not None and is_main_process:
             self._export_code(save_directory)
 
@@ -135,47 +129,6 @@ class ArbPreTrainedModel(PreTrainedModel):
             if not spec.inference
         }
         return {key: tensor for key, tensor in state_dict.items() if key not in training}
-
-    def _adjust_missing_and_unexpected_keys(self, loading_info) -> None:
-        """Missing tensors are judged before they are missed, in one line instead of transformers' table of them."""
-        super()._adjust_missing_and_unexpected_keys(loading_info)
-        self.__dict__["_missing_keys"] = set(loading_info.missing_keys)
-        loading_info.missing_keys.clear()
-
-    @staticmethod
-    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
-        """Where every way to load passes, its files at hand and nothing of them in memory: a folder, a hub name, any
-        format, a state dict. Checks first what is stored, from headers alone, then the values that were loaded."""
-        source = str(load_config.pretrained_model_name_or_path or "state_dict")
-        stored, stored_config = state_dict, model.config.to_dict()
-        if stored is None:
-            stored = {name: tensor for path in checkpoint_files for name, tensor in read_headers(path).items()}
-            beside = Path(checkpoint_files[0]).with_name("config.json")
-            stored_config = read_json_object(beside) if beside.is_file() else stored_config
-        expected = model.state_dict()
-        stored = by_loaded_name(source, stored, expected, model.base_model_prefix, load_config.weight_mapping or [])
-        check_headers(source, stored, expected, stored_config, load_config.ignore_mismatched_sizes)
-        loaded = PreTrainedModel._load_pretrained_model(
-            model, state_dict, checkpoint_files, load_config, *args, **kwargs
-        )
-        check_values(source, model)
-        return loaded
-
-    def _load_and_finalize_distributed_pretrained_model(self, distributed_checkpoint_dir, *args, **kwargs):
-        raise ValueError(
-            f"{distributed_checkpoint_dir}: holds the shards of ranks; save_pretrained writes what is read"
-        )
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
-        """As transformers', but refuses a checkpoint whose tensors are missing, mistyped, misshapen or hold values that
-        mean nothing."""
-        if pretrained_model_name_or_path is not None:
-            located = {name: kwargs[name] for name in LOCATING if kwargs.get(name) is not None}
-            check_json_files(str(pretrained_model_name_or_path), kwargs.get("variant"), **located)
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        info["missing_keys"] = model.__dict__.pop("_missing_keys", set())
-        return (model, info) if output_loading_info else model
 
 
 class ContextBlock(GradientCheckpointingLayer):

@@ -160,7 +160,7 @@ def main() -> int:
         train_dataset=ConversationDataset(train),
         eval_dataset=ConversationDataset(held_out),
     )
-    trainer.train(resume_from_checkpoint=resume)
+    trainer.train(resume_from_checkpoint=resume or False)
     if trainer.interruption.signum:
         return stop_early(trainer)
     if trainer.is_world_process_zero():

@@ -75,6 +75,8 @@ def test_export_loads_without_the_repo(tmp_path, preset, rule):
             matrix.step_counter.fill_(7)
     model.save_pretrained(tmp_path / "checkpoint")
     assert run_script("export_hub", tmp_path / "checkpoint", tmp_path / "export") == 0
+    (tmp_path / "new").touch()
+    assert {path.stat().st_mode for path in (tmp_path / "export").iterdir()} == {(tmp_path / "new").stat().st_mode}
     ids = torch.tensor([list(b"def f(x):")])
     torch.save(model(ids).logits.detach(), tmp_path / "logits.pt")
     arguments = (tmp_path / "export", tmp_path / "again", tmp_path / "logits.pt")

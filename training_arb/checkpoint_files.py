@@ -13,13 +13,13 @@ import shutil
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
-import torch
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_pt_utils import safe_globals
 
 from modeling_arb.checkpoint_integrity import (
     check_headers,
     check_json_files,
+    load_pickle,
     read_config,
     read_headers,
     read_json_object,
@@ -177,9 +177,5 @@ def _check_trainer_state(path: Path) -> None:
 
 
 def _check_pickle(path: Path) -> None:
-    """A damaged file makes torch.load raise almost anything."""
-    try:
-        with safe_globals():
-            torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"{path}: damaged ({type(error).__name__})") from error
+    with safe_globals():
+        load_pickle(path)

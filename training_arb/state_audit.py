@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import nn
 from arb_kernels.packing import unpack_trits
 from configuration_arb import ArbConfig
 from modeling_arb import ArbForCausalLM
-from modeling_arb.checkpoint_integrity import describe_illegal, open_tensor_file, read_config
+from modeling_arb.checkpoint_integrity import describe_illegal, load_pickle, open_tensor_file, read_config
 from modeling_arb.ternary_matrix import TernaryMatrix
 
 AREAS = {
@@ -31,6 +32,7 @@ AREAS = {
 }
 
 
+OPTIMIZER_FILE = "optimizer.pt"
 COUNTED_WEIGHTS = 1 << 22  # at a time
 
 
@@ -169,7 +171,7 @@ def weight_files(folder: str | Path) -> list[Path]:
 def audit_folder(folder: str | Path) -> StateAudit:
     """Audit a checkpoint as it lies on disk: weight files and, in a training checkpoint, the optimizer's file.
 
-    Raises ValueError when the folder, its config or a weight file cannot be read.
+    Raises ValueError or OSError, naming the file, when the config, a weight file or the optimizer's cannot be read.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
@@ -179,10 +181,17 @@ def audit_folder(folder: str | Path) -> StateAudit:
     for path in weight_files(folder):
         with open_tensor_file(path) as file:
             tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    if (folder / "optimizer.pt").is_file():
-        state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-        tensors |= dict(_tensors_in(state, "optimizer"))
+    if os.path.lexists(folder / OPTIMIZER_FILE):
+        tensors |= _optimizer_tensors(folder / OPTIMIZER_FILE)
     return _audit_tensors(unallocated_model(config), tensors)
+
+
+def _optimizer_tensors(path: Path) -> dict[str, torch.Tensor]:
+    state = load_pickle(path)
+    try:
+        return dict(_tensors_in(state, "optimizer"))
+    except RecursionError as error:
+        raise ValueError(f"{path}: damaged, its lists hold themselves") from error
 
 
 def state_hash(model: nn.Module) -> str:
