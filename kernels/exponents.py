@@ -37,7 +37,7 @@ def quarter_octaves_covering(square: torch.Tensor) -> torch.Tensor:
 
 
 def whole_power_of_two(octave: torch.Tensor) -> torch.Tensor:
-    """int32 (...) in [-126, 127] -> float32 (...): 2^octave from its bits; ldexp goes by a pow, which need not be exact."""
+    """int32 (...) in [-126, 127] -> float32 (...): 2^octave from its bits: ldexp goes by pow, which may be inexact."""
     return ((octave + 127) << 23).view(torch.float32)
 
 
