@@ -1,7 +1,7 @@
 """The flip rule of flip_update.py on Triton.
 
-votes: a program takes the groups of some rows, a group at a time, and counts the votes on its trits and on its
-exponent; in an update it moves the exponents at once. move: shifts the trits that have reached the threshold, five to
+votes: a program takes the groups of some rows, a group at a time, counts the votes on its trits and on its exponent,
+and moves the exponent. move: shifts the trits that have reached the threshold, five to
 a byte. The votes lie in columns, the bytes in planes, hence two kernels.
 """
 
@@ -32,7 +32,6 @@ def flip_votes_kernel(
     group_size,
     threshold,
     SCALE_VOTES: tl.constexpr,
-    MOVES: tl.constexpr,
     BU: tl.constexpr,
     BC: tl.constexpr,
 ):
@@ -56,14 +55,12 @@ def flip_votes_kernel(
             agreement += tl.sum(sign * digit_of(b_packed, column // width), axis=1)
     vote = (agreement > 0).to(tl.int32) - (agreement < 0).to(tl.int32)
     E_accum = clamp(tl.load(E_accum_ptr + unit, mask=in_units, other=0).to(tl.int32) - vote, 127)
-    if MOVES:
-        moved = tl.abs(E_accum) >= threshold
-        E = tl.load(E_ptr + unit, mask=in_units, other=0).to(tl.int32)
-        step = tl.where(moved, tl.where(E_accum > 0, 1, -1), 0)
-        new_E = tl.minimum(tl.maximum(E + step, -128), 127)
-        tl.store(new_E_ptr + unit, new_E.to(tl.int8), mask=in_units)
-        E_accum = tl.where(moved, 0, E_accum)
-    tl.store(new_E_accum_ptr + unit, E_accum.to(tl.int8), mask=in_units)
+    moved = tl.abs(E_accum) >= threshold
+    E = tl.load(E_ptr + unit, mask=in_units, other=0).to(tl.int32)
+    step = tl.where(moved, tl.where(E_accum > 0, 1, -1), 0)
+    new_E = tl.minimum(tl.maximum(E + step, -128), 127)
+    tl.store(new_E_ptr + unit, new_E.to(tl.int8), mask=in_units)
+    tl.store(new_E_accum_ptr + unit, tl.where(moved, 0, E_accum).to(tl.int8), mask=in_units)
 
 
 @jit
@@ -102,40 +99,6 @@ def flip_move_kernel(
     tl.atomic_add(flips_ptr, tl.sum(flips).to(tl.int64), sem="relaxed")
 
 
-def _votes(packed, E, T_accum, E_accum, dW, group_size, threshold, scale_votes):
-    """New E, T_accum and E_accum; E stays where it is if it is None."""
-    (rows, columns), groups = dW.shape, E_accum.shape[1]
-    state = [None if tensor is None else tensor.contiguous() for tensor in (packed, E, T_accum, E_accum)]
-    new_state = [None if tensor is None else torch.empty_like(tensor) for tensor in state[1:]]
-    tile_columns = min(power_of_two_from(group_size), _GROUP_COLUMNS)
-    tile_units = _VOTES_ELEMENTS // tile_columns
-    launch(
-        flip_votes_kernel,
-        (ceil_div(rows * groups, tile_units),),
-        *(*state, dW.contiguous(), *new_state),
-        *(rows * groups, columns, packed.shape[1], groups, group_size, threshold),
-        SCALE_VOTES=scale_votes,
-        MOVES=E is not None,
-        BU=tile_units,
-        BC=tile_columns,
-    )
-    return new_state
-
-
-def triton_flip_fold(
-    packed: torch.Tensor,
-    T_accum: torch.Tensor,
-    E_accum: torch.Tensor,
-    dW: torch.Tensor,
-    group_size: int,
-    scale_votes: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`flip_fold`: packed uint8 (N, ceil(K/5)), T_accum int8 (N, K), E_accum int8 (N, groups), dW float32 (N, K) ->
-    the new T_accum, E_accum."""
-    _, new_T_accum, new_E_accum = _votes(packed, None, T_accum, E_accum, dW, group_size, 0, scale_votes)
-    return new_T_accum, new_E_accum
-
-
 def triton_flip_update(
     packed: torch.Tensor,
     E: torch.Tensor,
@@ -146,11 +109,22 @@ def triton_flip_update(
     threshold: int = 32,
     scale_votes: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`flip_update`: the same and E int8 (N, groups) -> the new packed, E, T_accum, E_accum and the number of changed
-    trits, int64 ()."""
-    new_E, new_T_accum, new_E_accum = _votes(packed, E, T_accum, E_accum, dW, group_size, threshold, scale_votes)
-    (rows, columns), width = dW.shape, packed.shape[1]
-    packed = packed.contiguous()
+    """`flip_update`: packed uint8 (N, ceil(K/5)), E and E_accum int8 (N, groups), T_accum int8 (N, K), dW float32
+    (N, K) -> the new packed, E, T_accum, E_accum and the number of changed trits, int64 ()."""
+    (rows, columns), width, groups = dW.shape, packed.shape[1], E_accum.shape[1]
+    packed, E, T_accum, E_accum, dW = (tensor.contiguous() for tensor in (packed, E, T_accum, E_accum, dW))
+    new_E, new_T_accum, new_E_accum = map(torch.empty_like, (E, T_accum, E_accum))
+    tile_columns = min(power_of_two_from(group_size), _GROUP_COLUMNS)
+    tile_units = _VOTES_ELEMENTS // tile_columns
+    launch(
+        flip_votes_kernel,
+        (ceil_div(rows * groups, tile_units),),
+        *(packed, E, T_accum, E_accum, dW, new_E, new_T_accum, new_E_accum),
+        *(rows * groups, columns, width, groups, group_size, threshold),
+        SCALE_VOTES=scale_votes,
+        BU=tile_units,
+        BC=tile_columns,
+    )
     new_packed = torch.empty_like(packed)
     flips = torch.zeros((), dtype=torch.int64, device=dW.device)
     launch(

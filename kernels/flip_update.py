@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from .backend import uses_triton
-from .flip_triton import triton_flip_fold, triton_flip_update
+from .flip_triton import triton_flip_update
 from .groups import split_groups
 from .packing import pack_trits, unpack_trits
 
@@ -19,7 +19,7 @@ def _vote(accum: torch.Tensor, votes: torch.Tensor) -> torch.Tensor:
     return (accum.to(torch.int16) - votes).clamp_(-127, 127).to(torch.int8)
 
 
-def naive_flip_fold(
+def _count_votes(
     packed: torch.Tensor,
     T_accum: torch.Tensor,
     E_accum: torch.Tensor,
@@ -45,7 +45,7 @@ def naive_flip_update(
     threshold: int = 32,
     scale_votes: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    T_accum, E_accum = naive_flip_fold(packed, T_accum, E_accum, dW, group_size, scale_votes)
+    T_accum, E_accum = _count_votes(packed, T_accum, E_accum, dW, group_size, scale_votes)
     trits = unpack_trits(packed, dW.shape[1])
     moved = T_accum.abs() >= threshold
     new_trits = torch.where(moved, (trits + T_accum.sign()).clamp_(-1, 1), trits)
@@ -60,19 +60,6 @@ def naive_flip_update(
     )
 
 
-def flip_fold(
-    packed: torch.Tensor,
-    T_accum: torch.Tensor,
-    E_accum: torch.Tensor,
-    dW: torch.Tensor,
-    group_size: int,
-    scale_votes: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Collect the votes of one micro-batch. dW: float32 (N, K). Returns the new T_accum, E_accum."""
-    fold = triton_flip_fold if uses_triton(packed, T_accum, E_accum, dW) else naive_flip_fold
-    return fold(packed, T_accum, E_accum, dW, group_size, scale_votes)
-
-
 def flip_update(
     packed: torch.Tensor,
     E: torch.Tensor,
@@ -83,10 +70,10 @@ def flip_update(
     threshold: int = 32,
     scale_votes: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Fold, then move what has reached the threshold by one step and restart its accumulator at zero.
+    """Count the votes, then move what has reached the threshold by one step and restart its accumulator at zero.
 
-    packed: uint8 (N, ceil(K/5)); threshold in votes, 1..127; scale_votes: whether this step votes on E. Returns the
-    new packed, E, T_accum, E_accum and the number of changed trits, an int64 scalar.
+    packed: uint8 (N, ceil(K/5)); dW: float32 (N, K); threshold in votes, 1..127; scale_votes: whether this step votes
+    on E. Returns the new packed, E, T_accum, E_accum and the number of changed trits, an int64 scalar.
     """
     update = triton_flip_update if uses_triton(packed, E, T_accum, E_accum, dW) else naive_flip_update
     return update(packed, E, T_accum, E_accum, dW, group_size, threshold, scale_votes)

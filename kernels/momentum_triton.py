@@ -15,7 +15,7 @@ import torch
 
 from .exponents import QUARTERS, power_table
 from .momentum_format import BLOCK as _BLOCK
-from .momentum_format import CLIP_RMS, MAX_UPDATE, STATISTIC_BITS, STATISTIC_OCTAVES, UPDATE_STEPS
+from .momentum_format import CLIP_RMS, MAX_UPDATE, STATISTIC_BITS, STATISTIC_OCTAVES, UPDATE_STEPS, MomentumFormat
 from .triton_support import (
     ceil_div,
     clamp,
@@ -115,14 +115,11 @@ def momentum_fold_kernel(
     rows,
     columns,
     key,
-    decay,
-    share,
     beta,
-    nesterov,
+    share,
     clip,
     BITS: tl.constexpr,
     SPARSE: tl.constexpr,
-    MEASURES: tl.constexpr,
     BR: tl.constexpr,
 ):
     LEVELS: tl.constexpr = 2 ** (BITS - 1) - 1
@@ -138,7 +135,7 @@ def momentum_fold_kernel(
     b_accum = tl.load(p_accum, mask=mask, other=0).to(tl.int32)
     b_dW = tl.load(dW_ptr + local_row.to(tl.int64)[:, None] * columns + column[None, :], mask=mask, other=0.0)
     step = tl.load(power_ptr + 128 + tl.load(p_exp, mask=in_rows, other=0).to(tl.int32))
-    momentum = _momentum(b_accum, step[:, None], BITS) * decay + b_dW * share
+    momentum = _momentum(b_accum, step[:, None], BITS) * beta + b_dW * share
     square_sum = _sum_in_tree(momentum * momentum, BR)
     length = tl.minimum(columns - i_block * BLOCK, BLOCK).to(tl.float32)
     exponent = _covering_exponent(tl.div_rn(square_sum, length + tl.zeros_like(square_sum)) * clip)
@@ -148,17 +145,15 @@ def momentum_fold_kernel(
     b_accum = (code << BITS) | (b_accum & (2**BITS - 1))
     tl.store(p_accum, b_accum.to(accum_ptr.dtype.element_ty), mask=mask)
     tl.store(p_exp, exponent.to(tl.int8), mask=in_rows)
-    if MEASURES:
-        step = tl.load(power_ptr + 128 + exponent)
-        direction = _momentum(b_accum, step[:, None], BITS) * beta + b_dW * nesterov
-        magnitude = tl.where(mask, magnitude_bits(direction), 0)
-        tl.atomic_max(maxima_ptr + local_row, tl.max(magnitude, axis=1), mask=in_rows, sem="relaxed")
-        tl.atomic_max(maxima_ptr + rows + column, tl.max(magnitude, axis=0), mask=column < columns, sem="relaxed")
+    step = tl.load(power_ptr + 128 + exponent)
+    magnitude = tl.where(mask, magnitude_bits(_momentum(b_accum, step[:, None], BITS) * beta + b_dW * share), 0)
+    tl.atomic_max(maxima_ptr + local_row, tl.max(magnitude, axis=1), mask=in_rows, sem="relaxed")
+    tl.atomic_max(maxima_ptr + rows + column, tl.max(magnitude, axis=0), mask=column < columns, sem="relaxed")
 
 
 @jit
 def _direction_tile(
-    accum_ptr, accum_exp_ptr, dW_ptr, ids_ptr, power_ptr, rows, columns, beta, nesterov, BITS, SPARSE, BR: tl.constexpr
+    accum_ptr, accum_exp_ptr, dW_ptr, ids_ptr, power_ptr, rows, columns, beta, share, BITS, SPARSE, BR: tl.constexpr
 ):
     """This program's tile of BR rows and 64 columns: direction float32 [BR, 64], zero outside; local rows, columns."""
     i_block = tl.program_id(1)
@@ -171,7 +166,7 @@ def _direction_tile(
     b_dW = tl.load(dW_ptr + local_row.to(tl.int64)[:, None] * columns + column[None, :], mask=mask, other=0.0)
     exponent = tl.load(accum_exp_ptr + row * tl.cdiv(columns, BLOCK) + i_block, mask=in_rows, other=0)
     step = tl.load(power_ptr + 128 + exponent.to(tl.int32))
-    return _momentum(b_accum, step[:, None], BITS) * beta + b_dW * nesterov, local_row, column
+    return _momentum(b_accum, step[:, None], BITS) * beta + b_dW * share, local_row, column
 
 
 @jit
@@ -197,13 +192,13 @@ def momentum_squares_kernel(
     rows,
     columns,
     beta,
-    nesterov,
+    share,
     BITS: tl.constexpr,
     SPARSE: tl.constexpr,
     BR: tl.constexpr,
 ):
     direction, local_row, column = _direction_tile(
-        accum_ptr, accum_exp_ptr, dW_ptr, ids_ptr, power_ptr, rows, columns, beta, nesterov, BITS, SPARSE, BR
+        accum_ptr, accum_exp_ptr, dW_ptr, ids_ptr, power_ptr, rows, columns, beta, share, BITS, SPARSE, BR
     )
     in_rows, in_columns = local_row < rows, column < columns
     row_scale = _fixed_point_scale(tl.load(maxima_ptr + local_row, mask=in_rows, other=0))
@@ -249,13 +244,13 @@ def momentum_power_kernel(
     rows,
     columns,
     beta,
-    nesterov,
+    share,
     BITS: tl.constexpr,
     SPARSE: tl.constexpr,
     BR: tl.constexpr,
 ):
     direction, local_row, column = _direction_tile(
-        accum_ptr, accum_exp_ptr, dW_ptr, ids_ptr, power_ptr, rows, columns, beta, nesterov, BITS, SPARSE, BR
+        accum_ptr, accum_exp_ptr, dW_ptr, ids_ptr, power_ptr, rows, columns, beta, share, BITS, SPARSE, BR
     )
     row_scale = tl.load(row_scale_ptr + local_row, mask=local_row < rows, other=0.0)
     column_scale = tl.load(column_scale_ptr + column, mask=column < columns, other=0.0)
@@ -277,7 +272,7 @@ def momentum_move_kernel(
     rows,
     columns,
     beta,
-    nesterov,
+    share,
     width,
     key,
     size_root,
@@ -311,7 +306,7 @@ def momentum_move_kernel(
         b_dW = tl.load(dW_ptr + local_row.to(tl.int64)[:, None] * columns + column[None, :], mask=mask, other=0.0)
         p_exp = accum_exp_ptr + row[:, None] * tl.cdiv(columns, BLOCK) + (column // BLOCK)[None, :]
         step = tl.load(power_ptr + 128 + tl.load(p_exp, mask=mask, other=0).to(tl.int32))
-        direction = _momentum(b_accum, step, BITS) * beta + b_dW * nesterov
+        direction = _momentum(b_accum, step, BITS) * beta + b_dW * share
 
         column_scale = tl.load(column_scale_ptr + column, mask=in_columns, other=0.0)
         unit = direction * row_scale[:, None] * column_scale[None, :]
@@ -330,39 +325,6 @@ def momentum_move_kernel(
     tl.atomic_add(scalars_ptr + _FLIPS, tl.sum(flips).to(tl.int64), sem="relaxed")
 
 
-def triton_momentum_fold(
-    accum: torch.Tensor,
-    accum_exp: torch.Tensor,
-    dW: torch.Tensor,
-    key: int,
-    beta: float = 0.9,
-    decay: bool = True,
-    bits: int = 4,
-) -> None:
-    """`momentum_fold`: accum uint8 or int16 (N, K), accum_exp int8 (N, blocks), dW float32 (N, K); in place."""
-    _fold(accum, accum_exp, dW.contiguous(), None, None, key, beta if decay else 1.0, beta, 1, bits)
-
-
-def _fold(accum, accum_exp, dW, row_ids, maxima, key, decay, beta, micro_batches, bits):
-    """maxima: int32 (N + K,) when each row's and column's largest |direction| is wanted, as the bits of a float32;
-    row_ids as in `triton_momentum_update`."""
-    assert accum.is_contiguous() and accum_exp.is_contiguous()
-    rows, columns = dW.shape
-    launch(
-        momentum_fold_kernel,
-        (ceil_div(rows, _TILE_ROWS), accum_exp.shape[1]),
-        *(accum, accum_exp, dW, accum if row_ids is None else row_ids),
-        power_table(QUARTERS, dW.device),
-        accum if maxima is None else maxima,
-        *(rows, columns, signed_word(key), decay, 1 - beta, beta, micro_batches * (1 - beta)),
-        (CLIP_RMS / (2 ** (bits - 1) - 1)) ** 2,
-        BITS=bits,
-        SPARSE=row_ids is not None,
-        MEASURES=maxima is not None,
-        BR=_TILE_ROWS,
-    )
-
-
 def triton_momentum_update(
     packed: torch.Tensor,
     accum: torch.Tensor,
@@ -371,29 +333,34 @@ def triton_momentum_update(
     key: int,
     lr: float,
     beta: float = 0.9,
-    micro_batches: int = 1,
     bits: int = 4,
     row_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`momentum_update`: packed uint8 (N, ceil(K/5)), the rest as in `triton_momentum_fold`; in place. Returns the
-    number of changed trits, int64 ().
+    """`momentum_update`: packed uint8 (N, ceil(K/5)), accum uint8 or int16 (N, K), accum_exp int8 (N, blocks), dW
+    float32 (N, K); in place. Returns the number of changed trits, int64 ().
 
     row_ids: int64 (R,), each row at most once: dW is (R, K) then and belongs to these rows of state, of a matrix of
     any height; no other row is read or written.
     """
-    assert packed.is_contiguous() and (row_ids is None or row_ids.is_contiguous())
+    for tensor in (packed, accum, accum_exp, row_ids):
+        assert tensor is None or tensor.is_contiguous()
     dW = dW.contiguous()
     rows, columns = dW.shape
     scalars = torch.zeros(4, dtype=torch.int64, device=dW.device)
     sums = torch.zeros(rows + columns, dtype=torch.int64, device=dW.device)
     maxima = torch.zeros(rows + columns, dtype=torch.int32, device=dW.device)
-    decay = beta if micro_batches == 1 else 1.0
-    _fold(accum, accum_exp, dW, row_ids, maxima, key, decay, beta, micro_batches, bits)
-    scalars[0] = maxima[:rows].amax()
     state = (accum, accum_exp, dW, accum if row_ids is None else row_ids, power_table(QUARTERS, dW.device))
-    shape_and_direction = (rows, columns, beta, micro_batches * (1 - beta))
+    shape_and_direction = (rows, columns, beta, 1 - beta)
     options = {"BITS": bits, "SPARSE": row_ids is not None, "BR": _TILE_ROWS}
     grid = (ceil_div(rows, _TILE_ROWS), accum_exp.shape[1])
+    clip = (CLIP_RMS / MomentumFormat(bits).levels) ** 2
+    launch(
+        momentum_fold_kernel,
+        grid,
+        *(*state, maxima, rows, columns, signed_word(key), beta, 1 - beta, clip),
+        **options,
+    )
+    scalars[0] = maxima[:rows].amax()
     launch(momentum_squares_kernel, grid, *state, maxima, sums, *shape_and_direction, **options)
     scales = torch.empty(rows + columns, device=dW.device)
     of_rows, of_columns = ([x[part] for x in (maxima, sums, scales)] for part in (slice(rows), slice(rows, None)))

@@ -36,7 +36,7 @@ from .momentum_format import (
     UPDATE_STEPS,
     MomentumFormat,
 )
-from .momentum_triton import triton_momentum_fold, triton_momentum_update
+from .momentum_triton import triton_momentum_update
 from .native_library import native_library, pointer
 from .packing import pack_trits, unpack_trits
 from .random_bits import random_bits, uniform_from_high_bits, uniform_from_low_bits
@@ -61,20 +61,15 @@ def fold_momentum(
     dW: torch.Tensor,
     uniform: torch.Tensor,
     beta: float,
-    decay: bool,
     levels: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """m <- beta * m + (1 - beta) * dW, requantised.
 
-    codes: signed int (N, K); exponent: int8 (N, blocks); dW: float32 (N, K), this micro-batch's share of the mean
-    gradient; uniform: float32 (N, K) in [0, 1); decay: whether beta applies to m (once per step, in the first
-    micro-batch). Returns the new codes, in their dtype, and exponents.
+    codes: signed int (N, K); exponent: int8 (N, blocks); dW: float32 (N, K), the step's mean gradient;
+    uniform: float32 (N, K) in [0, 1). Returns the new codes, in their dtype, and exponents.
     """
     columns = codes.shape[1]
-    momentum = _dequantise(codes, exponent)
-    if decay:
-        momentum *= beta
-    momentum += dW * (1 - beta)
+    momentum = _dequantise(codes, exponent).mul_(beta).add_(dW * (1 - beta))
     square_sum = _sum_in_tree(split_groups(momentum * momentum, BLOCK)).squeeze(-1)
     mean_square = square_sum / group_lengths(columns, BLOCK, dW.device)
     new_exponent = quarter_octaves_covering(mean_square * (CLIP_RMS / levels) ** 2)
@@ -139,17 +134,6 @@ def move_weights(
     return new_trits.to(trits.dtype), (latent - new_trits * cell).to(residual.dtype)
 
 
-def naive_momentum_fold(
-    accum: torch.Tensor, accum_exp: torch.Tensor, dW: torch.Tensor, key: int, beta: float, decay: bool, bits: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`momentum_fold` as a pure function: returns the new accum, accum_exp."""
-    form = MomentumFormat(bits)
-    residual, codes = form.split(accum)
-    uniform = uniform_from_low_bits(random_bits(key, *dW.shape, dW.device))
-    codes, accum_exp = fold_momentum(codes, accum_exp, dW, uniform, beta, decay, form.levels)
-    return form.join(residual, codes), accum_exp
-
-
 def naive_momentum_update(
     packed: torch.Tensor,
     accum: torch.Tensor,
@@ -158,44 +142,17 @@ def naive_momentum_update(
     key: int,
     lr: float,
     beta: float = 0.9,
-    micro_batches: int = 1,
     bits: int = 4,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """`momentum_update` as a pure function: returns the new packed, accum, accum_exp and the changed trits' number."""
     form = MomentumFormat(bits)
     residual, codes = form.split(accum)
     noise = random_bits(key, *dW.shape, dW.device)
-    codes, accum_exp = fold_momentum(
-        codes, accum_exp, dW, uniform_from_low_bits(noise), beta, micro_batches == 1, form.levels
-    )
-    update = normalise(_dequantise(codes, accum_exp).mul_(beta) + dW * (micro_batches * (1 - beta)))
+    codes, accum_exp = fold_momentum(codes, accum_exp, dW, uniform_from_low_bits(noise), beta, form.levels)
+    update = normalise(_dequantise(codes, accum_exp).mul_(beta) + dW * (1 - beta))
     trits = unpack_trits(packed, dW.shape[1])
     new_trits, residual = move_weights(trits, residual, update, uniform_from_high_bits(noise), lr, form.cell)
     return pack_trits(new_trits), form.join(residual, codes), accum_exp, (new_trits != trits).sum()
-
-
-def momentum_fold(
-    accum: torch.Tensor, accum_exp: torch.Tensor, dW: torch.Tensor, key: int, beta: float, decay: bool, bits: int = 4
-) -> None:
-    """An early micro-batch of an accumulated step, in place: only the momentum changes."""
-    if bits == 4 and uses_native(accum, accum_exp, dW):
-        native_library().arb_momentum_fold(
-            *map(pointer, (accum, accum_exp, dW)),
-            *dW.shape,
-            key,
-            pointer(power_table(QUARTERS, dW.device)),
-            beta if decay else 1.0,
-            1 - beta,
-        )
-        increment_version((accum, accum_exp))
-        return
-    if uses_triton(accum, accum_exp, dW):
-        triton_momentum_fold(accum, accum_exp, dW, key, beta, decay, bits)
-        increment_version((accum, accum_exp))
-        return
-    new_accum, new_exp = naive_momentum_fold(accum, accum_exp, dW, key, beta, decay, bits)
-    accum.copy_(new_accum)
-    accum_exp.copy_(new_exp)
 
 
 def momentum_update(
@@ -206,13 +163,12 @@ def momentum_update(
     key: int,
     lr: float,
     beta: float = 0.9,
-    micro_batches: int = 1,
     bits: int = 4,
 ) -> torch.Tensor:
-    """Fold and move in one go, in place, at the last micro-batch of a step.
+    """Fold and move in one go, in place.
 
-    packed: uint8 (N, ceil(K/5)) trits; dW: float32 (N, K), this micro-batch's share of the mean gradient, 1 /
-    micro_batches of it; lr: cells per step. Returns the number of changed trits, an int64 scalar.
+    packed: uint8 (N, ceil(K/5)) trits; dW: float32 (N, K), the step's mean gradient; lr: cells per step. Returns the
+    number of changed trits, an int64 scalar.
     """
     if bits == 4 and uses_native(packed, accum, accum_exp, dW):
         flips = native_library().arb_momentum_update(
@@ -220,20 +176,18 @@ def momentum_update(
             *dW.shape,
             key,
             pointer(power_table(QUARTERS, dW.device)),
-            beta if micro_batches == 1 else 1.0,
-            1 - beta,
             beta,
-            micro_batches * (1 - beta),
+            1 - beta,
             MAX_UPDATE,
             -lr * MomentumFormat(bits).cell,
         )
         increment_version((packed, accum, accum_exp))
         return torch.tensor(flips)
     if uses_triton(packed, accum, accum_exp, dW):
-        flips = triton_momentum_update(packed, accum, accum_exp, dW, key, lr, beta, micro_batches, bits)
+        flips = triton_momentum_update(packed, accum, accum_exp, dW, key, lr, beta, bits)
         increment_version((packed, accum, accum_exp))
         return flips
-    *state, flips = naive_momentum_update(packed, accum, accum_exp, dW, key, lr, beta, micro_batches, bits)
+    *state, flips = naive_momentum_update(packed, accum, accum_exp, dW, key, lr, beta, bits)
     for tensor, new in zip((packed, accum, accum_exp), state, strict=True):
         tensor.copy_(new)
     return flips

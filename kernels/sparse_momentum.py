@@ -39,9 +39,7 @@ def naive_sparse_momentum_update(
     form = MomentumFormat(bits)
     noise = random_bits_of_rows(key, row_ids, dW.shape[1])
     residual, codes = form.split(accum[row_ids])
-    codes, exponent = fold_momentum(
-        codes, accum_exp[row_ids], dW, uniform_from_low_bits(noise), beta, True, form.levels
-    )
+    codes, exponent = fold_momentum(codes, accum_exp[row_ids], dW, uniform_from_low_bits(noise), beta, form.levels)
     step = spread_groups(power_of_two(exponent, QUARTERS), BLOCK, dW.shape[1])
     update = normalise((codes * step).mul_(beta) + dW * (1 - beta))
     trits = unpack_trits(packed[row_ids], dW.shape[1])
@@ -67,7 +65,7 @@ def sparse_momentum_update(
     the number of changed trits, int64 ().
     """
     if uses_triton(packed, accum, accum_exp, dW):
-        return triton_momentum_update(packed, accum, accum_exp, dW, key, lr, beta, 1, bits, row_ids.contiguous())
+        return triton_momentum_update(packed, accum, accum_exp, dW, key, lr, beta, bits, row_ids.contiguous())
     *rows, flips = naive_sparse_momentum_update(packed, accum, accum_exp, row_ids, dW, key, lr, beta, bits)
     for tensor, new in zip((packed, accum, accum_exp), rows, strict=True):
         tensor[row_ids] = new

@@ -14,11 +14,11 @@ from triton.runtime.jit import JITFunction
 
 import arb_kernels.triton_support
 from arb_kernels.correlation_triton import triton_correlation_update, triton_correlation_update_from_factors
-from arb_kernels.flip_triton import triton_flip_fold, triton_flip_update
+from arb_kernels.flip_triton import triton_flip_update
 from arb_kernels.gradient_sum_triton import triton_add_gradient, triton_add_sum
 from arb_kernels.lstm_gates_triton import triton_lstm_gates, triton_lstm_gates_backward
 from arb_kernels.matvec_triton import triton_packed_matvec
-from arb_kernels.momentum_triton import triton_momentum_fold, triton_momentum_update
+from arb_kernels.momentum_triton import triton_momentum_update
 from arb_kernels.packing_triton import (
     triton_effective_weight,
     triton_gather_rows,
@@ -56,7 +56,6 @@ def call_everything():
     codes = torch.zeros(ROWS, COLUMNS, dtype=int8)
     for bits, dtype in ((4, uint8), (8, torch.int16)):
         accum, accum_exp = torch.zeros(ROWS, COLUMNS, dtype=dtype), torch.zeros(ROWS, BLOCKS, dtype=int8)
-        triton_momentum_fold(accum, accum_exp, dW, 1, bits=bits)
         triton_momentum_update(packed, accum, accum_exp, dW, 1, 0.1, bits=bits)
     accum = torch.zeros(ROWS, COLUMNS, dtype=uint8)
     triton_momentum_update(packed, accum, accum_exp, dW[:4], 1, 0.1, row_ids=ids)
@@ -72,7 +71,6 @@ def call_everything():
     triton_pack_trits(codes)
     triton_packed_matvec(codes[:3], packed, torch.ones(3), torch.ones(ROWS))
     E_accum = torch.zeros(ROWS, GROUPS, dtype=int8)
-    triton_flip_fold(packed, codes, E_accum, dW, GROUP, False)
     triton_flip_update(packed, E_accum, codes, E_accum, dW, GROUP)
     corr, steps = torch.zeros(ROWS, GROUPS, dtype=torch.int64), torch.zeros((), dtype=torch.int64)
     triton_correlation_update(packed, corr, steps, dW, GROUP)

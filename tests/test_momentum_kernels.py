@@ -5,7 +5,7 @@ import torch
 from helpers import BACKENDS, assert_same, random_gradient, random_momentum_state, shapes
 
 from arb_kernels.backend import use_backend
-from arb_kernels.momentum_update import momentum_fold, momentum_update, naive_momentum_fold, naive_momentum_update
+from arb_kernels.momentum_update import momentum_update, naive_momentum_update
 
 BETA = 0.9
 SHAPES = shapes((1, 1), (3, 5), (33, 100), (64, 128), (47, 257), (300, 513))
@@ -15,7 +15,7 @@ SHAPES = shapes((1, 1), (3, 5), (33, 100), (64, 128), (47, 257), (300, 513))
 @pytest.mark.parametrize("rows, columns", SHAPES)
 @pytest.mark.parametrize("backend", BACKENDS[:2])  # Triton has tests of its own
 def test_in_place_kernels_equal_the_reference(backend, rows, columns, bits):
-    """Over steps of growing and shrinking gradients, dead rows and columns, one and more micro-batches."""
+    """Over steps of growing and shrinking gradients, dead rows and columns."""
     state = list(random_momentum_state(rows, columns, bits))
     mine = [tensor.clone() for tensor in state]
     for step in range(6):
@@ -23,14 +23,9 @@ def test_in_place_kernels_equal_the_reference(backend, rows, columns, bits):
         dW[rows // 2] *= step != 2
         dW[:, columns // 2] *= step != 3
         dW *= step != 4
-        micro_batches = 1 + step % 2
-        if micro_batches > 1:
-            state[1:] = naive_momentum_fold(*state[1:], dW, step, BETA, True, bits)
-        *state, flips = naive_momentum_update(*state, dW, 77 + step, 0.3, BETA, micro_batches, bits)
+        *state, flips = naive_momentum_update(*state, dW, 77 + step, 0.3, BETA, bits)
         with use_backend(backend):
-            if micro_batches > 1:
-                momentum_fold(*mine[1:], dW, step, BETA, True, bits)
-            my_flips = momentum_update(*mine, dW, 77 + step, 0.3, BETA, micro_batches, bits)
+            my_flips = momentum_update(*mine, dW, 77 + step, 0.3, BETA, bits)
         for name, ref, out in zip(("packed", "accum", "accum_exp"), state, mine, strict=True):
             assert_same(f"{name} at step {step}", ref, out)
         assert_same("flips", flips, my_flips)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from helpers import assert_same, random_gradient, random_momentum_state, shapes
 
-from arb_kernels.momentum_triton import triton_momentum_fold, triton_momentum_update
-from arb_kernels.momentum_update import naive_momentum_fold, naive_momentum_update
+from arb_kernels.momentum_triton import triton_momentum_update
+from arb_kernels.momentum_update import naive_momentum_update
 
 BETA = 0.9
 KEYS = (77, 0xFFFFFFFF, 0x80000000, 1, 16, 0)
@@ -14,7 +14,7 @@ KEYS = (77, 0xFFFFFFFF, 0x80000000, 1, 16, 0)
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("rows, columns", shapes((1, 1), (3, 5), (33, 100), (32, 64), (17, 413)))
 def test_in_place_kernels_equal_the_reference(triton_device, rows, columns, bits):
-    """Over steps of growing and shrinking gradients, dead rows and columns, one and more micro-batches."""
+    """Over steps of growing and shrinking gradients, dead rows and columns."""
     state = [tensor.to(triton_device) for tensor in random_momentum_state(rows, columns, bits)]
     mine = [tensor.clone() for tensor in state]
     for step, key in enumerate(KEYS):
@@ -22,26 +22,11 @@ def test_in_place_kernels_equal_the_reference(triton_device, rows, columns, bits
         dW[rows // 2] *= step != 2
         dW[:, columns // 2] *= step != 3
         dW *= step != 4
-        micro_batches = 1 + step % 2
-        if micro_batches > 1:
-            state[1:] = naive_momentum_fold(*state[1:], dW, step, BETA, True, bits)
-            triton_momentum_fold(*mine[1:], dW, step, BETA, True, bits)
-        *state, flips = naive_momentum_update(*state, dW, key, 0.3, BETA, micro_batches, bits)
-        my_flips = triton_momentum_update(*mine, dW, key, 0.3, BETA, micro_batches, bits)
+        *state, flips = naive_momentum_update(*state, dW, key, 0.3, BETA, bits)
+        my_flips = triton_momentum_update(*mine, dW, key, 0.3, BETA, bits)
         for name, ref, out in zip(("packed", "accum", "accum_exp"), state, mine, strict=True):
             assert_same(f"{name} at step {step}", ref, out)
         assert_same("flips", flips, my_flips)
-
-
-@pytest.mark.parametrize("decay", [True, False])
-def test_fold_alone(triton_device, decay):
-    _, accum, accum_exp = (tensor.to(triton_device) for tensor in random_momentum_state(33, 100))
-    dW = random_gradient(33, 100).to(triton_device)
-    for key in range(3):
-        ref = naive_momentum_fold(accum, accum_exp, dW, key, BETA, decay, 4)
-        triton_momentum_fold(accum, accum_exp, dW, key, BETA, decay)
-        assert_same("accum", ref[0], accum)
-        assert_same("accum_exp", ref[1], accum_exp)
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered")

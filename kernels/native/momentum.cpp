@@ -12,7 +12,7 @@ constexpr int BLOCK = 64, LEVELS = 7, CELL = 16, STATISTIC_BITS = 15, STATISTIC_
 struct Rule {
     int64_t columns;
     const float* power;  // 256 quarter octaves, exponent + 128
-    float decay, share, beta, nesterov;  // m * decay + dW * share; direction = m * beta + dW * nesterov
+    float beta, share;  // m * beta + dW * share: the new momentum, then with it the direction
     uint32_t key;
 };
 
@@ -42,7 +42,7 @@ float square_root(int64_t total) { return (float)std::sqrt((double)(float)total)
 inline __attribute__((always_inline)) void direction_of(const Rule& rule, const uint8_t* accum, float step,
                                                         const float* dW, int length, float* direction) {
     for (int i = 0; i < length; ++i)
-        direction[i] = (float)((int8_t)accum[i] >> 4) * step * rule.beta + dW[i] * rule.nesterov;
+        direction[i] = (float)((int8_t)accum[i] >> 4) * step * rule.beta + dW[i] * rule.share;
 }
 
 // Folds one row.
@@ -54,7 +54,7 @@ ARB_CLONES void fold_row(const Rule& rule, int64_t row, uint8_t* accum, int8_t* 
         const float step = rule.power[exponent + 128];
         float momentum[BLOCK], square[BLOCK] = {};
         for (int i = 0; i < length; ++i) {
-            momentum[i] = (float)((int8_t)accum[start + i] >> 4) * step * rule.decay + dW[start + i] * rule.share;
+            momentum[i] = (float)((int8_t)accum[start + i] >> 4) * step * rule.beta + dW[start + i] * rule.share;
             square[i] = momentum[i] * momentum[i];
         }
         for (int half = BLOCK / 2; half; half /= 2)
@@ -162,20 +162,12 @@ ARB_CLONES int64_t move_row(const Rule& rule, int64_t row, uint8_t* accum, const
 
 }  // namespace
 
-// m <- decay * m + share * dW over (rows, columns) of state, in place. power: 256 floats, 2^(e / 4) for e from -128.
-ARB_API void arb_momentum_fold(uint8_t* accum, int8_t* exponents, const float* dW, int64_t rows, int64_t columns,
-                               uint32_t key, const float* power, float decay, float share) {
-    const Rule rule{columns, power, decay, share, 0, 0, key};
-    const int64_t blocks = (columns + BLOCK - 1) / BLOCK;
-#pragma omp parallel for if (rows * columns >= PARALLEL_FROM)
-    for (int64_t n = 0; n < rows; ++n) fold_row(rule, n, accum + n * columns, exponents + n * blocks, dW + n * columns);
-}
-
 // Fold, then move every weight by `rate` = -lr * 16 residual steps per unit of update. Returns the changed trits.
+// power: 256 floats, 2^(e / 4) for e from -128.
 ARB_API int64_t arb_momentum_update(uint8_t* packed, uint8_t* accum, int8_t* exponents, const float* dW, int64_t rows,
-                                    int64_t columns, uint32_t key, const float* power, float decay, float share,
-                                    float beta, float nesterov, float max_update, float rate) {
-    const Rule rule{columns, power, decay, share, beta, nesterov, key};
+                                    int64_t columns, uint32_t key, const float* power, float beta, float share,
+                                    float max_update, float rate) {
+    const Rule rule{columns, power, beta, share, key};
     const int64_t blocks = (columns + BLOCK - 1) / BLOCK, width = packed_width(columns);
     const bool parallel = rows * columns >= PARALLEL_FROM;
     std::vector<int32_t> column_max(columns);
