@@ -91,7 +91,7 @@ def test_an_unknown_instruction_set_is_refused(monkeypatch):
     monkeypatch.setenv("ARB_ISA", "avx1024")
     codes, scale = torch.ones(1, 4, dtype=torch.int8), torch.ones(1)
     for ask in (lambda: describe_backend(CPU), lambda: int8_matmul(codes, codes, scale)):
-        with pytest.raises(ValueError, match="^ARB_ISA='avx1024' is not one of best, avx2"):
+        with pytest.raises(ValueError, match=r"^ARB_ISA='avx1024' is not one of best, avx2"):
             ask()
 
 
