@@ -1,6 +1,9 @@
 """Which implementation of a kernel runs: decided here, overridden by ARB_BACKEND or, in tests, by `use_backend`.
 
-All of them give the same integers, so the choice is one of speed only.
+All of them give the same integers, so the choice is one of speed only. A backend asked for by name runs or fails: the
+first kernel called on tensors of a device that the backend has no kernels for raises ValueError. `native` has them for
+the CPU, `triton` for GPUs (and for the CPU under TRITON_INTERPRET=1), `torch` for every device. Where a backend lacks
+one kernel, or cannot take strided tensors, torch runs that call.
 """
 
 from __future__ import annotations
@@ -16,36 +19,48 @@ from .native_library import AVX2, AVX512_VNNI, native_library
 from .triton_support import triton, triton_runs_on
 
 BACKENDS = ("torch", "native", "triton")
+INSTRUCTION_SETS = ("best", "avx2")
 CPU = torch.device("cpu")
 _override: str | None = None
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run the kernels called inside on one backend."""
+    """Run the kernels called inside on one backend. Raises ValueError where it is not installed."""
     global _override
-    before, _override = _override, _checked(name)
+    _check_installed(name)
+    before, _override = _override, name
     try:
         yield
     finally:
         _override = before
 
 
-def _checked(name: str) -> str:
+def _check_installed(name: str) -> None:
     if name not in BACKENDS:
         raise ValueError(f"ARB_BACKEND={name!r} is not one of {', '.join(BACKENDS)}")
     if name == "native" and native_library() is None:
         raise ValueError("ARB_BACKEND='native', but the native kernels are not built: reinstall with a C++ compiler")
     if name == "triton" and triton is None:
         raise ValueError("ARB_BACKEND='triton', but triton is not installed: pip install triton")
-    return name
+
+
+def _check_runs_on(name: str, device: torch.device) -> None:
+    _check_installed(name)
+    if name == "native" and device.type != "cpu":
+        raise ValueError(f"ARB_BACKEND='native': has no kernels for {device.type} tensors; choose torch, or unset it")
+    if name == "triton" and not triton_runs_on(device):
+        needs = "set TRITON_INTERPRET=1" if device.type == "cpu" else "use a GPU of compute capability 8.0 or more"
+        raise ValueError(f"ARB_BACKEND='triton': does not run on {device.type} tensors here; {needs}, or unset it")
 
 
 def backend_for(device: torch.device) -> str:
-    """The fastest backend there is for tensors on `device`, or the one asked for."""
+    """The fastest backend there is for tensors on `device`, or the one asked for. Raises ValueError where that one
+    does not run on the device."""
     wanted = _override or os.environ.get("ARB_BACKEND")
     if wanted:
-        return _checked(wanted)
+        _check_runs_on(wanted, device)
+        return wanted
     if device.type == "cpu":
         return "native" if native_library() is not None else "torch"
     return "triton" if triton_runs_on(device) else "torch"
@@ -64,13 +79,16 @@ def uses_native(*tensors: torch.Tensor | None) -> bool:
 def uses_triton(*tensors: torch.Tensor | None) -> bool:
     """Whether the Triton kernels take these tensors: where Triton runs, and contiguous where they are given."""
     device = tensors[0].device
-    return backend_for(device) == "triton" and triton_runs_on(device) and _all_contiguous(tensors)
+    return backend_for(device) == "triton" and _all_contiguous(tensors)
 
 
 def instruction_set() -> int:
-    """The best matmul instructions here: AVX512_VNNI, AVX2, or 0 for none. ARB_ISA=avx2 keeps to the lesser one."""
+    """The best matmul instructions here: AVX512_VNNI, AVX2, or 0 for none. ARB_ISA=avx2 keeps to AVX2 at most."""
+    wanted = os.environ.get("ARB_ISA") or "best"
+    if wanted not in INSTRUCTION_SETS:
+        raise ValueError(f"ARB_ISA={wanted!r} is not one of {', '.join(INSTRUCTION_SETS)}")
     best = _best_instruction_set()
-    return min(best, AVX2) if os.environ.get("ARB_ISA") == "avx2" else best
+    return min(best, AVX2) if wanted == "avx2" else best
 
 
 @cache
@@ -81,7 +99,8 @@ def _best_instruction_set() -> int:
 
 def describe_backend(device: torch.device) -> str:
     """One line for people: which path the kernels take on `device`."""
-    if backend_for(device) != "native":
-        return f"{backend_for(device)} kernels on {device.type}"
+    backend, instructions = backend_for(device), instruction_set()
+    if backend != "native":
+        return f"{backend} kernels on {device.type}"
     names = {AVX512_VNNI: "AVX-512 VNNI", AVX2: "AVX2"}
-    return f"native kernels on {device.type}, {names.get(instruction_set(), 'portable')}"
+    return f"native kernels on {device.type}, {names.get(instructions, 'portable')}"

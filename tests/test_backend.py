@@ -1,14 +1,18 @@
 """The choice of implementation: the fastest by default, what was asked for otherwise, and never a crash."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from helpers import BACKENDS, assert_same
+from helpers import BACKENDS, NOT_BUILT, assert_same
 
 from arb_kernels import backend, native_library
 from arb_kernels.backend import backend_for, describe_backend, use_backend, uses_native
+from arb_kernels.int8_matmul import int8_matmul
+from arb_kernels.packing import unpack_trits
 from configuration_arb import preset_config
 from modeling_arb import ArbForCausalLM
 from training_arb.integer_optimizer import IntegerOptimizer
@@ -58,6 +62,37 @@ def test_asking_for_what_was_not_built(monkeypatch):
     assert backend_for(CPU) == "torch"
     with pytest.raises(ValueError, match="not built"), use_backend("native"):
         pass
+
+
+@NOT_BUILT
+def test_a_backend_asked_for_fails_on_a_device_it_has_no_kernels_for(monkeypatch):
+    elsewhere = torch.zeros(2, 2, dtype=torch.uint8, device="meta")
+    assert unpack_trits(elsewhere, 10).is_meta
+    for name in ("native", "triton"):
+        with pytest.raises(ValueError, match=f"^ARB_BACKEND='{name}': .* meta tensors"), use_backend(name):
+            unpack_trits(elsewhere, 10)
+        monkeypatch.setenv("ARB_BACKEND", name)
+        with pytest.raises(ValueError, match=f"^ARB_BACKEND='{name}': .* meta tensors"):
+            unpack_trits(elsewhere, 10)
+
+
+def test_triton_on_a_cpu_without_the_interpreter_is_refused():
+    """In one line, before the first step: the interpreter is chosen when Triton is imported, so in a process."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"ARB_BACKEND": "triton", "CUDA_VISIBLE_DEVICES": ""}
+    smoke = Path(__file__).parents[1] / "scripts" / "smoke.py"
+    command = [sys.executable, smoke, "--preset", "arb-tiny", "--device", "cpu"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "ARB_BACKEND='triton'" in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_an_unknown_instruction_set_is_refused(monkeypatch):
+    monkeypatch.setenv("ARB_ISA", "avx1024")
+    codes, scale = torch.ones(1, 4, dtype=torch.int8), torch.ones(1)
+    for ask in (lambda: describe_backend(CPU), lambda: int8_matmul(codes, codes, scale)):
+        with pytest.raises(ValueError, match=r"^ARB_ISA='avx1024' is not one of best, avx2"):
+            ask()
 
 
 def test_a_library_of_another_version_is_not_called(monkeypatch):
