@@ -40,8 +40,9 @@ class BaseTrainer(Trainer):
         super().__init__(model=model, args=args, **kwargs)
         self.label_smoother = None  # transformers' takes the labels away from the model
         self.bytes_seen = 0
-        self.remove_callback(PrinterCallback)
-        if self.pop_callback(ProgressCallback) is not None:
+        if args.disable_tqdm:
+            self.remove_callback(PrinterCallback)
+        elif self.pop_callback(ProgressCallback) is not None:  # in a notebook there is another one, a table
             self.add_callback(ProgressLines(self.shown, lambda: self.bytes_seen * self.args.world_size))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> TrainOutput:
