@@ -6,6 +6,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 REQUIRED = object()  # a key without a default: the block means nothing without it
+# Limits far above any model. They bound what a config alone can make a program build: modules are Python objects, and
+# the product of any two sizes, in bytes, is a 64-bit number.
+MOST_MODULES = 1 << 10
+LARGEST_WIDTH = 1 << 20
+MOST_ROWS = (1 << 31) - 1
+MOST_REPEATS = 1 << 10
+LONGEST_NGRAM = 16
 
 
 class Option(NamedTuple):
@@ -25,8 +32,9 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _count(default: Any = REQUIRED, least: int = 1) -> Option:
-    return Option(default, lambda value: is_int(value) and value >= least, f"an integer of at least {least}")
+def _count(default: Any = REQUIRED, least: int = 1, most: int = LARGEST_WIDTH) -> Option:
+    expected = f"an integer of at least {least} and at most {most:,}"
+    return Option(default, lambda value: is_int(value) and least <= value <= most, expected)
 
 
 def _number(default: float, low: float, high: float) -> Option:
@@ -35,37 +43,44 @@ def _number(default: float, low: float, high: float) -> Option:
 
 def _orders(value: object) -> bool:
     """JSON gives lists, people write tuples."""
-    return isinstance(value, list | tuple) and len(value) > 0 and all(is_int(n) and 1 <= n <= 16 for n in value)
+    if not isinstance(value, list | tuple) or not 0 < len(value) <= LONGEST_NGRAM:
+        return False
+    return all(is_int(n) and 1 <= n <= LONGEST_NGRAM for n in value)
 
 
 BLOCK_OPTIONS: dict[str, dict[str, Option]] = {
     "text_sequencer": {"hidden_size": _count(0, 0)},
     "memgram": {
-        "slots": _count(),
+        "slots": _count(most=MOST_ROWS),
         "dim": _count(),
-        "orders": Option([3, 4, 5], _orders, "a list of n-gram lengths from 1 to 16"),
+        "orders": Option([3, 4, 5], _orders, f"a list of n-gram lengths from 1 to {LONGEST_NGRAM}"),
     },
     "windowed_attention": {"window": _count(), "stride": _count(0, 0)},
     "codebook": {
-        "size": _count(),
+        "size": _count(most=MOST_ROWS),
         "dim": _count(),
         "commitment": _number(0.25, 0, 100),
-        "hashes": _count(4),
-        "probes": _count(4),
+        "hashes": _count(4, most=MOST_REPEATS),
+        "probes": _count(4, most=MOST_REPEATS),
     },
     "moe_graph": {
-        "num_experts": _count(),
+        "num_experts": _count(most=MOST_MODULES),
         "top_k": _count(2),
         "expert_size": _count(0, 0),
-        "max_iterations": _count(4),
+        "max_iterations": _count(4, most=MOST_REPEATS),
         "halt_threshold": _number(0.99, 0, 1),
         "ponder_cost": Option(0.01, lambda value: _is_number(value) and value >= 0, "a non-negative number"),
         "lti_decay": _number(0.9, 0, 1),
-        "active_edges": _count(0, 0),
+        "active_edges": _count(0, 0, MOST_ROWS),
         "neighbours": _count(8),
     },
-    "composite": {"size": _count(), "dim": _count(), "hidden_size": _count(0, 0), "hashes": _count(4)},
-    "output_router": {"num_heads": _count(), "gate_size": _count(128)},
+    "composite": {
+        "size": _count(most=MOST_ROWS),
+        "dim": _count(),
+        "hidden_size": _count(0, 0),
+        "hashes": _count(4, most=MOST_REPEATS),
+    },
+    "output_router": {"num_heads": _count(most=MOST_MODULES), "gate_size": _count(128)},
     "video_head": {"latent_dim": _count(), "hidden_size": _count(0, 0)},
     "talker_head": {"num_codes": _count(), "hidden_size": _count(0, 0)},
 }

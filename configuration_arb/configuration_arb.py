@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from .block_options import BLOCK_OPTIONS, check_blocks, complete_block, is_int
+from .block_options import BLOCK_OPTIONS, LARGEST_WIDTH, MOST_MODULES, check_blocks, complete_block, is_int
 
 VOCAB_SIZE = 288
 PAD_ID, EOS_ID, BOS_ID = 256, 257, 258
@@ -103,6 +103,11 @@ class ArbConfig(PreTrainedConfig):
             self._require(name, is_int(getattr(self, name)) and getattr(self, name) > 0, "a positive integer")
         for name in ("intermediate_size", "qk_nope_head_dim", "kv_latent_dim", "head_layers", "head_intermediate_size"):
             self._require(name, is_int(getattr(self, name)) and getattr(self, name) >= 0, "a non-negative integer")
+        for name in ("num_hidden_layers", "head_layers"):
+            self._require(name, getattr(self, name) <= MOST_MODULES, f"at most {MOST_MODULES:,}")
+        widths = ("hidden_size", "num_attention_heads", "intermediate_size", "head_intermediate_size", "kv_latent_dim")
+        for name in (*widths, "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
+            self._require(name, getattr(self, name) <= LARGEST_WIDTH, f"at most {LARGEST_WIDTH:,}")
         self._require("qk_rope_head_dim", self.qk_rope_head_dim % 2 == 0, "even: rotary position turns pairs")
         self._require(
             "vocab_size",
@@ -121,6 +126,8 @@ class ArbConfig(PreTrainedConfig):
         self._require("momentum_bits", is_int(self.momentum_bits) and self.momentum_bits in (4, 8), "4 or 8")
         self._require("training_state", isinstance(self.training_state, bool), "True or False")
         self._require("compute", self.compute in COMPUTE, f"one of {', '.join(COMPUTE)}")
+        if hasattr(self, "quantization_config"):
+            self._require("quantization_config", False, "absent: the weights are ternary already")
         known = self.packing_version == PACKING_VERSION
         self._require("packing_version", known, f"{PACKING_VERSION}, the only one that this version reads")
 

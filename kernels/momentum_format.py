@@ -10,6 +10,7 @@ BLOCK = 64
 CLIP_RMS = 2.5
 MAX_UPDATE = 2.0
 STATISTIC_BITS = 15
+STATISTIC_OCTAVES = 64
 UPDATE_STEPS = 1024.0
 UPDATE_LIMIT = 31.0
 
@@ -33,6 +34,14 @@ class MomentumFormat:
     def levels(self) -> int:
         """Largest momentum code."""
         return 2 ** (self.bits - 1) - 1
+
+    @property
+    def legal(self) -> tuple[tuple[int, int], ...]:
+        """Ranges of accum's values, in rising order: the momentum code below -levels is none."""
+        illegal = -(self.levels + 1) << self.bits  # and the cell - 1 after it
+        if self.bits == 4:  # read as unsigned
+            return ((0, 127), (illegal + 256 + self.cell, 255))
+        return ((illegal + self.cell, 32767),)
 
     def split(self, accum: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """accum (N, K) -> residual, momentum code: signed integers (N, K)."""

@@ -59,8 +59,3 @@ def unpack_trits(packed: torch.Tensor, num_trits: int, dtype: torch.dtype = torc
     trits = torch.empty(len(packed), num_trits, dtype=torch.int8)
     native_library().arb_unpack_trits(pointer(packed), len(packed), num_trits, pointer(trits))
     return trits
-
-
-def count_invalid_bytes(packed: torch.Tensor) -> int:
-    """How many bytes of a packed tensor encode no five trits (above 242)."""
-    return int((packed > LARGEST_BYTE).sum())

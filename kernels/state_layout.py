@@ -8,17 +8,37 @@ import torch
 
 from .groups import num_groups
 from .momentum_format import BLOCK, MomentumFormat
-from .packing import packed_width
+from .packing import LARGEST_BYTE, packed_width
+
+CHECKED_VALUES = 1 << 20  # at a time
+COUNTER = ((0, torch.iinfo(torch.int64).max),)
 
 
 @dataclass(frozen=True)
 class StateTensor:
-    """One persistent tensor of a matrix: its shape and dtype, what it is for, and whether inference needs it."""
+    """One persistent tensor: its shape and dtype, what it is for, whether inference needs it, and its legal values, as
+    closed ranges in rising order; none: whatever the dtype holds."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     role: str
     inference: bool = False
+    legal: tuple[tuple[int, int], ...] = ()
+
+    def count_illegal(self, tensor: torch.Tensor) -> int:
+        """How many values lie in none of the legal ranges; looked at piece by piece."""
+        if not self.legal:
+            return 0
+        return sum(self._count_illegal(piece) for piece in tensor.reshape(-1).split(CHECKED_VALUES))
+
+    def _count_illegal(self, piece: torch.Tensor) -> int:
+        least, most = (int(value) for value in piece.aminmax()) if piece.numel() else (0, 0)
+        if any(low <= least and most <= high for low, high in self.legal):
+            return 0
+        illegal = torch.ones_like(piece, dtype=torch.bool)
+        for low, high in self.legal:
+            illegal &= (piece < low) | (piece > high)
+        return int(illegal.sum())
 
 
 def rule_of_tables(update_rule: str, table_rule: str) -> str:
@@ -37,12 +57,14 @@ def state_layout(
     """
     groups = num_groups(columns, group_size)
     layout = {
-        "T_packed": StateTensor((rows, packed_width(columns)), torch.uint8, "packed trits", inference=True),
+        "T_packed": StateTensor(
+            (rows, packed_width(columns)), torch.uint8, "packed trits", inference=True, legal=((0, LARGEST_BYTE),)
+        ),
         "E": StateTensor((rows, groups), torch.int8, "scale exponents", inference=True),
     }
     if update_rule == "momentum":
         form = MomentumFormat(momentum_bits)
-        layout["accum"] = StateTensor((rows, columns), form.dtype, "residual and momentum")
+        layout["accum"] = StateTensor((rows, columns), form.dtype, "residual and momentum", legal=form.legal)
         layout["accum_exp"] = StateTensor((rows, num_groups(columns, BLOCK)), torch.int8, "momentum exponents")
     elif update_rule == "flip":
         layout["T_accum"] = StateTensor((rows, columns), torch.int8, "trit votes")
@@ -50,7 +72,7 @@ def state_layout(
     elif update_rule == "correlation":
         layout["corr_accum"] = StateTensor((rows, groups), torch.int64, "correlation sums", inference=True)
         counters = (rows, 1) if votes_by_row else ()
-        layout["step_counter"] = StateTensor(counters, torch.int64, "vote counter", inference=True)
+        layout["step_counter"] = StateTensor(counters, torch.int64, "vote counter", inference=True, legal=COUNTER)
     else:
         raise ValueError(f"update_rule={update_rule!r} is unknown")
     return layout

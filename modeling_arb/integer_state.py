@@ -31,6 +31,14 @@ class IntegerState(nn.Module):
             if spec.inference or with_training_state:
                 self.register_buffer(name, torch.zeros(spec.shape, dtype=spec.dtype))
 
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
+        """torch would cast a tensor of another dtype to the buffer's without a word."""
+        for name, spec in self.layout().items():
+            given = state_dict.get(prefix + name)
+            if given is not None and given.dtype != spec.dtype:
+                errors.append(f"tensor {prefix}{name} has dtype {given.dtype}, expected {spec.dtype}")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+
     def add_training_state(self) -> None:
         """Register what an inference checkpoint left out, at zero."""
         device = next(self.buffers()).device

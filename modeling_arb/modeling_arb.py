@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -21,9 +22,10 @@ from .absent_parameters import AbsentParameters
 from .byte_embedding import ByteEmbedding, preceded_by
 from .byte_head import ByteHead, batch_share, next_byte_loss
 from .cache_layers import SideLayers
-from .checkpoint_integrity import check_loading_info, check_tensor_files, check_trits
+from .checked_loading import CheckedLoading
 from .composite_proposal import NO_MOTIF, CompositeProposal
 from .context_attention import ContextAttention
+from .file_modes import follow_umask
 from .generation_arb import ArbGenerationMixin
 from .integer_state import IntegerState
 from .memgram import MemGram
@@ -41,10 +43,8 @@ from .windowed_context import key_positions, windowed_context
 # transformers' Trainer shifts the labels that it smooths for the architectures listed there, and for no other
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["arb"] = "ArbForCausalLM"
 
-LOCATING = ("revision", "subfolder", "cache_dir", "token", "local_files_only")  # what finds a checkpoint on the hub
 
-
-class ArbPreTrainedModel(PreTrainedModel):
+class ArbPreTrainedModel(CheckedLoading, PreTrainedModel):
     """What ARB models share: no parameter at all, so device, dtype and counts come from buffers and config."""
 
     config_class = ArbConfig
@@ -116,6 +116,8 @@ class ArbPreTrainedModel(PreTrainedModel):
 
     def _save(self, save_directory, state_dict: dict | None, is_main_process: bool = True, **kwargs) -> None:
         super().save_pretrained(save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
+        if is_main_process:
+            follow_umask(Path(save_directory).glob("model*.safetensors"))
         if self._export_code is not None and is_main_process:
             self._export_code(save_directory)
 
@@ -127,34 +129,6 @@ class ArbPreTrainedModel(PreTrainedModel):
             if not spec.inference
         }
         return {key: tensor for key, tensor in state_dict.items() if key not in training}
-
-    def _adjust_missing_and_unexpected_keys(self, loading_info) -> None:
-        """Missing tensors are judged in `from_pretrained`, in one line instead of transformers' table of them."""
-        super()._adjust_missing_and_unexpected_keys(loading_info)
-        self.__dict__["_missing_keys"] = set(loading_info.missing_keys)
-        loading_info.missing_keys.clear()
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path,
-        *args,
-        output_loading_info: bool = False,
-        ignore_mismatched_sizes: bool = False,
-        **kwargs,
-    ):
-        """As transformers', but refuses a checkpoint whose tensors are missing, mistyped, misshapen or not trits."""
-        source = str(pretrained_model_name_or_path)
-        check_tensor_files(source)
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
-        )
-        info["missing_keys"] = model.__dict__.pop("_missing_keys", set())
-        if not ignore_mismatched_sizes:
-            located = {name: kwargs[name] for name in LOCATING if name in kwargs}
-            check_loading_info(source, info, cls.config_class.get_config_dict(source, **located)[0])
-        check_trits(source, model)
-        return (model, info) if output_loading_info else model
 
 
 class ContextBlock(GradientCheckpointingLayer):

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import initialization as init
 
 from arb_kernels.edge_routing import EMPTY, MAX_SCORE, decay_scores, incoming_edges, merge_edges
-from arb_kernels.state_layout import StateTensor
+from arb_kernels.state_layout import COUNTER, StateTensor
 
 from .integer_state import ObservedState
 
@@ -33,11 +33,13 @@ class MotifGraph(ObservedState):
     def layout(self) -> dict[str, StateTensor]:
         dtypes = (torch.int32, torch.int32, torch.int8, torch.int8)
         roles = ("edge sources", "edge targets", "edge signs", "edge scores")
+        motif = ((EMPTY, self.num_motifs - 1),)
+        legal = (motif, motif, ((-1, 1),), ((0, MAX_SCORE),))
         edges = {
-            name: StateTensor((self.num_edges,), dtype, role, inference=True)
-            for name, dtype, role in zip(EDGE_TENSORS, dtypes, roles, strict=True)
+            name: StateTensor((self.num_edges,), dtype, role, True, values)
+            for name, dtype, role, values in zip(EDGE_TENSORS, dtypes, roles, legal, strict=True)
         }
-        return {**edges, "edge_steps": StateTensor((), torch.int64, "edge decay counter")}
+        return {**edges, "edge_steps": StateTensor((), torch.int64, "edge decay counter", legal=COUNTER)}
 
     def reset_state(self) -> None:
         """No edges."""

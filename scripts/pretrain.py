@@ -24,6 +24,8 @@ All but 0 come with one line that says what happened; ARB_TRACEBACK=1 shows wher
 
 from __future__ import annotations
 
+import training_arb.thread_waiting  # noqa: F401
+
 import json
 import logging
 import os

@@ -1,10 +1,15 @@
 """Files and folders appear whole or not at all."""
 
 import json
+import os
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from training_arb.atomic_files import move_into_place, new_folder, write_json
+from configuration_arb import preset_config
+from modeling_arb import ArbForCausalLM
+from training_arb.atomic_files import move_into_place, new_folder, write_bytes, write_json
 
 
 def tree(folder):
@@ -97,3 +102,42 @@ def test_write_json_of_no_json_keeps_the_old_file(tmp_path):
     with pytest.raises(TypeError):
         write_json(path, {"a": 1, "b": object()})
     assert tree(tmp_path) == {"report.json": '{\n  "kept": 1\n}\n'}
+
+
+@pytest.fixture(params=[(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)], ids=lambda pair: f"{pair[0]:03o}")
+def mode(request):
+    """What files are to have, under a umask that is set while the test runs."""
+    umask, mode = request.param
+    before = os.umask(umask)
+    yield mode
+    os.umask(before)
+
+
+def modes(folder):
+    return {path.name: path.stat().st_mode & 0o777 for path in folder.rglob("*") if path.is_file()}
+
+
+def test_files_follow_the_umask(tmp_path, mode):
+    """Also those that safetensors writes, which makes its own 0600."""
+    with new_folder(tmp_path / "run") as staging:
+        (staging / "adapter").mkdir()
+        save_file({"a": torch.zeros(2)}, staging / "adapter" / "adapter_model.safetensors")
+        (staging / "config.json").write_text("{}")
+    write_json(tmp_path / "run" / "report.json", {})
+    write_bytes(tmp_path / "run" / "loss.png", b"")
+    assert modes(tmp_path) == dict.fromkeys(
+        ["adapter_model.safetensors", "config.json", "report.json", "loss.png"], mode
+    )
+
+
+@pytest.mark.parametrize("size", ["50KB", "5GB"])
+def test_a_model_saved_from_python_follows_the_umask(tmp_path, mode, size):
+    """Shards too, and what stood there before; another's file in the same folder keeps its mode."""
+    (tmp_path / "other.safetensors").write_bytes(b"")
+    (tmp_path / "other.safetensors").chmod(0o600)
+    model = ArbForCausalLM(preset_config("arb-tiny"))
+    for _ in range(2):
+        model.save_pretrained(tmp_path, max_shard_size=size)
+    found = modes(tmp_path)
+    assert found.pop("other.safetensors") == 0o600
+    assert {*found.values()} == {mode} and any(name.endswith(".safetensors") for name in found)

@@ -28,6 +28,8 @@ REFUSED = [
     *(("table_rule", value) for value in ("flip", None)),
     *(("momentum_bits", value) for value in (0, 2, 16, "4", None)),
     *(("packing_version", value) for value in (0, 2, None)),
+    *((name, 1025) for name in ("num_hidden_layers", "head_layers")),
+    *((name, (1 << 20) + 1) for name in (*POSITIVE, *NOT_NEGATIVE) if name != "max_position_embeddings"),
 ]
 BOOK, GRAPH, MEMORY = {"size": 32, "dim": 8}, {"num_experts": 4}, {"slots": 8, "dim": 4}
 REFUSED_BLOCKS = [
@@ -49,6 +51,13 @@ REFUSED_BLOCKS = [
         {"windowed_attention": {"window": 4, "stride": 8}},
         "windowed_attention.stride=8 must be at most window=4",
     ),
+    (
+        "many-experts",
+        {"moe_graph": {"num_experts": 1025}},
+        "num_experts=1025 must be an integer of at least 1 and at most",
+    ),
+    ("many-rows", {"memgram": {**MEMORY, "slots": 1 << 31}}, "memgram.slots=2147483648 must be"),
+    ("many-orders", {"memgram": {**MEMORY, "orders": [3] * 17}}, "memgram.orders=.* must be"),
     ("video", {"video_head": {}}, "video_head.latent_dim is missing"),
 ]
 

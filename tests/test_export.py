@@ -24,7 +24,7 @@ for name in ("arb_kernels", "configuration_arb", "modeling_arb", "tokenization_a
     raise SystemExit(f"{name} can be imported: this proves nothing")
 """
 FRESH_PROCESS = f"""{NO_REPO}
-import torch
+import os, torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
 folder, again, logits = sys.argv[1:]
 expected = torch.load(logits)
@@ -43,6 +43,16 @@ second = AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True).eva
 assert torch.equal(second(ids).logits, expected)
 text = pipeline("text-generation", model=model, tokenizer=tokenizer)("def f", max_new_tokens=4, do_sample=False)
 assert text[0]["generated_text"].startswith("def f")
+weights = model.state_dict()
+weights["byte_head.proj.E"] = weights["byte_head.proj.E"].float()
+os.remove(f"{{again}}/model.safetensors")
+torch.save(weights, f"{{again}}/pytorch_model.bin")
+try:
+    AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True)
+except ValueError as error:
+    assert "byte_head.proj.E has dtype torch.float32" in str(error), error
+else:
+    raise SystemExit("a float scale was cast")
 print("LOADED")
 """
 
@@ -65,6 +75,8 @@ def test_export_loads_without_the_repo(tmp_path, preset, rule):
             matrix.step_counter.fill_(7)
     model.save_pretrained(tmp_path / "checkpoint")
     assert run_script("export_hub", tmp_path / "checkpoint", tmp_path / "export") == 0
+    (tmp_path / "new").touch()
+    assert {path.stat().st_mode for path in (tmp_path / "export").iterdir()} == {(tmp_path / "new").stat().st_mode}
     ids = torch.tensor([list(b"def f(x):")])
     torch.save(model(ids).logits.detach(), tmp_path / "logits.pt")
     arguments = (tmp_path / "export", tmp_path / "again", tmp_path / "logits.pt")

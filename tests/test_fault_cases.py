@@ -127,9 +127,14 @@ CHECKPOINT_FAULTS = {
     "weights-bit": ("model.safetensors", flip, True, "its sha256 is not the one"),
     "weights-gone": ("model.safetensors", Path.unlink, True, "model.safetensors is missing"),
     "weights-shape": ("model.safetensors", tensors(lambda s, n: s.update({n: s[n][1:].clone()})), False, "has shape"),
-    "weights-dtype": ("model.safetensors", tensors(lambda s, n: s.update({n: s[n].float()})), False, "has dtype F32"),
+    "weights-dtype": (
+        "model.safetensors",
+        tensors(lambda s, n: s.update({n: s[n].float()})),
+        False,
+        "has dtype torch.float32",
+    ),
     "weights-tensor": ("model.safetensors", tensors(lambda s, n: s.pop(n)), False, "is missing"),
-    "weights-no-trits": ("model.safetensors", tensors(lambda s, n: s[n].fill_(255)), False, "not trits"),
+    "weights-no-trits": ("model.safetensors", tensors(lambda s, n: s[n].fill_(255)), False, "not packed trits"),
     "header-of-2^60": (
         "model.safetensors",
         lambda path: path.write_bytes(struct.pack("<Q", 1 << 60) + b"{"),
@@ -232,7 +237,10 @@ OPTION_FAULTS = [
     ({"blocks": '{"hidden_size": "64"}'}, "hidden_size='64' must be a positive integer"),
     ({"blocks": '{"num_hidden_layers": 0}'}, "num_hidden_layers=0 must be a positive integer"),
     ({"blocks": '{"memgram": 3}'}, "memgram=3 must be None or a dict"),
-    ({"blocks": '{"hidden_size": 10000000000000}'}, "out of memory (can't allocate memory: you tried to allocate"),
+    (
+        {"blocks": '{"memgram": {"slots": 2147483647, "dim": 1048576}}'},
+        "out of memory (can't allocate memory: you tried to allocate",
+    ),
     ({"data": "DIR/loop:1"}, "loop': no such file, or no file in it"),
     ({"data": "DIR/loops"}, "loops': no such file, or no file in it"),
     ({"data": "/dev/zero"}, "data='/dev/zero': no such file, or no file in it"),

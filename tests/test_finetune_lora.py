@@ -208,6 +208,8 @@ def test_a_run_learns_and_reports(run, base_folder, data):
         assert report["loss_after"][part] == pytest.approx(assistant_loss(tuned, conversations), rel=1e-5)
         assert report["loss_after"][part] < report["loss_before"][part]
     assert report["base_sha256"] == base_hash(base) == base_hash(tuned)
+    written = [path for folder in ("checkpoint-6", "final") for path in (run / folder).iterdir()]
+    assert {path.stat().st_mode for path in written} == {(run / "report.json").stat().st_mode}
     assert report["adapter_bytes"] == (run / "final" / "adapter_model.safetensors").stat().st_size
     assert report["adapter_parameters"] == adapter_parameters(tuned)
     assert {name: report["settings"][name] for name in DEFAULTS} == DEFAULTS

@@ -4,7 +4,8 @@ import pytest
 import torch
 from helpers import assert_same, random_trits, shapes
 
-from arb_kernels.packing import count_invalid_bytes, pack_trits, packed_width, unpack_trits
+from arb_kernels.packing import pack_trits, packed_width, unpack_trits
+from arb_kernels.state_layout import state_layout
 
 WIDTHS = (1, 2, 4, 5, 6, 7, 63, 128, 333)
 
@@ -72,11 +73,12 @@ def test_every_valid_byte_decodes_to_its_digits():
     assert_same("bytes", packed, pack_trits(trits))
 
 
-def test_count_invalid_bytes():
-    assert count_invalid_bytes(torch.arange(243, dtype=torch.uint8)) == 0
+def test_bytes_that_hold_no_trits_are_counted():
+    spec = state_layout("momentum", 2, 10, 10)["T_packed"]
+    assert spec.count_illegal(torch.arange(243, dtype=torch.uint8)) == 0
     for byte in range(243, 256):
-        assert count_invalid_bytes(torch.tensor([[0, byte], [242, 121]], dtype=torch.uint8)) == 1
-    assert count_invalid_bytes(torch.arange(256).to(torch.uint8)) == 13
+        assert spec.count_illegal(torch.tensor([[0, byte], [242, 121]], dtype=torch.uint8)) == 1
+    assert spec.count_illegal(torch.arange(256).to(torch.uint8)) == 13
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.float32, torch.bfloat16, torch.float64], ids=str)

@@ -1,6 +1,7 @@
 """The audit finds what it must: floats, unlisted tensors, wrong types, bytes that are no trits."""
 
 import json
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import pytest
 import torch
@@ -129,7 +130,9 @@ def test_script_passes_a_clean_folder(folder, tmp_path, capsys):
         pytest.param(
             lambda t: t.update(extra=torch.zeros(5, dtype=torch.int8)), "extra is not on the list", id="unlisted"
         ),
-        pytest.param(lambda t: t["byte_head.proj.T_packed"].fill_(243), "above 242", id="no-trits"),
+        pytest.param(
+            lambda t: t["byte_head.proj.T_packed"].fill_(243), "outside 0 to 242: not packed trits", id="no-trits"
+        ),
         pytest.param(lambda t: t.pop("byte_head.proj.E"), "byte_head.proj.E is missing", id="missing"),
         pytest.param(
             lambda t: t.update({"byte_head.proj.E": t["byte_head.proj.E"].half()}), "float: byte_head.proj.E", id="half"
@@ -146,6 +149,51 @@ def test_script_finds_a_float_in_the_optimizer_file(folder, capsys):
     torch.save({"state": {0: {"exp_avg": torch.zeros(2)}}, "param_groups": []}, folder / "optimizer.pt")
     assert run_script("audit_state", folder) == 1
     assert "float: optimizer.state.0.exp_avg" in capsys.readouterr().out
+
+
+class Foreign:
+    """What an unpickler that trusts nobody does not make."""
+
+
+def nested():
+    inner = []
+    inner.append(inner)
+    return inner
+
+
+def repacked(path):
+    """The same archive, its entries deflated: as small as it likes, as large in memory as it likes."""
+    with ZipFile(path) as stored:
+        entries = {name: stored.read(name) for name in stored.namelist()}
+    with ZipFile(path, "w", ZIP_DEFLATED) as packed:
+        for name, data in entries.items():
+            packed.writestr(name, data)
+
+
+UNREADABLE = {
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:300]),
+    "empty": lambda path: path.write_bytes(b""),
+    "garbage": lambda path: path.write_bytes(b"\x80\x02garbage" * 99),
+    "foreign": lambda path: torch.save(Foreign(), path),
+    "nested": lambda path: torch.save(nested(), path),
+    "packed": repacked,
+    "folder": lambda path: (path.unlink(), path.mkdir()),
+    "loop": lambda path: (path.unlink(), path.symlink_to(path.name)),
+    "text": lambda path: path.write_text("{"),
+}
+
+
+@pytest.mark.parametrize("how", UNREADABLE)
+@pytest.mark.parametrize("name", ["optimizer.pt", "model.safetensors", "config.json"])
+def test_what_the_script_cannot_read_is_one_line(folder, capsys, name, how):
+    torch.save({"state": {}, "steps": torch.zeros(999, dtype=torch.int64)}, folder / "optimizer.pt")
+    path = folder / name
+    if how == "packed" and name != "optimizer.pt":
+        how = "text"
+    UNREADABLE[how](path)
+    assert run_script("audit_state", folder) == 2
+    (line,) = capsys.readouterr().err.splitlines()[-1:]
+    assert line.startswith("error: ") and (str(path) in line or (str(folder) in line and name in line))
 
 
 def test_script_lists_a_preset_and_refuses_unreadable_input(folder, tmp_path, capsys):

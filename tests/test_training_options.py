@@ -1,4 +1,4 @@
-"""Every training option is in the table and behaves as it says: honoured, said once to be meaningless, or refused."""
+"""Every training option is in the table and does as it says: honoured, said once to be meaningless, or refused."""
 
 from dataclasses import dataclass, fields
 

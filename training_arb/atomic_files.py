@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from modeling_arb.file_modes import follow_umask
+
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # how libraries that write by themselves put it: the system's words, or torch's zip writer's file
 FULL_IN_WORDS = (*map(os.strerror, FULL), "inline_container")
@@ -31,7 +33,9 @@ def _sync(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """fsync every file and folder below `folder`, and itself."""
+    """Let others read what safetensors wrote below `folder`, as the umask does; fsync every file and folder, and
+    itself."""
+    follow_umask(folder.rglob("*.safetensors"))
     for path in [*folder.rglob("*"), folder]:
         _sync(path)
 

@@ -13,13 +13,20 @@ import shutil
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
-import torch
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_pt_utils import safe_globals
 
-from modeling_arb.checkpoint_integrity import check_tensor_files, read_json_object
+from modeling_arb.checkpoint_integrity import (
+    check_headers,
+    check_json_files,
+    load_pickle,
+    read_config,
+    read_headers,
+    read_json_object,
+)
 
 from .atomic_files import write_json
+from .state_audit import unallocated_model, weight_files
 
 LATEST, BEST = "latest", "best"
 CHECKSUMS_FILE = "checksums.json"
@@ -117,6 +124,16 @@ def check_checkpoint(folder: str | Path) -> None:
         _check_pickle(path)
 
 
+def check_tensor_files(folder: str | Path) -> None:
+    """Hold the headers of a local checkpoint's weight files against its config. Raises ValueError when one is damaged,
+    or a tensor is missing or of another dtype or shape."""
+    folder, config = Path(folder), Path(folder) / "config.json"
+    check_json_files(str(folder))
+    stored = {name: tensor for path in weight_files(folder) for name, tensor in read_headers(path).items()}
+    expected = unallocated_model(read_config(config)).state_dict()
+    check_headers(str(folder), stored, expected, read_json_object(config), asking=config.name)
+
+
 def newest_sound_checkpoint(run_dir: str | Path) -> tuple[Path | None, list[str]]:
     """Where a run stands: its newest whole checkpoint, and what is wrong with those written after it.
 
@@ -160,9 +177,5 @@ def _check_trainer_state(path: Path) -> None:
 
 
 def _check_pickle(path: Path) -> None:
-    """A damaged file makes torch.load raise almost anything."""
-    try:
-        with safe_globals():
-            torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"{path}: damaged ({type(error).__name__})") from error
+    with safe_globals():
+        load_pickle(path)

@@ -13,6 +13,7 @@ from torch import nn
 from modeling_arb import ArbForCausalLM
 from modeling_arb.byte_head import IGNORE, mask_incomplete_trigrams, next_byte_loss
 from modeling_arb.checkpoint_integrity import open_tensor_file, read_json_object
+from modeling_arb.file_modes import follow_umask
 from modeling_arb.ternary_linear import TernaryLinear
 
 from .atomic_files import write_json
@@ -86,6 +87,7 @@ def _bare(model: nn.Module) -> ArbForCausalLM:
 def save_adapter(model: PeftModel, folder: str | Path) -> None:
     """What peft saves, and which base it belongs to."""
     model.save_pretrained(folder)
+    follow_umask(Path(folder).rglob("adapter_model.safetensors"))
     write_json(Path(folder) / BASE_FILE, {"base_sha256": base_hash(model, training_state=False)})
 
 

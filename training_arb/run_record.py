@@ -11,9 +11,9 @@ import torch
 from arb_kernels.packing import unpack_trits
 from configuration_arb import ArbConfig
 from modeling_arb import ArbForCausalLM
-from modeling_arb.checkpoint_integrity import check_tensor_files, open_tensor_file, read_json_object
+from modeling_arb.checkpoint_integrity import open_tensor_file, read_json_object
 
-from .checkpoint_files import RUN_FILE, STATE_FILE, numbered_checkpoints
+from .checkpoint_files import RUN_FILE, STATE_FILE, check_tensor_files, numbered_checkpoints
 from .state_audit import StateAudit, audit_folder
 
 COUNTED_WEIGHTS = 1 << 22  # of a matrix: the first rows of a large table stand for all

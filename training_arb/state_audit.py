@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,10 +11,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from arb_kernels.packing import LARGEST_BYTE, count_invalid_bytes, unpack_trits
+from arb_kernels.packing import unpack_trits
 from configuration_arb import ArbConfig
 from modeling_arb import ArbForCausalLM
-from modeling_arb.checkpoint_integrity import check_sizes, open_tensor_file, read_config
+from modeling_arb.checkpoint_integrity import describe_illegal, load_pickle, open_tensor_file, read_config
 from modeling_arb.ternary_matrix import TernaryMatrix
 
 AREAS = {
@@ -31,6 +32,7 @@ AREAS = {
 }
 
 
+OPTIMIZER_FILE = "optimizer.pt"
 COUNTED_WEIGHTS = 1 << 22  # at a time
 
 
@@ -122,8 +124,8 @@ def _audit_tensors(model: ArbForCausalLM, tensors: dict[str, torch.Tensor]) -> S
             audit.faults.append(f"{name} is not on the list of persistent state")
         elif (tensor.dtype, tuple(tensor.shape)) != (spec.dtype, spec.shape):
             audit.faults.append(f"{name} is {dtype} {tuple(tensor.shape)}, listed as {spec.dtype} {spec.shape}")
-        elif role == "packed trits" and not tensor.is_meta and (invalid := count_invalid_bytes(tensor)):
-            audit.faults.append(f"{name} holds {invalid} bytes above {LARGEST_BYTE}, which are not trits")
+        elif not tensor.is_meta and (illegal := spec.count_illegal(tensor)):
+            audit.faults.append(f"{name} {describe_illegal(spec, illegal)}")
     audit.faults += [f"{name} is missing" for name in listed if name not in tensors]
     return audit
 
@@ -147,35 +149,49 @@ def audit_model(model: ArbForCausalLM, optimizer: torch.optim.Optimizer | None =
     return _audit_tensors(model, tensors)
 
 
+def unallocated_model(config: ArbConfig) -> ArbForCausalLM:
+    """A model whose tensors have shapes and dtypes alone, on the meta device."""
+    with torch.device("meta"):
+        return ArbForCausalLM(config)
+
+
 def audit_config(config: ArbConfig) -> StateAudit:
     """Audit a shape without allocating it."""
-    with torch.device("meta"):
-        return audit_model(ArbForCausalLM(config))
+    return audit_model(unallocated_model(config))
+
+
+def weight_files(folder: str | Path) -> list[Path]:
+    """The safetensors files of a local checkpoint. Raises ValueError when there are none."""
+    files = sorted(Path(folder).glob("model*.safetensors"))
+    if not files:
+        raise ValueError(f"{folder}: no model.safetensors there")
+    return files
 
 
 def audit_folder(folder: str | Path) -> StateAudit:
     """Audit a checkpoint as it lies on disk: weight files and, in a training checkpoint, the optimizer's file.
 
-    Raises ValueError when the folder, its config or a weight file cannot be read.
+    Raises ValueError or OSError, naming the file, when the config, a weight file or the optimizer's cannot be read.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: no config.json there")
     config = read_config(folder / "config.json")
-    files = sorted(folder.glob("model*.safetensors"))
-    if not files:
-        raise ValueError(f"{folder}: no model.safetensors there")
     tensors: dict[str, torch.Tensor] = {}
-    for path in files:
+    for path in weight_files(folder):
         with open_tensor_file(path) as file:
             tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    check_sizes(folder / "config.json", config, len(tensors), sum(path.stat().st_size for path in files))
-    if (folder / "optimizer.pt").is_file():
-        state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-        tensors |= dict(_tensors_in(state, "optimizer"))
-    with torch.device("meta"):
-        model = ArbForCausalLM(config)
-    return _audit_tensors(model, tensors)
+    if os.path.lexists(folder / OPTIMIZER_FILE):
+        tensors |= _optimizer_tensors(folder / OPTIMIZER_FILE)
+    return _audit_tensors(unallocated_model(config), tensors)
+
+
+def _optimizer_tensors(path: Path) -> dict[str, torch.Tensor]:
+    state = load_pickle(path)
+    try:
+        return dict(_tensors_in(state, "optimizer"))
+    except RecursionError as error:
+        raise ValueError(f"{path}: damaged, its lists hold themselves") from error
 
 
 def state_hash(model: nn.Module) -> str:
