@@ -21,6 +21,7 @@ import logging
 import signal
 import sys
 import time
+import warnings
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -29,6 +30,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from transformers import HfArgumentParser, set_seed
+from transformers.utils.logging import disable_progress_bar
 
 from modeling_arb import ArbForCausalLM
 from tokenization_arb import ArbTokenizer
@@ -125,6 +127,8 @@ def main() -> int:
     parser.add_argument("model", help="a pretrained model's folder or hub name; with --merge also an adapter's folder")
     arguments, args, positional = parser.parse_args_into_dataclasses()
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    disable_progress_bar()  # of each file that transformers reads or writes
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # peft asks for it
     keep_freed_memory()
     resume, faults = adapter_checkpoint_to_resume(args.output_dir, args.resume_from_checkpoint)
     for fault in faults:

@@ -37,6 +37,7 @@ from pathlib import Path
 
 import torch
 from transformers import HfArgumentParser, set_seed
+from transformers.utils.logging import disable_progress_bar
 
 from arb_kernels.backend import describe_backend
 from configuration_arb import PRESETS, ArbConfig, preset_config
@@ -209,6 +210,7 @@ def main() -> int:
     if os.path.lexists(args.output_dir) and not Path(args.output_dir).is_dir():
         raise ValueError(f"output_dir={args.output_dir!r} is no folder")
     logging.getLogger("transformers").setLevel(logging.ERROR)
+    disable_progress_bar()  # of each file that transformers reads or writes
     keep_freed_memory()
     resume = resolve_resume(args)
     set_seed(args.seed)

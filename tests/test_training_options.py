@@ -12,7 +12,7 @@ from configuration_arb import preset_config
 from modeling_arb import ArbForCausalLM
 from training_arb.byte_data import ByteBlocks, collate_blocks
 from training_arb.integer_optimizer import IntegerOptimizer
-from training_arb.lora_trainer import LoraTrainingArguments
+from training_arb.lora_trainer import LoraTrainer, LoraTrainingArguments
 from training_arb.state_audit import state_hash
 from training_arb.trainer_arb import ArbTrainer
 from training_arb.training_args_arb import ArbTrainingArguments
@@ -291,3 +291,10 @@ def test_a_model_is_made_anew_for_each_run(tmp_path, plain):
 def test_arguments_without_our_fields_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"^args=TrainingArguments: ArbTrainer takes ArbTrainingArguments$"):
         ArbTrainer(ArbForCausalLM(preset_config("arb-tiny")), TrainingArguments(str(tmp_path), use_cpu=True))
+
+
+@pytest.mark.parametrize("name", ["compute_metrics", "preprocess_logits_for_metrics"])
+def test_an_adapters_evaluation_takes_no_functions(tmp_path, name):
+    args = LoraTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    with pytest.raises(ValueError, match=f"^{name}: "):
+        LoraTrainer(None, args, run_description={}, **{name: lambda seen: {}})

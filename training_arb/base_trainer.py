@@ -8,10 +8,12 @@ from typing import NoReturn
 from torch import nn
 from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import TrainOutput
 
 from modeling_arb.integer_state import ONE_PROCESS_PER_GPU
 
+from .progress_lines import ProgressLines
 from .training_options import CheckedTrainingArguments
 
 
@@ -23,6 +25,7 @@ class BaseTrainer(Trainer):
     """
 
     arguments_class: type[CheckedTrainingArguments]
+    shown: tuple[str, ...]  # columns of the lines that a person sees
 
     def __init__(self, model: nn.Module | None, args: CheckedTrainingArguments, **kwargs):
         if not isinstance(args, self.arguments_class):
@@ -36,6 +39,11 @@ class BaseTrainer(Trainer):
             )
         super().__init__(model=model, args=args, **kwargs)
         self.label_smoother = None  # transformers' takes the labels away from the model
+        self.bytes_seen = 0
+        if args.disable_tqdm:
+            self.remove_callback(PrinterCallback)
+        elif self.pop_callback(ProgressCallback) is not None:  # in a notebook there is another one, a table
+            self.add_callback(ProgressLines(self.shown, lambda: self.bytes_seen * self.args.world_size))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> TrainOutput:
         """As the Trainer's; None: what the arguments say, False: from the beginning whatever they say."""
@@ -43,6 +51,8 @@ class BaseTrainer(Trainer):
         return super().train(wanted, *args, **kwargs)
 
     def compute_loss(self, model: nn.Module, inputs: dict, *args, **kwargs):
+        if model.training:
+            self.bytes_seen += inputs["input_ids"].numel()
         if self.args.label_smoothing_factor:
             inputs = {**inputs, "label_smoothing": self.args.label_smoothing_factor}
         return super().compute_loss(model, inputs, *args, **kwargs)

@@ -77,7 +77,7 @@ def sequence_nats(
     windows.sort(key=lambda window: window.begin - window.end)
     device = next(iter([*model.parameters(), *model.buffers()])).device
     nats = [0.0] * len(sequences)
-    for start in tqdm(range(0, len(windows), batch_size), desc="evaluating", disable=not progress):
+    for start in tqdm(range(0, len(windows), batch_size), desc="evaluating", disable=None if progress else True):
         batch = windows[start : start + batch_size]
         ids, mask = _stack([sequences[window.sequence].ids[window.begin : window.end] for window in batch])
         padding = {} if mask.all() else {"attention_mask": mask.to(device)}

@@ -14,7 +14,7 @@ from modeling_arb.checkpoint_integrity import read_json_object
 
 from .atomic_files import move_into_place, sync_tree, write_json
 from .base_trainer import BaseTrainer, check_whole_state
-from .chat_data import collate_conversations
+from .chat_data import ConversationDataset, collate_conversations
 from .checkpoint_files import (
     RUN_FILE,
     STATE_FILE,
@@ -66,8 +66,12 @@ class LoraTrainer(BaseTrainer):
 
     args: LoraTrainingArguments
     arguments_class = LoraTrainingArguments
+    shown = ("loss", "learning_rate", "grad_norm", "bytes_per_second", "seconds_left")
 
     def __init__(self, model: PeftModel, args: LoraTrainingArguments, run_description: dict, **kwargs):
+        for name in ("compute_metrics", "preprocess_logits_for_metrics"):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"{name}: the evaluation of an adapter is its loss by the byte, and keeps no logits")
         self.run_description = run_description
         self.interruption = Interruption()
         self._staging: Path | None = None
@@ -79,10 +83,16 @@ class LoraTrainer(BaseTrainer):
         with self.interruption.listening():
             return super().train(*args, **kwargs)
 
-    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+    def evaluate(
+        self,
+        eval_dataset: ConversationDataset | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
         """The loss by the byte, where the Trainer's would average over batches of unequal numbers of bytes."""
-        loss = assistant_loss(self.model, self.eval_dataset.conversations, self.args.per_device_eval_batch_size)
-        metrics = {"eval_loss": loss}
+        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        loss = assistant_loss(self.model, dataset.conversations, self.args.per_device_eval_batch_size)
+        metrics = {f"{metric_key_prefix}_loss": loss}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

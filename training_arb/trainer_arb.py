@@ -56,6 +56,7 @@ class ArbTrainer(HubTrainer):
 
     args: ArbTrainingArguments
     arguments_class = ArbTrainingArguments
+    shown = ("loss", "bits_per_byte", "learning_rate", "flip_rate", "bytes_per_second", "seconds_left")
 
     def __init__(
         self,

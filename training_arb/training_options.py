@@ -219,8 +219,8 @@ def check_launcher(args: TrainingArguments, options: dict[str, Option]) -> None:
         value = os.environ.get(variable, "")
         if value.lower() not in OFF:
             raise ValueError(f"{variable}={value}: {name} is not supported: {options[name].why}")
-    if args.mixed_precision not in ("no", "bf16") and options["fp16"].standing == "refused":
-        raise ValueError(f"ACCELERATE_MIXED_PRECISION={args.mixed_precision}: {options['fp16'].why}")
+    if args.mixed_precision not in ("no", "bf16", *(["fp16"] if options["fp16"] is HONOURED else [])):
+        raise ValueError(f"ACCELERATE_MIXED_PRECISION={args.mixed_precision}: {OPTIONS['fp16'].why}")
     accumulation = args.accelerator_config.gradient_accumulation_kwargs or {}
     if "num_steps" in accumulation:
         raise ValueError(
