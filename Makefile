@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: venv pretrain test lint bench docs
+.PHONY: venv pretrain test lint bench docs gpu
 
 venv: $(STAMP)
 
@@ -34,3 +34,7 @@ bench: venv
 docs: venv
 	$(BIN)/python docs/draw_figures.py
 	$(BIN)/python docs/build_api.py
+
+# with the machine's own Python and torch: the pinned build has no GPU
+gpu:
+	$(PYTHON) scripts/check_gpu.py $(ARGS)

@@ -59,7 +59,7 @@ class ArbConfig(PreTrainedConfig):
     """
 
     model_type = "arb"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "auxiliary_loss"]
 
     vocab_size: int = VOCAB_SIZE
     hidden_size: int = 256

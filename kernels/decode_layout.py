@@ -98,7 +98,7 @@ def layout_matmul(
     """What `quantise_tokens` gave, int8 (M, K) and float32 (M,), times the decode layout -> float32 (M, N)."""
     M, K = codes.shape
     if not codes.numel() or not instruction_set() or not uses_native(codes, token_scale, layout, row_scale):
-        return naive_int8_matmul(codes, from_decode_layout(layout, num_rows, K), token_scale, row_scale)
+        return naive_int8_matmul(codes, from_decode_layout(layout, num_rows, K), token_scale, row_scale, trits=True)
     out = torch.empty(M, num_rows)
     native_library().arb_two_bit_matmul(
         instruction_set(),

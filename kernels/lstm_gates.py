@@ -13,6 +13,7 @@ import torch
 
 from .backend import uses_triton
 from .lstm_gates_triton import triton_lstm_gates, triton_lstm_gates_backward
+from .sigmoid import sigmoid
 
 FORGET_BIAS = 1.0  # fixed: at first three quarters of a cell stay (Jozefowicz et al. 2015), and no bias need be learnt
 
@@ -20,7 +21,7 @@ FORGET_BIAS = 1.0  # fixed: at first three quarters of a cell stay (Jozefowicz e
 def _activations(gates: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """(B, 4H) -> input, forget, candidate and output gate after their non-linearities, float32 (B, H) each."""
     input_gate, forget_gate, candidate, output_gate = gates.float().chunk(4, dim=1)
-    return input_gate.sigmoid(), (forget_gate + FORGET_BIAS).sigmoid(), candidate.tanh(), output_gate.sigmoid()
+    return sigmoid(input_gate), sigmoid(forget_gate + FORGET_BIAS), candidate.tanh(), sigmoid(output_gate)
 
 
 def naive_lstm_gates(gates: torch.Tensor, cell: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,7 +1,7 @@
 """The momentum rule of momentum_update.py on Triton: four passes over dW and state, no float temporary beyond a tile.
 
-fold:    requantises the momentum of a block of 64 columns; the largest |direction| of the matrix
-squares: sums of the direction's squares by row, by column and over all, in fixed point (then, over these: the scales)
+fold:    requantises the momentum of a block of 64 columns; the largest |direction| of each row and column
+squares: sums of the direction's squares by row and column, each in its own fixed point (then, over them: the scales)
 power:   the sum of squares of the update before it is set to unit RMS
 move:    shifts the latents; works on bytes of five trits, one plane of columns after the other
 
@@ -15,7 +15,7 @@ import torch
 
 from .exponents import QUARTERS, power_table
 from .momentum_format import BLOCK as _BLOCK
-from .momentum_format import CLIP_RMS, MAX_UPDATE, UPDATE_STEPS
+from .momentum_format import CLIP_RMS, MAX_UPDATE, STATISTIC_BITS, STATISTIC_OCTAVES, UPDATE_STEPS
 from .triton_support import (
     ceil_div,
     clamp,
@@ -34,6 +34,7 @@ from .triton_support import (
 )
 
 BLOCK = constexpr(_BLOCK)
+_BITS, _OCTAVES = constexpr(STATISTIC_BITS), constexpr(STATISTIC_OCTAVES)
 _ABSMAX, _TOTAL, _POWER, _FLIPS = map(constexpr, range(4))  # places in the int64 scalars
 _TILE_ROWS, _MOVE_ROWS, _MOVE_BYTES, _SCALES = 32, 8, 64, 1024
 
@@ -66,12 +67,21 @@ def _covering_exponent(square):
 
 
 @jit
-def _fixed_point_scale(scalars_ptr):
-    """`fixed_point_scale` of the largest |direction|, for 15 bits."""
-    absmax = tl.load(scalars_ptr + _ABSMAX).to(tl.int32)
-    shift = clamp(141 - (absmax >> 23), 126)
-    positive = (absmax > 0) & (absmax <= 0x7F800000)
-    return (tl.where(positive, shift + 127, 127) << 23).to(tl.float32, bitcast=True)
+def _fixed_point_shift(absmax):
+    """log2 of `fixed_point_scale`, of the bits of |direction|; subnormal numbers get the greatest either way."""
+    return tl.where(absmax > 0, clamp(_BITS + 126 - (absmax >> 23), 126), 0)
+
+
+@jit
+def _power_of_two(octave):
+    return ((octave + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@jit
+def _octaves_above_least(scalars_ptr, shift, limit):
+    """How much finer than the largest row's a scale is, from 0 to `limit` octaves."""
+    least = _fixed_point_shift(tl.load(scalars_ptr + _ABSMAX).to(tl.int32))
+    return tl.minimum(tl.maximum(shift - least, 0), limit)
 
 
 @jit
@@ -101,7 +111,7 @@ def momentum_fold_kernel(
     dW_ptr,
     ids_ptr,
     power_ptr,
-    scalars_ptr,
+    maxima_ptr,
     rows,
     columns,
     key,
@@ -141,8 +151,9 @@ def momentum_fold_kernel(
     if MEASURES:
         step = tl.load(power_ptr + 128 + exponent)
         direction = _momentum(b_accum, step[:, None], BITS) * beta + b_dW * nesterov
-        absmax = tl.max(tl.where(mask, magnitude_bits(direction), 0))
-        tl.atomic_max(scalars_ptr + _ABSMAX, absmax.to(tl.int64), sem="relaxed")
+        magnitude = tl.where(mask, magnitude_bits(direction), 0)
+        tl.atomic_max(maxima_ptr + local_row, tl.max(magnitude, axis=1), mask=in_rows, sem="relaxed")
+        tl.atomic_max(maxima_ptr + rows + column, tl.max(magnitude, axis=0), mask=column < columns, sem="relaxed")
 
 
 @jit
@@ -164,15 +175,25 @@ def _direction_tile(
 
 
 @jit
+def _fixed_point_scale(absmax):
+    return _power_of_two(_fixed_point_shift(absmax))
+
+
+@jit
+def _squares(fixed_point):
+    steps = round_half_even(fixed_point).to(tl.int32)
+    return (steps * steps).to(tl.int64)
+
+
+@jit
 def momentum_squares_kernel(
     accum_ptr,
     accum_exp_ptr,
     dW_ptr,
     ids_ptr,
     power_ptr,
-    scalars_ptr,
-    row_sum_ptr,
-    column_sum_ptr,
+    maxima_ptr,
+    sums_ptr,
     rows,
     columns,
     beta,
@@ -184,21 +205,35 @@ def momentum_squares_kernel(
     direction, local_row, column = _direction_tile(
         accum_ptr, accum_exp_ptr, dW_ptr, ids_ptr, power_ptr, rows, columns, beta, nesterov, BITS, SPARSE, BR
     )
-    steps = round_half_even(direction * _fixed_point_scale(scalars_ptr)).to(tl.int32)
-    squares = (steps * steps).to(tl.int64)
-    of_rows = tl.sum(squares, axis=1)
-    tl.atomic_add(row_sum_ptr + local_row, of_rows, mask=local_row < rows, sem="relaxed")
-    tl.atomic_add(column_sum_ptr + column, tl.sum(squares, axis=0), mask=column < columns, sem="relaxed")
-    tl.atomic_add(scalars_ptr + _TOTAL, tl.sum(of_rows, axis=0), sem="relaxed")
+    in_rows, in_columns = local_row < rows, column < columns
+    row_scale = _fixed_point_scale(tl.load(maxima_ptr + local_row, mask=in_rows, other=0))
+    column_scale = _fixed_point_scale(tl.load(maxima_ptr + rows + column, mask=in_columns, other=0))
+    of_rows = tl.sum(_squares(direction * row_scale[:, None]), axis=1)
+    of_columns = tl.sum(_squares(direction * column_scale[None, :]), axis=0)
+    tl.atomic_add(sums_ptr + local_row, of_rows, mask=in_rows, sem="relaxed")
+    tl.atomic_add(sums_ptr + rows + column, of_columns, mask=in_columns, sem="relaxed")
 
 
 @jit
-def momentum_scales_kernel(sums_ptr, scalars_ptr, scales_ptr, rows, count, B: tl.constexpr):
-    """Row and column sums, one after the other -> what the direction is multiplied by along rows and columns."""
-    i_sum = tl.program_id(0) * B + tl.arange(0, B)
-    total_root = tl.sqrt_rn(tl.load(scalars_ptr + _TOTAL).to(tl.float32))
-    scale = _over_root(tl.where(i_sum < rows, 1.0, total_root), tl.load(sums_ptr + i_sum, mask=i_sum < count, other=0))
-    tl.store(scales_ptr + i_sum, scale, mask=i_sum < count)
+def momentum_row_scales_kernel(maxima_ptr, sums_ptr, scales_ptr, scalars_ptr, rows, B: tl.constexpr):
+    """Row sums -> what the direction is multiplied by along rows, and the sum over all in the largest row's scale."""
+    row = tl.program_id(0) * B + tl.arange(0, B)
+    shift = _fixed_point_shift(tl.load(maxima_ptr + row, mask=row < rows, other=0))
+    row_sum = tl.load(sums_ptr + row, mask=row < rows, other=0)
+    lost_bits = tl.minimum(2 * _octaves_above_least(scalars_ptr, shift, 126), 63)
+    tl.atomic_add(scalars_ptr + _TOTAL, tl.sum(row_sum >> lost_bits.to(tl.int64)), sem="relaxed")
+    tl.store(scales_ptr + row, _over_root(_power_of_two(shift), row_sum), mask=row < rows)
+
+
+@jit
+def momentum_column_scales_kernel(maxima_ptr, sums_ptr, scales_ptr, scalars_ptr, columns, B: tl.constexpr):
+    """The same along columns."""
+    column = tl.program_id(0) * B + tl.arange(0, B)
+    shift = _fixed_point_shift(tl.load(maxima_ptr + column, mask=column < columns, other=0))
+    octaves = _octaves_above_least(scalars_ptr, shift, _OCTAVES)
+    root = tl.sqrt_rn(tl.load(scalars_ptr + _TOTAL).to(tl.float32)) + tl.zeros([B], tl.float32)
+    ratio = _over_root(root, tl.load(sums_ptr + column, mask=column < columns, other=0))
+    tl.store(scales_ptr + column, ratio * _power_of_two(octaves), mask=column < columns)
 
 
 @jit
@@ -224,9 +259,8 @@ def momentum_power_kernel(
     )
     row_scale = tl.load(row_scale_ptr + local_row, mask=local_row < rows, other=0.0)
     column_scale = tl.load(column_scale_ptr + column, mask=column < columns, other=0.0)
-    unit = direction * _fixed_point_scale(scalars_ptr) * row_scale[:, None] * column_scale[None, :]
-    steps = round_half_even(clamp(unit * 1024.0, 31744.0)).to(tl.int32)
-    tl.atomic_add(scalars_ptr + _POWER, tl.sum((steps * steps).to(tl.int64)), sem="relaxed")
+    unit = direction * row_scale[:, None] * column_scale[None, :]
+    tl.atomic_add(scalars_ptr + _POWER, tl.sum(_squares(clamp(unit * 1024.0, 31744.0))), sem="relaxed")
 
 
 @jit(do_not_specialize=["key"])
@@ -264,7 +298,6 @@ def momentum_move_kernel(
     old_byte = tl.load(p_packed, mask=byte_mask, other=0).to(tl.int32)
     row_scale = tl.load(row_scale_ptr + local_row, mask=in_rows, other=0.0)
     inverse_rms = _over_root(tl.full((), 1.0, tl.float32), tl.load(scalars_ptr + _POWER)) * size_root
-    scale = _fixed_point_scale(scalars_ptr)
 
     new_byte = tl.zeros([BR, BB], tl.int32)
     flips = tl.zeros([BR, BB], tl.int32)
@@ -281,7 +314,7 @@ def momentum_move_kernel(
         direction = _momentum(b_accum, step, BITS) * beta + b_dW * nesterov
 
         column_scale = tl.load(column_scale_ptr + column, mask=in_columns, other=0.0)
-        unit = direction * scale * row_scale[:, None] * column_scale[None, :]
+        unit = direction * row_scale[:, None] * column_scale[None, :]
         noise = uniform_high(random_words(key, row, column))
         shift = floor_to_int(clamp(unit * inverse_rms, max_update) * rate + noise)
         old_trit = digit_of(old_byte, plane)
@@ -310,8 +343,9 @@ def triton_momentum_fold(
     _fold(accum, accum_exp, dW.contiguous(), None, None, key, beta if decay else 1.0, beta, 1, bits)
 
 
-def _fold(accum, accum_exp, dW, row_ids, scalars, key, decay, beta, micro_batches, bits):
-    """scalars: int64 (4,) when the largest |direction| is wanted; row_ids as in `triton_momentum_update`."""
+def _fold(accum, accum_exp, dW, row_ids, maxima, key, decay, beta, micro_batches, bits):
+    """maxima: int32 (N + K,) when each row's and column's largest |direction| is wanted, as the bits of a float32;
+    row_ids as in `triton_momentum_update`."""
     assert accum.is_contiguous() and accum_exp.is_contiguous()
     rows, columns = dW.shape
     launch(
@@ -319,12 +353,12 @@ def _fold(accum, accum_exp, dW, row_ids, scalars, key, decay, beta, micro_batche
         (ceil_div(rows, _TILE_ROWS), accum_exp.shape[1]),
         *(accum, accum_exp, dW, accum if row_ids is None else row_ids),
         power_table(QUARTERS, dW.device),
-        accum if scalars is None else scalars,
+        accum if maxima is None else maxima,
         *(rows, columns, signed_word(key), decay, 1 - beta, beta, micro_batches * (1 - beta)),
         (CLIP_RMS / (2 ** (bits - 1) - 1)) ** 2,
         BITS=bits,
         SPARSE=row_ids is not None,
-        MEASURES=scalars is not None,
+        MEASURES=maxima is not None,
         BR=_TILE_ROWS,
     )
 
@@ -352,16 +386,20 @@ def triton_momentum_update(
     rows, columns = dW.shape
     scalars = torch.zeros(4, dtype=torch.int64, device=dW.device)
     sums = torch.zeros(rows + columns, dtype=torch.int64, device=dW.device)
+    maxima = torch.zeros(rows + columns, dtype=torch.int32, device=dW.device)
     decay = beta if micro_batches == 1 else 1.0
-    _fold(accum, accum_exp, dW, row_ids, scalars, key, decay, beta, micro_batches, bits)
-    state = (accum, accum_exp, dW, accum if row_ids is None else row_ids, power_table(QUARTERS, dW.device), scalars)
+    _fold(accum, accum_exp, dW, row_ids, maxima, key, decay, beta, micro_batches, bits)
+    scalars[0] = maxima[:rows].amax()
+    state = (accum, accum_exp, dW, accum if row_ids is None else row_ids, power_table(QUARTERS, dW.device))
     shape_and_direction = (rows, columns, beta, micro_batches * (1 - beta))
     options = {"BITS": bits, "SPARSE": row_ids is not None, "BR": _TILE_ROWS}
     grid = (ceil_div(rows, _TILE_ROWS), accum_exp.shape[1])
-    launch(momentum_squares_kernel, grid, *state, sums[:rows], sums[rows:], *shape_and_direction, **options)
+    launch(momentum_squares_kernel, grid, *state, maxima, sums, *shape_and_direction, **options)
     scales = torch.empty(rows + columns, device=dW.device)
-    launch(momentum_scales_kernel, (ceil_div(len(sums), _SCALES),), sums, scalars, scales, rows, len(sums), B=_SCALES)
-    state = (*state, scales[:rows], scales[rows:])
+    of_rows, of_columns = ([x[part] for x in (maxima, sums, scales)] for part in (slice(rows), slice(rows, None)))
+    launch(momentum_row_scales_kernel, (ceil_div(rows, _SCALES),), *of_rows, scalars, rows, B=_SCALES)
+    launch(momentum_column_scales_kernel, (ceil_div(columns, _SCALES),), *of_columns, scalars, columns, B=_SCALES)
+    state = (*state, scalars, scales[:rows], scales[rows:])
     launch(momentum_power_kernel, grid, *state, *shape_and_direction, **options)
     width = packed.shape[1]
     launch(

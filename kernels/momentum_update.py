@@ -17,9 +17,25 @@ import torch
 from torch.autograd.graph import increment_version
 
 from .backend import uses_native, uses_triton
-from .exponents import QUARTERS, fixed_point_scale, power_of_two, power_table, quarter_octaves_covering
+from .exponents import (
+    QUARTERS,
+    fixed_point_scale,
+    power_of_two,
+    power_table,
+    quarter_octaves_covering,
+    whole_power_of_two,
+)
 from .groups import group_lengths, split_groups, spread_groups
-from .momentum_format import BLOCK, CLIP_RMS, MAX_UPDATE, STATISTIC_BITS, UPDATE_LIMIT, UPDATE_STEPS, MomentumFormat
+from .momentum_format import (
+    BLOCK,
+    CLIP_RMS,
+    MAX_UPDATE,
+    STATISTIC_BITS,
+    STATISTIC_OCTAVES,
+    UPDATE_LIMIT,
+    UPDATE_STEPS,
+    MomentumFormat,
+)
 from .momentum_triton import triton_momentum_fold, triton_momentum_update
 from .native_library import native_library, pointer
 from .packing import pack_trits, unpack_trits
@@ -72,21 +88,37 @@ def _square_root(total: torch.Tensor) -> torch.Tensor:
     return total.float().double().sqrt().float()
 
 
+def _sum_squares(direction: torch.Tensor, scale: torch.Tensor, axis: int) -> torch.Tensor:
+    """Sums of squares of float32 (N, K) along an axis, int64, exact in any order: in fixed point of these scales."""
+    steps = (direction * scale).round_().int()
+    return (steps * steps).sum(axis, dtype=torch.int64)
+
+
+def _octaves_above(least: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """log2(scale / least) of powers of two, int32; not below zero, where only a row or column of zeros would be."""
+    return (torch.frexp(scale)[1] - torch.frexp(least)[1]).clamp(min=0)
+
+
 def normalise(direction: torch.Tensor) -> torch.Tensor:
     """float32 (N, K) -> the update, float32 of unit RMS.
 
-    u_ij = d_ij / sqrt(r_i * c_j / mean(r)), r and c the row and column mean squares of d, clipped to +-2. The squares
-    are summed in 16-bit fixed point: exact, in any order.
+    u_ij = d_ij / sqrt(r_i * c_j / mean(r)), r and c the row and column mean squares of d, clipped to +-2. A row's
+    squares are summed in fixed point of 15 bits below that row's largest element, a column's below its own: a small
+    row moves as a large one does, and a column does down to 2^-64 of the largest.
     """
-    unit = direction * fixed_point_scale(direction.abs().amax(), STATISTIC_BITS)
-    steps = unit.round().int()
-    squares = steps * steps
-    row_sum = squares.sum(1, dtype=torch.int64)
-    column_sum = squares.sum(0, dtype=torch.int64)
+    row_max, column_max = direction.abs().amax(1), direction.abs().amax(0)
+    row_fixed, column_fixed, least = (
+        fixed_point_scale(largest, STATISTIC_BITS) for largest in (row_max, column_max, row_max.amax())
+    )
+    row_sum = _sum_squares(direction, row_fixed[:, None], 1)
+    column_sum = _sum_squares(direction, column_fixed, 0)
+    row_octaves, column_octaves = _octaves_above(least, row_fixed), _octaves_above(least, column_fixed)
     # the RMS is set to one below, so factors common to all elements may take any value here
-    row_scale = torch.where(row_sum > 0, 1 / _square_root(row_sum), 0)
-    column_scale = torch.where(column_sum > 0, _square_root(row_sum.sum()) / _square_root(column_sum), 0)
-    unit = unit.mul_(row_scale[:, None]).mul_(column_scale)
+    root = _square_root((row_sum >> (2 * row_octaves).clamp(max=63)).sum())
+    row_scale = torch.where(row_sum > 0, row_fixed / _square_root(row_sum), 0)
+    ratio = torch.where(column_sum > 0, root / _square_root(column_sum), 0)
+    column_scale = ratio * whole_power_of_two(column_octaves.clamp(max=STATISTIC_OCTAVES))
+    unit = (direction * row_scale[:, None]).mul_(column_scale)
     steps = (unit * UPDATE_STEPS).clamp_(-UPDATE_LIMIT * UPDATE_STEPS, UPDATE_LIMIT * UPDATE_STEPS).round_().int()
     power = (steps * steps).sum(dtype=torch.int64)
     inverse_rms = torch.where(power > 0, UPDATE_STEPS * unit.numel() ** 0.5 / _square_root(power), 0)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 AVX512_VNNI, AVX2 = 2, 1
 _POINTER, _INT, _LONG, _FLOAT, _KEY = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_uint32
 _SIGNATURES = {
@@ -20,6 +20,8 @@ _SIGNATURES = {
     "arb_advise_huge_pages": (None, [_POINTER, _LONG]),
     "arb_momentum_fold": (None, [_POINTER] * 3 + [_LONG] * 2 + [_KEY, _POINTER] + [_FLOAT] * 2),
     "arb_momentum_update": (_LONG, [_POINTER] * 4 + [_LONG] * 2 + [_KEY, _POINTER] + [_FLOAT] * 6),
+    "arb_add_gradient": (None, [_POINTER] * 3 + [_LONG] * 2 + [_KEY]),
+    "arb_add_sum": (None, [_POINTER] * 3 + [_LONG] * 2),
     "arb_quantise_tokens": (None, [_POINTER] + [_LONG] * 2 + [_POINTER] * 2),
     "arb_quantise_gradient": (None, [_POINTER] + [_LONG] * 2 + [_POINTER] * 6),
     "arb_unpack_trits": (None, [_POINTER] + [_LONG] * 2 + [_POINTER]),

@@ -39,14 +39,27 @@ def mask_incomplete_trigrams(labels: torch.Tensor) -> torch.Tensor:
 
 
 def next_byte_loss(
-    logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None = None,
+    label_smoothing: float = 0.0,
 ) -> torch.Tensor:
     """Cross-entropy in nats per byte: position t of logits (B, T, V) predicts labels[:, t + 1] of (B, T).
 
     Mean over the scored bytes, or their sum over `num_items_in_batch` when a Trainer accumulates gradients.
+    label_smoothing: share of each target that is spread evenly over all V. It changes the gradient only: the value
+    stays the cross-entropy, so that bits per byte stay comparable. Raises ValueError unless it is in [0, 1).
     """
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing={label_smoothing}: not a share of the targets; give one in [0, 1)")
     targets = mask_incomplete_trigrams(labels)[:, 1:].flatten()
-    total = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=IGNORE, reduction="sum")
+    predicted = logits[:, :-1].flatten(0, 1).float()
+    total = F.cross_entropy(predicted, targets, ignore_index=IGNORE, reduction="sum")
+    if label_smoothing:
+        smoothed = F.cross_entropy(
+            predicted, targets, ignore_index=IGNORE, reduction="sum", label_smoothing=label_smoothing
+        )
+        total = total.detach() + (smoothed - smoothed.detach())
     if num_items_in_batch is None:
         num_items_in_batch = (targets != IGNORE).sum().clamp(min=1)
     return total / num_items_in_batch

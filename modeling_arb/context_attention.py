@@ -7,21 +7,17 @@ can be narrowed to the last bytes and summaries of those before them (windowed_c
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.cache_utils import Cache
 
+from arb_kernels.sigmoid import sigmoid
+
 from .norm import rms_norm
 from .rotary import rotate
 from .ternary_linear import TernaryLinear
 from .windowed_context import WindowedContext, summarise_blocks
-
-_EXACT = ContextVar("exact_attention", default=False)
 
 
 class ContextAttention(nn.Module):
@@ -61,8 +57,9 @@ class ContextAttention(nn.Module):
             latent, rotary_key = summarise_blocks(windowed, latent, rotary_key, self.eps)
         key, value = self._expand(latent, rotary_key)
         causal = attention_mask is None and query.shape[2] > 1
-        mixed = _attend(query, key, value, attention_mask, causal)
-        mixed = mixed.transpose(1, 2).flatten(2) * torch.sigmoid(self.gate_proj(x))
+        exact = past_key_values is not None or not self.training
+        mixed = _attend(query, key, value, attention_mask, causal, exact)
+        mixed = mixed.transpose(1, 2).flatten(2) * sigmoid(self.gate_proj(x))
         return self.o_proj(rms_norm(mixed, self.eps))
 
     def _query(self, x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -85,24 +82,17 @@ class ContextAttention(nn.Module):
         return torch.cat([rms_norm(nope, self.eps), rotary_key], dim=-1), value
 
 
-@contextmanager
-def exact_attention() -> Iterator[None]:
-    """Within it the last bit of attention does not depend on how many positions are asked at once.
+def _attend(query, key, value, mask: torch.Tensor | None, causal: bool, exact: bool) -> torch.Tensor:
+    """Scaled dot product attention, (B, H, T, v).
 
-    Cached decoding then reads the int8 activations of a full forward and says the same. On a CPU float64 buys that for
-    a few percent of a decoding step; longer forwards would pay half as much again, so only generation asks for it.
+    exact: on a CPU, compute in float64. In float32 the last bit depends on how many queries and keys come together,
+    and one bit can become another int8 code and another expert: cached decoding would not equal the full forward, nor
+    a row itself in a batch. Training forwards compare with no other forward, and there float64 would cost: so the
+    caller asks for it with a cache or in eval mode. Whether autograd records must not decide: gradient checkpointing
+    runs a block once without and once with it.
     """
-    token = _EXACT.set(True)
-    try:
-        yield
-    finally:
-        _EXACT.reset(token)
-
-
-def _attend(query, key, value, mask: torch.Tensor | None, causal: bool) -> torch.Tensor:
-    """Scaled dot product attention, (B, H, T, v)."""
     dtype = query.dtype
-    if _EXACT.get() and dtype == torch.float32 and query.device.type == "cpu":
+    if exact and query.device.type == "cpu":
         query, key, value = query.double(), key.double(), value.double()
         mask = mask if mask is None or mask.dtype == torch.bool else mask.double()
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal).to(dtype)

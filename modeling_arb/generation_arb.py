@@ -1,19 +1,12 @@
-"""Generation: transformers' own, with a cache whose side layers are there from the start and attention to the bit."""
+"""Generation: transformers' own, with a cache whose side layers are there from the start."""
 
 from __future__ import annotations
 
 from transformers import GenerationMixin
 
-from .context_attention import exact_attention
-
 
 class ArbGenerationMixin(GenerationMixin):
     """Every mode of `generate` that transformers ships, cached and uncached, dynamic and static."""
-
-    def generate(self, *args, **kwargs):
-        """As transformers'; cached and uncached give the same ids."""
-        with exact_attention():
-            return super().generate(*args, **kwargs)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
         """Assisted decoding tells all layers to record their past before the model has run once: they must be there."""

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
 from torch import nn
 from transformers import initialization as init
 
 from arb_kernels.state_layout import StateTensor
+
+ONE_PROCESS_PER_GPU = (
+    "nn.DataParallel copies the model to every GPU, and what the copies of integer state learn is lost; launch one"
+    " process per GPU (torchrun --nproc_per_node N, or accelerate launch --multi_gpu), or let one GPU be seen"
+    " (CUDA_VISIBLE_DEVICES=0)"
+)
 
 
 class IntegerState(nn.Module):
@@ -47,6 +55,10 @@ class IntegerState(nn.Module):
         for name in self.layout():
             if hasattr(self, name):
                 init.zeros_(getattr(self, name))
+
+    def _replicate_for_data_parallel(self) -> NoReturn:
+        """What nn.DataParallel asks of each module before its forward. Raises ValueError."""
+        raise ValueError(ONE_PROCESS_PER_GPU)
 
 
 class ObservedState(IntegerState):

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from arb_kernels.ngram_hash import ngram_slots
+from arb_kernels.sigmoid import sigmoid
 
 from .byte_embedding import preceded_by
 from .norm import rms_norm
@@ -36,5 +37,5 @@ class MemGram(nn.Module):
             for order in self.orders
         ]
         memory = self.table(torch.stack(slots, dim=-1), x.dtype).sum(-2)  # (B, T, dim)
-        gate = torch.sigmoid(self.gate_proj(rms_norm(x, self.eps)))
+        gate = sigmoid(self.gate_proj(rms_norm(x, self.eps)))
         return self.out_proj(rms_norm(memory, self.eps) * gate)

@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from configuration_arb.configuration_arb import ArbConfig
 
@@ -36,7 +37,11 @@ from .shared_vq import SharedVQ
 from .ternary_matrix import TernaryMatrix
 from .ternary_mlp import TernaryMLP
 from .text_sequencer import TextSequencer
+from .training_notice import say_when_nothing_learns
 from .windowed_context import key_positions, windowed_context
+
+# transformers' Trainer shifts the labels that it smooths for the architectures listed there, and for no other
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["arb"] = "ArbForCausalLM"
 
 
 class ArbPreTrainedModel(CheckedLoading, PreTrainedModel):
@@ -317,6 +322,7 @@ class ArbForCausalLM(ArbPreTrainedModel, ArbGenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
+        label_smoothing: float = 0.0,
         output_hidden_states: bool | None = None,
         video_targets: torch.Tensor | None = None,
         talker_labels: torch.LongTensor | None = None,
@@ -325,16 +331,19 @@ class ArbForCausalLM(ArbPreTrainedModel, ArbGenerationMixin):
     ) -> ArbCausalLMOutput:
         """labels (B, T): the ids themselves, -100 where not scored; the shift by one byte happens inside.
 
-        The loss is the language model's; what blocks and other heads ask for joins its gradient, not its value.
+        The loss is the language model's; what blocks and other heads ask for, and label_smoothing, join its gradient,
+        not its value.
         video_targets (B, T, latent_dim) and talker_labels (B, T) train those heads; output_modalities: return theirs.
         """
         outputs = self.model(input_ids, attention_mask, position_ids, past_key_values, use_cache, output_hidden_states)
         x = outputs.last_hidden_state
+        if self.training and x.requires_grad:
+            say_when_nothing_learns(self, x)
         if self.output_router is not None:
             x = x + self.output_router(x)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.byte_head(x[:, kept])
-        loss = None if labels is None else next_byte_loss(logits, labels, num_items_in_batch)
+        loss = None if labels is None else next_byte_loss(logits, labels, num_items_in_batch, label_smoothing)
         asked = {"video": (self.video_head, video_targets), "talker": (self.talker_head, talker_labels)}
         spoken, auxiliary = {}, [outputs.auxiliary_loss]
         for name, (head, targets) in asked.items():

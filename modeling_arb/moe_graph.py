@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from arb_kernels.sigmoid import sigmoid
+
 from .act_halting import iterate_until_halted
 from .lti_injection import lti_injection
 from .motif_graph import MotifGraph
@@ -62,4 +64,4 @@ class MoEGraph(nn.Module):
 
     def halting_probability(self, h: torch.Tensor) -> torch.Tensor:
         """(N, D) -> float32 (N,)."""
-        return torch.sigmoid(self.halting(rms_norm(h, self.eps)).squeeze(-1).float() + HALT_OFFSET)
+        return sigmoid(self.halting(rms_norm(h, self.eps)).squeeze(-1).float() + HALT_OFFSET)

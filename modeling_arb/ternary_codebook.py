@@ -73,11 +73,15 @@ class TernaryCodebook(ObservedState):
         return self.table.rows_of(ids, dtype)
 
     def _nearest(self, values: torch.Tensor) -> torch.Tensor:
-        """(N, dim) -> int64 (N,) over the whole book; of equally near rows the first."""
-        book = self.table.effective_weight(torch.float32)  # (size, dim)
+        """(N, dim) -> int64 (N,) over the whole book; of equally near rows the first.
+
+        Scores are rounded from float64: the last bit of a float32 product depends on how many inputs come together, and
+        with it the choice would.
+        """
+        book = self.table.effective_weight(torch.float32).double()  # (size, dim)
         offset = book.square().sum(1) / 2
         step = max(1, TILE_SCORES // self.size)
-        return torch.cat([(tile.float() @ book.T - offset).argmax(1) for tile in values.split(step)])
+        return torch.cat([(tile.double() @ book.T - offset).float().argmax(1) for tile in values.split(step)])
 
     def _nearest_of(self, values: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
         """(N, dim), (N, C) -> int64 (N,)."""
@@ -95,7 +99,7 @@ class TernaryCodebook(ObservedState):
         for seed in range(self.hashes):
             index = torch.arange(bits * self.dim, device=values.device).view(bits, self.dim)
             directions = (mix(index + (seed + 1) * (1 << 32)) >> 40 & 1) * 2 - 1
-            angles = values.float() @ directions.float().T  # (N, bits)
+            angles = values.double() @ directions.double().T  # (N, bits), in float64 as in `_nearest`
             pattern = ((angles > 0).long() << torch.arange(bits, device=values.device)).sum(1, keepdim=True)
             least_sure = angles.abs().topk(min(self.probes - 1, bits), largest=False).indices
             patterns = torch.cat([pattern, pattern ^ (1 << least_sure)], dim=1)

@@ -19,6 +19,7 @@ BIAS_STEP = 1 / 16  # of a logit
 MAX_BIAS = 127
 BIASES = ((-MAX_BIAS, MAX_BIAS),)
 GROUPED_MULTIPLE = 4  # torch's grouped product wants strides of 16 bytes
+GROUPED_BYTES = 1 << 26  # of stacked float32 weights at most: larger experts fill a GPU one by one
 
 
 class GroupedLinearFunction(torch.autograd.Function):
@@ -33,7 +34,7 @@ class GroupedLinearFunction(torch.autograd.Function):
     def forward(ctx, x, expert, ends, layers):
         codes, token_scale = quantise_tokens(x.float().contiguous())
         ctx.save_for_backward(codes, token_scale, expert, ends)
-        ctx.layers = layers
+        ctx.layers, ctx.uses = layers, [layer.begin_use() for layer in layers]
         trits, scale = stacked_weights(layers)
         sums = F.grouped_mm(codes.float(), trits.transpose(1, 2), offs=ends)
         return (sums * token_scale[:, None] * scale[expert]).to(x.dtype)
@@ -41,6 +42,8 @@ class GroupedLinearFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_y):
         codes, token_scale, expert, ends = ctx.saved_tensors
+        for layer, use in zip(ctx.layers, ctx.uses, strict=True):
+            layer.check_use(use)
         trits, scale = stacked_weights(ctx.layers)
         gradient = grad_y.float()
         grad_x = F.grouped_mm(gradient * scale[expert], trits, offs=ends)
@@ -70,8 +73,9 @@ class TernaryExperts(ObservedState):
     normalised sigmoids). After each step a bias moves by one towards an even load. Everything is `shared`: a looped
     core uses it several times per forward.
 
-    grouped: True and False force one product over all experts or a loop over them; None goes by the device. Without
-    integer matmuls (one scale a row), or with widths that are no multiple of 4, it is always the loop.
+    grouped: True and False force one product over all experts or a loop over them; None goes by the device and the
+    experts' size. Without integer matmuls (one scale a row), or with widths that are no multiple of 4, it is always the
+    loop.
     """
 
     grouped: bool | None = None
@@ -123,7 +127,8 @@ class TernaryExperts(ObservedState):
         return rms_norm(F.relu(hidden).square(), self.eps)
 
     def _is_grouped(self, x: torch.Tensor) -> bool:
-        wanted = x.is_cuda if self.grouped is None else self.grouped
+        small = self.num_experts * 4 * self.up_proj[0].logical_weights <= GROUPED_BYTES
+        wanted = x.is_cuda and small if self.grouped is None else self.grouped
         aligned = all(layers[0].columns % GROUPED_MULTIPLE == 0 for layers in (self.up_proj, self.down_proj))
         return wanted and aligned and self.centroids.integer_matmuls
 

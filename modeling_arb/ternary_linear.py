@@ -21,16 +21,17 @@ class FloatLinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, layer):
         ctx.save_for_backward(x)
-        ctx.layer = layer
+        ctx.layer, ctx.use = layer, layer.begin_use()
         return F.linear(x, layer.effective_weight(x.dtype))
 
     @staticmethod
     def backward(ctx, grad_y):
         (x,) = ctx.saved_tensors
+        ctx.layer.check_use(ctx.use)
         grad_x = grad_y @ ctx.layer.effective_weight(grad_y.dtype) if ctx.needs_input_grad[0] else None
         if ctx.layer.armed:
             dW = grad_y.flatten(0, -2).T @ x.flatten(0, -2)
-            ctx.layer.hand_over(dW.float())
+            ctx.layer.hand_over(dW.float(), ctx.use)
         return grad_x, None
 
 
@@ -46,7 +47,7 @@ class Int8LinearFunction(torch.autograd.Function):
     def forward(ctx, x, layer):
         codes, token_scale = quantise_tokens(x.flatten(0, -2).float().contiguous())
         ctx.save_for_backward(codes, token_scale)
-        ctx.layer = layer
+        ctx.layer, ctx.use = layer, layer.begin_use()
         y = int8_matmul(codes, layer.trits(), token_scale, layer.scale().flatten(), trits=True)
         return y.to(x.dtype).view(*x.shape[:-1], layer.rows)
 
@@ -54,13 +55,14 @@ class Int8LinearFunction(torch.autograd.Function):
     def backward(ctx, grad_y):
         codes, token_scale = ctx.saved_tensors
         layer = ctx.layer
+        layer.check_use(ctx.use)
         gradient, scale = grad_y.flatten(0, -2).float().contiguous(), layer.scale().flatten()
         by_token, by_token_scale, by_output, output_scale = quantise_gradient(
             gradient, scale, token_scale if layer.armed else None
         )
         grad_x = int8_matmul(by_token, layer.trits(), by_token_scale, transposed=True, trits=True)
         if layer.armed:
-            layer.hand_over(int8_matmul(by_output, codes, output_scale, transposed=True))
+            layer.hand_over(int8_matmul(by_output, codes, output_scale, transposed=True), ctx.use)
         return grad_x.to(grad_y.dtype).view(*grad_y.shape[:-1], layer.columns), None
 
 

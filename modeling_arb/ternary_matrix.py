@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
+from weakref import WeakSet
 
 import torch
 from transformers import initialization as init
@@ -23,6 +25,7 @@ from .integer_state import IntegerState
 logger = logging.get_logger(__name__)
 
 
+SEVERAL_BACKWARDS = "call IntegerOptimizer.begin_micro_batch(last=False) before the forwards of an accumulated step"
 INIT_CHUNK = 1 << 18  # elements drawn at a time, as int64: a large table must not need eight times its memory
 
 
@@ -35,10 +38,22 @@ def _fill_at_random(tensor: torch.Tensor, below: int, modulo: torch.Tensor | Non
         rows.copy_(drawn if modulo is None else drawn % modulo)
 
 
+StateVersions = list[tuple[int, int]]  # of each tensor that a forward reads: its id and its version
+
+
+class ForwardUse:
+    """One forward through a matrix, held by that forward's graph: `versions` is the state that it read."""
+
+    __slots__ = ("__weakref__", "versions")
+
+    def __init__(self, versions: StateVersions):
+        self.versions = versions
+
+
 class DecodedWeight(NamedTuple):
     """What `inference_weight` made, and from which state; holding the tensors keeps their ids from being reused."""
 
-    versions: list[tuple[int, int]]
+    versions: StateVersions
     tensors: list[torch.Tensor]
     weight: torch.Tensor
     scale: torch.Tensor
@@ -48,6 +63,10 @@ class TernaryMatrix(IntegerState):
     """A (rows, columns) matrix of trits with one scale exponent per group, all of it integer buffers.
 
     A subclass that learns hands its dW over in backward, when an optimizer has armed it by setting `update_handler`.
+    Its autograd function notes every forward by `begin_use` and gives the note back in backward, first to `check_use`,
+    then to `hand_over`: so a gradient of weights that have moved since is refused, and the optimizer knows whether
+    another backward through this matrix is to come.
+
     `shared` says that the matrix is used more than once per forward: its dW are then summed and applied in
     `optimizer.step()` instead of inside backward. `keeps_trits` says that it is used so often, once a byte say, that a
     transient int8 copy pays.
@@ -58,6 +77,8 @@ class TernaryMatrix(IntegerState):
     _kept: tuple[tuple[int, int], torch.Tensor, torch.Tensor] | None = None
     update_handler: Callable[[TernaryMatrix, torch.Tensor], None] | None = None
     _decoded: DecodedWeight | None = None
+    _uses: WeakSet[ForwardUse] | None = None
+    full_name = "a ternary matrix"  # within the model, for errors; set by an attached optimizer
 
     def setup_state(self, rows: int, columns: int, config, init_fan_in: int) -> None:
         """Register the buffers that `config` (an ArbConfig) asks for; weights start with variance 1 / init_fan_in."""
@@ -115,16 +136,17 @@ class TernaryMatrix(IntegerState):
         return scale
 
     def _correlation_factor(self, corr_accum: torch.Tensor, step_counter: torch.Tensor) -> torch.Tensor:
-        return torch.exp2(correlation_octaves(corr_accum, step_counter, self.columns, self.group_size))
+        octaves = correlation_octaves(corr_accum, step_counter, self.columns, self.group_size)
+        return torch.exp(octaves.double() * math.log(2)).float()  # torch.exp2 rounds by place in the tensor
 
     def inference_weight(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The trits as the backend multiplies them fastest, and the row scale float32 (rows,).
 
         Made at the first use and kept until the state changes: a transient like the attention cache, never saved.
         """
-        tensors = [getattr(self, name) for name in self.inference_tensors]
-        versions = [(id(tensor), tensor._version) for tensor in tensors]
+        versions = self._state_versions()
         if self._decoded is None or self._decoded.versions != versions:
+            tensors = [getattr(self, name) for name in self.inference_tensors]
             weight = decoding_form(self.T_packed, self.columns)
             self._decoded = DecodedWeight(versions, tensors, weight, self.scale().flatten())
         return self._decoded.weight, self._decoded.scale
@@ -133,10 +155,45 @@ class TernaryMatrix(IntegerState):
         """(rows, columns): W_eff = S * T, a transient made for one matmul."""
         return effective_weight(self.T_packed, self.columns, self.scale(), self.group_size, dtype)
 
+    def _state_versions(self) -> StateVersions:
+        return [(id(tensor), tensor._version) for tensor in (getattr(self, name) for name in self.inference_tensors)]
+
+    def begin_use(self) -> ForwardUse | None:
+        """A note of this forward, for its graph to hold; None where no optimizer waits for gradients."""
+        if not self.armed:
+            return None
+        use = ForwardUse(self._state_versions())
+        if not self.shared:
+            if self._uses is None:
+                self._uses = WeakSet()
+            self._uses.add(use)
+        return use
+
+    def check_use(self, use: ForwardUse | None) -> None:
+        """Raises RuntimeError in the backward of a forward that read other weights than there are now."""
+        if self.armed and use is not None and use.versions != self._state_versions():
+            raise RuntimeError(
+                f"{self.full_name}: its weights moved between a forward and its backward: use each forward's graph"
+                f" once, before step(), or {SEVERAL_BACKWARDS}"
+            )
+
+    def is_used_ahead(self) -> bool:
+        """Whether a graph is alive that went through the weights as they are and has not come back yet."""
+        if not self._uses:
+            return False
+        versions = self._state_versions()
+        return any(use.versions == versions for use in self._uses)
+
     @torch.no_grad()
-    def hand_over(self, dW: torch.Tensor) -> None:
-        """Give the transient weight gradient (rows, columns) to the attached optimizer."""
+    def hand_over(self, dW: torch.Tensor, use: ForwardUse | None = None) -> None:
+        """Give the transient weight gradient (rows, columns) of a forward to the attached optimizer."""
+        self.end_use(use)
         self.update_handler(self, dW)
+
+    def end_use(self, use: ForwardUse | None) -> None:
+        """The backward of that forward has come."""
+        if self._uses and use is not None:
+            self._uses.discard(use)
 
     @property
     def armed(self) -> bool:

@@ -13,6 +13,7 @@ from arb_kernels.scaled_rows import gather_rows
 from arb_kernels.state_layout import StateTensor, rule_of_tables, state_layout
 
 from .ternary_embedding import TernaryEmbedding, sum_by_row
+from .ternary_matrix import ForwardUse
 
 THRESHOLD, SMALLEST_SCALE = 0.7, 2.0**-16
 
@@ -62,7 +63,8 @@ class TernaryTable(TernaryEmbedding):
             if name not in ("T_packed", "E"):
                 getattr(self, name)[ids] = torch.zeros((), dtype=spec.dtype, device=ids.device)
 
-    def receive_gradient(self, ids: torch.Tensor, gradient: torch.Tensor) -> None:
+    def receive_gradient(self, ids: torch.Tensor, gradient: torch.Tensor, use: ForwardUse | None = None) -> None:
         """Hand over the touched rows alone."""
+        self.end_use(use)
         row_ids, place = ids.unique(return_inverse=True)
         self.update_handler(self, row_ids, sum_by_row(place, gradient, len(row_ids)))

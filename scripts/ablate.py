@@ -10,6 +10,8 @@ examples:
 
 from __future__ import annotations
 
+import training_arb.thread_waiting  # noqa: F401
+
 import argparse
 from pathlib import Path
 

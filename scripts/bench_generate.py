@@ -1,19 +1,23 @@
-"""Greedy generation at batch 1 with a cache: the ternary model against its own shape in float, one run each a round.
+"""Greedy generation with a cache: the ternary model against its own shape in float, one run each a round.
 
 ternary  the model as it generates: decode kernels on 2 bits a weight       fp32, bf16  the same blocks with F.linear
 
 tokens_per_s: new bytes over the time of generate(), prompt included. token_ms: from one new byte to the next.
 limit_tokens_per_s: DRAM bandwidth, measured in the same rounds, over the bytes of the weights that a step multiplies; a
-model that fits into the cache can pass it. --profile shows what the ternary model's steps spend their time on; the
-native kernels, which torch's profiler does not know, appear as the self time of their layer.
+model that fits into the cache can pass it, and on a GPU it is not measured. --profile shows what the ternary model's
+steps spend their time on; the native kernels, which torch's profiler does not know, appear as the self time of their
+layer.
 
 examples:
   python scripts/bench_generate.py --preset arb-tiny --prompt-bytes 8 --new-bytes 8 --repeats 2
   python scripts/bench_generate.py --preset arb-14m,200m --prompt-bytes 32 --new-bytes 64 --json generate.json
   python scripts/bench_generate.py --preset 200m --models ternary --profile
+  python scripts/bench_generate.py --preset 100m --device cuda --batch 1,32 --models ternary,bf16
 """
 
 from __future__ import annotations
+
+import training_arb.thread_waiting  # noqa: F401
 
 import argparse
 import copy
@@ -25,11 +29,13 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers.generation.streamers import BaseStreamer
 
-from configuration_arb import PRESETS, ArbConfig, preset_config
+from configuration_arb import PRESETS, ArbConfig
 from modeling_arb import ArbForCausalLM
 from modeling_arb.ternary_linear import TernaryLinear
 from training_arb.bench_report import report
+from training_arb.bench_shapes import SHAPES, shape_config
 from training_arb.command_line import HelpFormatter, run
+from training_arb.device_names import checked_device
 from training_arb.float_baselines import ArbFloatBaseline, FloatLinear
 from training_arb.measurement import (
     MILLISECONDS,
@@ -41,13 +47,11 @@ from training_arb.measurement import (
     set_threads,
 )
 
-SHAPES = {  # beyond the presets: large enough to generate from DRAM
-    "200m": {"hidden_size": 1536, "num_hidden_layers": 7, "num_attention_heads": 24, "intermediate_size": 6144},
-}
 MODELS = ("ternary", "fp32", "bf16")
 COLUMNS = {
     "preset": "",
     "model": "",
+    "batch": "",
     "tokens_per_s": ".1f",
     "prompt_ms_p50": ".1f",
     "token_ms_p20": ".3f",
@@ -64,6 +68,8 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--preset", default="arb-14m,200m", help=f"comma-separated shapes: {', '.join([*PRESETS, *SHAPES])}")
     add("--models", default=",".join(MODELS), help="comma-separated competitors")
+    add("--device", default="cpu", help="cpu, cuda or cuda:N")
+    add("--batch", default="1", help="comma-separated numbers of texts generated at once")
     add("--prompt-bytes", type=int, default=32, help="length of the prompt")
     add("--new-bytes", type=int, default=64, help="bytes to generate")
     add("--repeats", type=int, default=7, help="rounds over all models")
@@ -120,7 +126,8 @@ class Generator:
         bandwidth = limits.dram_gb_per_s
         limit = None if bandwidth is None else 1e9 * bandwidth / self.weight_bytes()
         return {
-            "tokens_per_s": self.new_bytes / timing.p50,
+            "batch": len(self.prompt),
+            "tokens_per_s": len(self.prompt) * self.new_bytes / timing.p50,
             "prompt_ms_p50": float(np.median([call[0] for call in calls])) * MILLISECONDS,
             **token.row("token_ms", MILLISECONDS),
             "weights": self.model.num_parameters(),
@@ -144,44 +151,49 @@ def main() -> None:
     for name in wanted:
         if name not in MODELS:
             raise ValueError(f"models={name!r} is not one of {', '.join(MODELS)}")
-    configs = {preset: shape_config(preset) for preset in args.preset.split(",")}
+    configs = {preset: shape_config(preset, training_state=False) for preset in args.preset.split(",")}
+    device, batches = checked_device(args.device), parse_batches(args.batch)
     for preset, config in configs.items():
         if args.prompt_bytes + args.new_bytes > config.max_position_embeddings:
             raise ValueError(f"new_bytes={args.new_bytes}: {preset} has {config.max_position_embeddings} positions")
     set_threads(args.threads)
     limit_jobs, rows = LimitJobs(1_000_000 * args.limit_mb), []
-    prompt = torch.randint(32, 127, (1, args.prompt_bytes), generator=torch.Generator().manual_seed(args.seed))
+    limited = limit_jobs.jobs if device.type == "cpu" else {}
+    draw = torch.Generator().manual_seed(args.seed)
+    prompts = [torch.randint(32, 127, (batch, args.prompt_bytes), generator=draw).to(device) for batch in batches]
     for preset, config in configs.items():
         torch.manual_seed(args.seed)
-        models = build(config, wanted)
-        generators = {name: Generator(model, prompt, args.new_bytes) for name, model in models.items()}
-        timings = interleaved({**generators, **limit_jobs.jobs}, args.repeats, label=preset)
-        limits = limit_jobs.limits(timings)
-        for name, generator in generators.items():
-            rows.append({"preset": preset, "model": name, **generator.row(timings[name], args.repeats, limits)})
+        models = build(config, wanted, device)
+        for prompt in prompts:
+            generators = {name: Generator(model, prompt, args.new_bytes) for name, model in models.items()}
+            timings = interleaved({**generators, **limited}, args.repeats, label=f"{preset}, batch {len(prompt)}")
+            limits = limit_jobs.limits(timings) if limited else Limits()
+            for name, generator in generators.items():
+                rows.append({"preset": preset, "model": name, **generator.row(timings[name], args.repeats, limits)})
         if args.profile and "ternary" in models:
             print(f"{preset}, {args.new_bytes} steps:\n{profile_table(generators['ternary'])}", flush=True)
     settings = {key: getattr(args, key) for key in ("prompt_bytes", "new_bytes", "repeats", "seed")}
-    report({"rows": rows, **settings, "env": describe_environment()}, COLUMNS, args.json)
+    report({"rows": rows, **settings, "env": describe_environment(args.device)}, COLUMNS, args.json)
 
 
-def shape_config(preset: str) -> ArbConfig:
-    shape = SHAPES.get(preset.removeprefix("arb-"))
-    if shape is None and preset not in PRESETS:
-        raise ValueError(f"preset={preset!r} is not one of {', '.join([*PRESETS, *SHAPES])}")
-    return preset_config("arb-14m" if shape else preset, training_state=False, **(shape or {}))
+def parse_batches(text: str) -> list[int]:
+    """Raises ValueError on anything but positive integers."""
+    for part in text.split(","):
+        if not part.isdecimal() or not int(part):
+            raise ValueError(f"batch={part!r} is not a positive integer")
+    return [int(part) for part in text.split(",")]
 
 
-def build(config: ArbConfig, wanted: list[str]) -> dict[str, ArbForCausalLM]:
+def build(config: ArbConfig, wanted: list[str], device: torch.device) -> dict[str, ArbForCausalLM]:
     models: dict[str, ArbForCausalLM] = {}
     if "ternary" in wanted:
         models["ternary"] = ArbForCausalLM(config)
     if {"fp32", "bf16"} & {*wanted}:
-        models["fp32"] = ArbFloatBaseline(copy.deepcopy(config), straight_through=False)
+        models["fp32"] = ArbFloatBaseline(copy.deepcopy(config))
     if "bf16" in wanted:
         models["bf16"] = copy.deepcopy(models["fp32"]).to(torch.bfloat16)
         models["bf16"].config.dtype = "bfloat16"
-    return {name: models[name] for name in wanted}
+    return {name: models[name].to(device) for name in wanted}
 
 
 def profile_table(generator: Generator) -> str:

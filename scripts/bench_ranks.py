@@ -11,6 +11,8 @@ examples:
 
 from __future__ import annotations
 
+import training_arb.thread_waiting  # noqa: F401
+
 import argparse
 import tempfile
 import time

@@ -1,19 +1,24 @@
 """Time training steps of several configurations in turn, one step each a round, in one process.
 
 Adam_FP32    float weights and fused AdamW               Adam_STE     the same with straight-through ternary weights
+Adam_BF16    the same in bfloat16 autocast
 TrueTernary  the momentum rule, the default              SignSGD_Old, Correlation  the other two rules, groups of 32
 
 step_ms: forward, backward and update. update_ms: the part inside the update, which TrueTernary runs during backward,
-matrix by matrix, and AdamW after it. --compute is how ternary rules with one scale a row multiply; all others multiply
-floats. Peak memory cannot be told apart in one process: each row's is that of a process of its own.
+matrix by matrix, and AdamW after it; on a GPU it is not told apart. --compute is how ternary rules with one scale a row
+multiply (bf16: floats, with activations in bfloat16); all others multiply floats. Peak memory cannot be told apart in
+one process: each row's is that of a process of its own, on a GPU that of the device before the others are built.
 
 examples:
   python scripts/bench_train.py --preset arb-tiny --batch 2 --ctx 32 --configs Adam_FP32,TrueTernary --steps 3
   python scripts/bench_train.py --preset arb-14m --batch 8 --ctx 256 --steps 20 --json train.json
   python scripts/bench_train.py --configs TrueTernary --compute int8 --threads 1 --steps 10
+  python scripts/bench_train.py --preset 100m --device cuda --compute int8,bf16 --configs Adam_BF16,TrueTernary
 """
 
 from __future__ import annotations
+
+import training_arb.thread_waiting  # noqa: F401
 
 import argparse
 import json
@@ -27,19 +32,20 @@ from dataclasses import dataclass, field
 import torch
 from tqdm.auto import tqdm
 
-from configuration_arb import PRESETS, preset_config
+from configuration_arb import PRESETS
 from modeling_arb import ArbForCausalLM
 from training_arb.bench_report import report
+from training_arb.bench_shapes import SHAPES, shape_config
 from training_arb.command_line import HelpFormatter, run
 from training_arb.cpu_allocator import keep_freed_memory
-from training_arb.float_baselines import ArbFloatBaseline
+from training_arb.device_names import checked_device
 from training_arb.integer_optimizer import IntegerOptimizer
 from training_arb.integer_rules import TableRule, UpdateRule
-from training_arb.live_memory import peak_memory_mb, reset_peak_memory
+from training_arb.live_memory import peak_device_mb, peak_memory_mb, reset_device_peak, reset_peak_memory
 from training_arb.measurement import MILLISECONDS, describe_environment, interleaved, set_threads
-from training_arb.quality_benchmark import ADAM_CONFIGS, CONFIGS, GROUP_SIZES, UPDATE_RULES
+from training_arb.quality_benchmark import ADAM_CONFIGS, CONFIGS, GROUP_SIZES, UPDATE_RULES, float_baseline
 
-COMPUTES = ("int8", "float")
+COMPUTES = ("int8", "float", "bf16")
 PEAK_STEPS = 4  # AdamW's state is there from the second on
 COLUMNS = {
     "config": "",
@@ -58,12 +64,13 @@ COLUMNS = {
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
-    add("--preset", default="arb-14m", help=f"shape: {', '.join(PRESETS)}")
+    add("--preset", default="arb-14m", help=f"shape: {', '.join([*PRESETS, *SHAPES])}")
+    add("--device", default="cpu", help="cpu, cuda or cuda:N")
     add("--batch", type=int, default=8, help="windows per step")
     add("--ctx", type=int, default=256, help="bytes per window")
     add("--configs", default="Adam_FP32,Adam_STE,TrueTernary", help=f"comma-separated, of {', '.join(CONFIGS)}")
     add("--steps", type=int, default=20, help="timed steps of each configuration")
-    add("--compute", default="int8,float", help="comma-separated, of int8, float")
+    add("--compute", default="int8,float", help=f"comma-separated, of {', '.join(COMPUTES)}")
     add("--threads", type=int, help="default: torch's own choice")
     add("--seed", type=int, default=0, help="of weights and data")
     add("--json", metavar="OUT", help="write the rows here")
@@ -85,6 +92,8 @@ class Trainee:
         self.model(self.block, labels=self.block).loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if self.block.is_cuda:
+            torch.cuda.synchronize(self.block.device)
 
     def timed(self, update: Callable) -> Callable:
         """`update`, adding the time it takes to the current step's."""
@@ -110,14 +119,16 @@ class TimedRule:
 def build(name: str, compute: str, args: argparse.Namespace) -> Trainee:
     torch.manual_seed(args.seed)
     rule, group_size = UPDATE_RULES.get(name, "momentum"), GROUP_SIZES.get(name, 0)
-    config = preset_config(args.preset, update_rule=rule, group_size=group_size, compute=compute)
-    block = torch.randint(0, 256, (args.batch, args.ctx), generator=torch.Generator().manual_seed(args.seed))
+    device, dtype = torch.device(args.device), "bfloat16" if compute == "bf16" else "float32"
+    compute = "float" if compute == "bf16" else compute
+    config = shape_config(args.preset, update_rule=rule, group_size=group_size, compute=compute, dtype=dtype)
+    block = torch.randint(0, 256, (args.batch, args.ctx), generator=torch.Generator().manual_seed(args.seed)).to(device)
     if name in ADAM_CONFIGS:
-        model = ArbFloatBaseline(config, straight_through=name == "Adam_STE")
+        model = float_baseline(name, config).to(device)
         trainee = Trainee(model, torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), fused=True), block)
         trainee.optimizer.step = trainee.timed(trainee.optimizer.step)
     else:
-        model = ArbForCausalLM(config)
+        model = ArbForCausalLM(config).to(device)
         trainee = Trainee(model, IntegerOptimizer(model, seed=args.seed), block)
         optimizer = trainee.optimizer
         optimizer.rule = TimedRule(optimizer.rule, trainee.timed)
@@ -134,6 +145,8 @@ def main() -> None:
         print(json.dumps(peak_memory(*runs[0], args)))
         return
 
+    on_gpu = args.device != "cpu"
+    peaks = [device_peak(name, compute, args) for name, compute in runs] if on_gpu else []
     trainees = {f"{name} {compute}": build(name, compute, args) for name, compute in runs}
     jobs = {label: trainee.step for label, trainee in trainees.items()}
     timings = interleaved(jobs, args.steps, label=f"{args.preset}, {args.batch} x {args.ctx} bytes")
@@ -145,8 +158,8 @@ def main() -> None:
                 "config": name,
                 "compute": compute,
                 **timing.row("step_ms", MILLISECONDS),
-                "update_ms_p50": update * MILLISECONDS,
-                "update_share": update / timing.p50,
+                "update_ms_p50": None if on_gpu else update * MILLISECONDS,
+                "update_share": None if on_gpu else update / timing.p50,
                 "bytes_per_s": args.batch * args.ctx / timing.p50,
             }
         )
@@ -154,10 +167,10 @@ def main() -> None:
     # so that the processes to come have the memory
     trainees.clear()
     jobs.clear()
-    for row in tqdm(rows, desc="peak memory", leave=False):
-        row |= peak_memory_apart(row["config"], row["compute"], args)
+    for i, row in enumerate(tqdm(rows, desc="peak memory", leave=False)):
+        row |= peaks[i] if on_gpu else peak_memory_apart(row["config"], row["compute"], args)
     settings = {key: getattr(args, key) for key in ("preset", "batch", "ctx", "steps", "seed")}
-    report({"rows": rows, **settings, "weights": weights, "env": describe_environment()}, COLUMNS, args.json)
+    report({"rows": rows, **settings, "weights": weights, "env": describe_environment(args.device)}, COLUMNS, args.json)
 
 
 def parse_runs(args: argparse.Namespace) -> list[tuple[str, str]]:
@@ -170,7 +183,8 @@ def parse_runs(args: argparse.Namespace) -> list[tuple[str, str]]:
         for value in values:
             if value not in known:
                 raise ValueError(f"{field_name}={value!r} is not one of {', '.join(known)}")
-    longest = preset_config(args.preset).max_position_embeddings
+    checked_device(args.device)
+    longest = shape_config(args.preset).max_position_embeddings
     if args.ctx > longest:
         raise ValueError(f"ctx={args.ctx} is more than the {longest} positions of preset={args.preset!r}")
     runs = []
@@ -188,6 +202,17 @@ def peak_memory(name: str, compute: str, args: argparse.Namespace) -> dict[str, 
     for _ in range(PEAK_STEPS):
         trainee.step()
     return {"peak_mem_mb": peak_memory_mb(), "start_mem_mb": before}
+
+
+def device_peak(name: str, compute: str, args: argparse.Namespace) -> dict[str, float]:
+    """Memory of the device in MB: before the model is built, and at most."""
+    device = torch.device(args.device)
+    reset_device_peak(device)
+    before = peak_device_mb(device)
+    trainee = build(name, compute, args)
+    for _ in range(PEAK_STEPS):
+        trainee.step()
+    return {"peak_mem_mb": peak_device_mb(device), "start_mem_mb": before}
 
 
 def peak_memory_apart(name: str, compute: str, args: argparse.Namespace) -> dict[str, float]:

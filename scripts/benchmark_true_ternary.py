@@ -1,6 +1,7 @@
 """Compare ternary training on integer state with AdamW, on the same shape, data, order and steps.
 
 Adam_FP32    float weights, AdamW: the ceiling           12 bytes of state a weight (weight and two moments)
+Adam_BF16    the same in bfloat16 autocast, on request      12
 Adam_STE     BitNet-style: absmean ternary, straight-through, float latents, AdamW          12
 SignSGD_Old  the seeds' rule: sign votes flip trits (`flip`, groups of 32)                  1.3
 TrueTernary  int4 residual and int4 momentum (`momentum`), the default                      1.2
@@ -13,9 +14,12 @@ examples:
   python scripts/benchmark_true_ternary.py --configs TrueTernary --preset arb-tiny --steps 50 --ctx 64
   python scripts/benchmark_true_ternary.py --steps 600 --batch 16 --ctx 128 --data corpus.txt --json out.json
   python scripts/benchmark_true_ternary.py --preset arb-14m --steps 600 --json big.json --reuse-base
+  python scripts/benchmark_true_ternary.py --configs TrueTernary --preset arb-tiny --batch 8 --micro-batches 8
 """
 
 from __future__ import annotations
+
+import training_arb.thread_waiting  # noqa: F401
 
 import argparse
 import json
@@ -37,6 +41,7 @@ from training_arb.cpu_allocator import keep_freed_memory
 from training_arb.quality_benchmark import (
     ADAM_CONFIGS,
     CONFIGS,
+    DEFAULT_CONFIGS,
     BenchmarkResult,
     BenchmarkSettings,
     build,
@@ -49,9 +54,10 @@ from training_arb.training_plots import plot_comparison
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
-    add("--configs", default=",".join(CONFIGS), help="comma-separated configurations")
+    add("--configs", default=",".join(DEFAULT_CONFIGS), help=f"comma-separated, of {', '.join(CONFIGS)}")
     add("--steps", type=int, default=600, help="training steps")
     add("--batch", type=int, default=16, help="windows per step")
+    add("--micro-batches", type=int, default=1, help="equal parts of a step's windows, one backward each")
     add("--ctx", type=int, default=128, help="bytes per window")
     add("--data", nargs="+", help="files, folders, globs; default: the running Python's standard library")
     add("--seed", type=int, default=0, help="seed of initial weights, data order and rounding")
@@ -89,6 +95,8 @@ def compare(args: argparse.Namespace) -> None:
     for field, least in (("steps", 1), ("batch", 1), ("ctx", 8), ("print_every", 1)):
         if getattr(args, field) < least:
             raise ValueError(f"{field}={getattr(args, field)} must be at least {least}")
+    if args.micro_batches < 1 or args.batch % args.micro_batches:
+        raise ValueError(f"micro_batches={args.micro_batches} must divide batch={args.batch}")
     rates = {"TrueTernary": parse_rates(args, "ternary_rates")}
     rates |= dict.fromkeys(ADAM_CONFIGS, parse_rates(args, "adam_rates"))
     settings = BenchmarkSettings(**{field.name: getattr(args, field.name) for field in fields(BenchmarkSettings)})
@@ -158,7 +166,7 @@ def reusable_rows(args: argparse.Namespace, settings: BenchmarkSettings, data: s
     wanted = {**vars(settings), "data": data}
     del wanted["compute"]  # TrueTernary's alone
     for key, value in wanted.items():
-        found = earlier["data"] if key == "data" else earlier["settings"].get(key)
+        found = earlier["data"] if key == "data" else {"micro_batches": 1, **earlier["settings"]}.get(key)
         if found != value:
             raise ValueError(f"reuse_base: {args.json} was measured with {key}={found!r}, not {value!r}")
     return {name: BenchmarkResult(**row) for name, row in earlier["configs"].items() if name != "TrueTernary"}

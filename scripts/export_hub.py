@@ -15,6 +15,8 @@ examples:
 
 from __future__ import annotations
 
+import training_arb.thread_waiting  # noqa: F401
+
 import argparse
 import re
 import tempfile

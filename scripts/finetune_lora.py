@@ -15,6 +15,8 @@ examples:
 
 from __future__ import annotations
 
+import training_arb.thread_waiting  # noqa: F401
+
 import logging
 import signal
 import sys
@@ -158,7 +160,7 @@ def main() -> int:
         train_dataset=ConversationDataset(train),
         eval_dataset=ConversationDataset(held_out),
     )
-    trainer.train(resume_from_checkpoint=resume)
+    trainer.train(resume_from_checkpoint=resume or False)
     if trainer.interruption.signum:
         return stop_early(trainer)
     if trainer.is_world_process_zero():

@@ -24,6 +24,8 @@ All but 0 come with one line that says what happened; ARB_TRACEBACK=1 shows wher
 
 from __future__ import annotations
 
+import training_arb.thread_waiting  # noqa: F401
+
 import json
 import logging
 import os
@@ -197,8 +199,8 @@ def main() -> int:
         (PretrainArguments, ArbTrainingArguments), description=__doc__, formatter_class=HelpFormatter
     )
     arguments, args = parser.parse_args_into_dataclasses()
-    if args.max_steps <= 0:
-        raise ValueError(f"max_steps={args.max_steps} must be positive")
+    if args.max_steps == 0 or args.max_steps < -1:
+        raise ValueError(f"max_steps={args.max_steps} must be positive, or -1 for num_train_epochs")
     for name, least in LEAST.items():
         if getattr(arguments, name) < least:
             raise ValueError(f"{name}={getattr(arguments, name)} must be at least {least}")
@@ -234,7 +236,8 @@ def main() -> int:
         print(f"compute   {config.compute}, {describe_backend(args.device)}")
         print(f"data      {source}: {size}, and {len(held_out):,} held out")
         start = resume or arguments.init_from or "scratch"
-        print(f"training  steps {args.max_steps} of {step_bytes:,} bytes on {args.device}, from {start}")
+        length = f"steps {args.max_steps}" if args.max_steps > 0 else f"epochs {args.num_train_epochs:g} in steps"
+        print(f"training  {length} of {step_bytes:,} bytes on {args.device}, from {start}")
     trainer = ArbTrainer(
         model,
         args,
@@ -248,7 +251,7 @@ def main() -> int:
         eval_dataset=ByteBlocks(held_out, arguments.ctx, arguments.eval_blocks),
         data_collator=collate_blocks,
     )
-    trainer.train(resume_from_checkpoint=resume)
+    trainer.train(resume_from_checkpoint=resume or False)
     if trainer.interruption.signum:
         return stop_early(trainer)
     if trainer.is_world_process_zero():

@@ -15,6 +15,8 @@ examples:
 
 from __future__ import annotations
 
+import training_arb.thread_waiting  # noqa: F401
+
 import argparse
 import json
 import statistics
@@ -31,7 +33,7 @@ from training_arb.command_line import HelpFormatter, run
 from training_arb.cpu_allocator import keep_freed_memory
 from training_arb.device_names import checked_device
 from training_arb.integer_optimizer import IntegerOptimizer
-from training_arb.live_memory import live_memory_mb, peak_device_mb, peak_memory_mb
+from training_arb.live_memory import live_memory_mb, peak_device_mb, peak_memory_mb, reset_device_peak
 from training_arb.measurement import describe_environment
 from training_arb.memory_probe import describe_probes, probe_step, probe_table, state_by_area
 from training_arb.state_audit import audit_model
@@ -70,7 +72,8 @@ def main() -> None:
     keep_freed_memory()
     torch.manual_seed(args.seed)
     before_mb = peak_memory_mb()
-    model = ArbForCausalLM(config).to(device)
+    with device:  # billions of weights take minutes to draw on a CPU
+        model = ArbForCausalLM(config)
     built_mb = peak_memory_mb()
     optimizer = IntegerOptimizer(model, seed=args.seed) if args.backward else None
     audit = audit_model(model, optimizer)
@@ -79,6 +82,7 @@ def main() -> None:
     print(f"{args.batch} x {args.ctx} bytes, {describe_backend(device)}", flush=True)
     block = torch.randint(0, 256, (args.batch, args.ctx), generator=torch.Generator().manual_seed(args.seed)).to(device)
 
+    reset_device_peak(device)
     first_loss, first_call_ms = timed_step(model, optimizer, block)
     losses, live, peaks, times = [], [], [], []
     for _ in tqdm(range(args.steps), desc="steps", mininterval=2, leave=False):

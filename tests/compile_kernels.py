@@ -15,6 +15,7 @@ from triton.runtime.jit import JITFunction
 import arb_kernels.triton_support
 from arb_kernels.correlation_triton import triton_correlation_update, triton_correlation_update_from_factors
 from arb_kernels.flip_triton import triton_flip_fold, triton_flip_update
+from arb_kernels.gradient_sum_triton import triton_add_gradient, triton_add_sum
 from arb_kernels.lstm_gates_triton import triton_lstm_gates, triton_lstm_gates_backward
 from arb_kernels.matvec_triton import triton_packed_matvec
 from arb_kernels.momentum_triton import triton_momentum_fold, triton_momentum_update
@@ -59,6 +60,8 @@ def call_everything():
         triton_momentum_update(packed, accum, accum_exp, dW, 1, 0.1, bits=bits)
     accum = torch.zeros(ROWS, COLUMNS, dtype=uint8)
     triton_momentum_update(packed, accum, accum_exp, dW[:4], 1, 0.1, row_ids=ids)
+    triton_add_gradient(codes, accum_exp, dW, 1)
+    triton_add_sum(dW, codes, accum_exp)
     triton_quantise_tokens(dW)
     triton_quantise_gradient(dW, dW[0], dW[:, 0])
     triton_quantise_gradient(dW, dW[0], None)

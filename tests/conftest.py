@@ -1,5 +1,7 @@
 """What every test starts from: a fixed seed, and fresh buffers that hold poison instead of convenient zeros."""
 
+import training_arb.thread_waiting  # noqa: F401
+
 import os
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -8,6 +10,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import pytest
 import torch
 
+TRITON_DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels' modules are imported
 
@@ -50,4 +53,15 @@ def poison(monkeypatch):
 def triton_device():
     """Where the Triton kernels run: a GPU, or the CPU through Triton's interpreter."""
     pytest.importorskip("triton", reason="triton is not installed")
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return TRITON_DEVICE
+
+
+@pytest.fixture(autouse=True)
+def tensors_where_the_backend_runs(request):
+    """A test of the triton backend makes its tensors on the GPU where there is one."""
+    parameters = getattr(getattr(request.node, "callspec", None), "params", {})
+    if "triton" not in parameters.values() or TRITON_DEVICE.type == "cpu":
+        yield
+        return
+    with TRITON_DEVICE:
+        yield

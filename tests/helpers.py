@@ -9,7 +9,8 @@ from arb_kernels.packing import pack_trits
 from arb_kernels.triton_support import triton_runs_on
 
 NOT_BUILT = pytest.mark.skipif(native_library() is None, reason="the native kernels were not built here")
-NO_TRITON = pytest.mark.skipif(not triton_runs_on(torch.device("cpu")), reason="triton cannot be interpreted here")
+TRITON_RUNS = triton_runs_on(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+NO_TRITON = pytest.mark.skipif(not TRITON_RUNS, reason="triton neither runs nor is interpreted here")
 BACKENDS = ["torch", pytest.param("native", marks=NOT_BUILT), pytest.param("triton", marks=NO_TRITON)]
 ERROR_RATIO = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 6e-3}
 

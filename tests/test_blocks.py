@@ -54,20 +54,57 @@ def test_training_never_looks_ahead(block):
     assert state_hash(model) == before
 
 
-@pytest.mark.parametrize("block", BLOCKS)
-def test_cached_decode_equals_the_full_forward(block):
-    model, optimizer = make(block)
+TEXTS = [(9, 24), (10, 27), (11, 31), (12, 24), (13, 38)]  # seed and length
+
+
+@pytest.fixture(scope="module", params=[*BLOCKS, "memgram-correlation", "full-correlation"])
+def trained(request):
+    """A model of each block in eval mode after two steps."""
+    block = request.param.removesuffix("-correlation")
+    model, optimizer = make(block, "momentum" if block == request.param else "correlation")
     for seed in range(2):
         training_step(model, optimizer, random_text(seed, 3))
-    model.eval()
-    ids = random_text(9, 3)
-    full = model(ids, use_cache=False).logits
-    cache, pieces = None, []
-    for piece in ids.split([9, 1, 1, 5, 1, 7], dim=1):
-        out = model(piece, past_key_values=cache, use_cache=True)
+    return model.eval()
+
+
+def decode(model, ids, pieces, mask=None):
+    """Logits of the pieces one after the other, cached; pieces as torch.split takes them."""
+    cache, logits, end = None, [], 0
+    for piece in ids.split(pieces, dim=1):
+        end += piece.shape[1]
+        seen = None if mask is None else mask[:, :end]
+        out = model(piece, attention_mask=seen, past_key_values=cache, use_cache=True)
         cache = out.past_key_values
-        pieces.append(out.logits)
-    assert (torch.cat(pieces, 1) - full).abs().max() < 1e-4 * full.abs().max()
+        logits.append(out.logits)
+    return torch.cat(logits, 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("seed, length", TEXTS)
+def test_cached_decode_equals_the_full_forward(trained, seed, length):
+    """Bit for bit, one byte at a time, in equal pieces and in unequal ones."""
+    ids = random_text(seed, 3, length)
+    full = trained(ids, use_cache=False).logits
+    for pieces in (1, 7, [9, 1, 1, 5, 1, length - 17], [3, 13, length - 16]):
+        assert torch.equal(decode(trained, ids, pieces), full), pieces
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("seed, length", TEXTS)
+def test_logits_depend_on_the_bytes_before_and_nothing_else(trained, seed, length):
+    """Not on what follows, on other rows, on padding to the left, nor on whether gradients are wanted: bit for bit."""
+    ids = random_text(seed, 3, length)
+    full = trained(ids, use_cache=False).logits
+    for prefix in (1, 5, 16, 17):
+        assert torch.equal(trained(ids[:, :prefix], use_cache=False).logits, full[:, :prefix]), prefix
+    for row in range(3):
+        assert torch.equal(trained(ids[row : row + 1], use_cache=False).logits, full[row : row + 1])
+    padded = torch.cat([torch.full((3, 7), 256), ids], 1)
+    mask = (torch.arange(length + 7) >= 7).long().expand(3, -1)
+    assert torch.equal(trained(padded, attention_mask=mask, use_cache=False).logits[:, 7:], full)
+    assert torch.equal(decode(trained, padded, [9, 1, 1, 5, length - 9], mask)[:, 7:], full)
+    with torch.enable_grad():
+        assert torch.equal(trained(ids, use_cache=False).logits, full)
 
 
 @pytest.mark.parametrize("rule", ["momentum", "flip", "correlation"])

@@ -71,7 +71,7 @@ def test_inference_equals_training_forward(backend):
 
 def change_by_update(layer):
     dW = torch.randn(layer.rows, layer.columns)
-    MomentumRule().update(layer, dW, Moment(step=0, micro_batch=0, key=1, lr=0.9))
+    MomentumRule().update(layer, dW, Moment(step=0, key=1, lr=0.9))
 
 
 def change_by_loading(layer):

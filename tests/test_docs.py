@@ -62,9 +62,11 @@ def test_a_cards_snippets_run(checkout):
     assert run_script("export_hub", "runs/pretrain/final", "export") == 0
     card = (checkout / "export" / "README.md").read_text(encoding="utf-8")
     card = card.replace("path/to/this/folder", "export").replace("FILES", "README.md docs").replace("FILE", "README.md")
-    python, shell = snippets(card.replace("```sh\n", "```bash\n"))
-    assert (python.language, shell.language) == ("python", "bash")
-    assert "def " in run_snippet(python, {})
+    python, adapter, shell = snippets(card.replace("```sh\n", "```bash\n"))
+    assert (python.language, adapter.language, shell.language) == ("python", "python", "bash")
+    namespace = {}
+    assert "def " in run_snippet(python, namespace)
+    run_snippet(adapter, namespace)
     for number, command in enumerate(commands(shell.code)):
         cut = (
             "--max_bytes 500"

@@ -5,7 +5,7 @@ import torch
 from helpers import assert_same, random_trits
 
 from arb_kernels.flip_triton import triton_flip_fold, triton_flip_update
-from arb_kernels.flip_update import flip_fold, flip_update
+from arb_kernels.flip_update import naive_flip_fold, naive_flip_update
 from arb_kernels.groups import num_groups
 from arb_kernels.packing import pack_trits
 
@@ -34,11 +34,11 @@ def test_steps_equal_the_reference(triton_device, rows, columns, group, threshol
         dW += 0.5 * (step % 2)
         scale_votes = step != 3
         before = [tensor.clone() for tensor in mine]
-        folded = flip_fold(state[0], state[2], state[3], dW, group, scale_votes)
+        folded = naive_flip_fold(state[0], state[2], state[3], dW, group, scale_votes)
         my_folded = triton_flip_fold(mine[0], mine[2], mine[3], dW, group, scale_votes)
         for name, ref, out in zip(("T_accum", "E_accum"), folded, my_folded, strict=True):
             assert_same(f"folded {name} at step {step}", ref, out)
-        *state, flips = flip_update(*state, dW, group, threshold, scale_votes)
+        *state, flips = naive_flip_update(*state, dW, group, threshold, scale_votes)
         *new, my_flips = triton_flip_update(*mine, dW, group, threshold, scale_votes)
         for name, ref, out in zip(NAMES, (*state, flips), (*new, my_flips), strict=True):
             assert_same(f"{name} at step {step}", ref, out)
@@ -51,6 +51,6 @@ def test_votes_stop_at_127(triton_device):
     packed, _, T_accum, E_accum = fresh_state(3, 40, 40, triton_device)
     T_accum, E_accum = T_accum + 127, E_accum - 127
     for dW in (torch.ones(3, 40, device=triton_device), -torch.ones(3, 40, device=triton_device)):
-        expected = flip_fold(packed, T_accum, E_accum, dW, 40)
+        expected = naive_flip_fold(packed, T_accum, E_accum, dW, 40)
         for ref, out in zip(expected, triton_flip_fold(packed, T_accum, E_accum, dW, 40), strict=True):
             assert torch.equal(ref, out)

@@ -156,7 +156,6 @@ def test_a_padded_row_gives_what_it_gives_alone(model, batch, settings):
 
 
 def test_cached_logits_are_those_of_the_full_forward_bit_for_bit(tiny):
-    """Within generate, whose forwards are compared here, not outside it, where attention is quicker."""
     ids, seen = torch.randint(0, 256, (3, 40)), []
     hook = tiny.byte_head.register_forward_hook(lambda _module, _inputs, logits: seen.append(logits))
     force = {"max_new_tokens": 20, "logits_processor": [lambda read, scores: forced(ids[:, read.shape[1]], scores)]}

@@ -1,11 +1,15 @@
 """int8 matmul: exact sums at any shape, through every instruction set, and the same floats behind the scales."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from helpers import BACKENDS, NOT_BUILT, random_trits, shapes
 
 from arb_kernels.backend import instruction_set, use_backend
-from arb_kernels.int8_matmul import int8_matmul
+from arb_kernels.int8_matmul import EXACT_COLUMNS, int8_matmul
 
 SIZES = shapes(
     (1, 1, 1),
@@ -51,6 +55,48 @@ def test_sums_at_the_edge_of_the_codes(backend):
     with use_backend(backend):
         out = int8_matmul(rows, columns, torch.ones(3))
     assert torch.equal(out, torch.tensor([-128.0 * 127 * 1000, 128.0 * 128 * 1000]).expand(3, 2))
+
+
+@pytest.mark.parametrize("instructions", ["best", "avx2"])
+@pytest.mark.parametrize("trits", [True, False], ids=["trits", "int8"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_full_scale_codes(monkeypatch, backend, trits, instructions):
+    """All codes at +-127, where sums of two products leave 16 bits; seeds of one sign and of both, odd shapes, and more
+    columns than float32 sums exactly."""
+    monkeypatch.setenv("ARB_ISA", instructions)
+    shapes = ((9, 5, 7), (48, 48, 333), (13, 33, 2 * EXACT_COLUMNS + 77), (5, 1, EXACT_COLUMNS + 1))
+    for seed in range(12):
+        R, C, K = shapes[seed % len(shapes)]
+        rows, columns = (torch.rand(size, K) < (0.5 if seed % 3 else 1.0) for size in (R, C))
+        rows, columns = (torch.where(sign, 127, -127).to(torch.int8) for sign in (rows, columns))
+        columns = columns.sign() if trits else columns
+        sums = (rows.long() @ columns.long().T).float()
+        with use_backend(backend):
+            assert torch.equal(int8_matmul(rows, columns, torch.ones(R), trits=trits), sums)
+            transposed = columns.T.contiguous()
+            assert torch.equal(int8_matmul(rows, transposed, torch.ones(R), transposed=True, trits=trits), sums)
+
+
+@pytest.mark.parametrize("isa", ["AVX2", "AVX512_CORE"])
+def test_cpus_without_vnni(isa):
+    """oneDNN's int8 GEMM saturates there; the setting is read when torch is imported, so in a process of its own."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "full_scale or edge"]
+    done = subprocess.run(command, env=os.environ | {"ONEDNN_MAX_CPU_ISA": isa}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+def test_sums_are_exact_in_mixed_precision(backend, precision):
+    rows, columns, row_scale, column_scale = operands(40, 30, 1500, trits=False)
+    expected = (rows.long() @ columns.long().T).float() * row_scale[:, None] * column_scale
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        with use_backend(backend), torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(int8_matmul(rows, columns, row_scale, column_scale), expected)
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @NOT_BUILT

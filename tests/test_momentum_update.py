@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import assert_same, random_gradient, random_momentum_state, random_trits, shapes
 
-from arb_kernels.momentum_format import MomentumFormat
+from arb_kernels.momentum_format import MAX_UPDATE, MomentumFormat
 from arb_kernels.momentum_update import (
     move_weights,
     naive_momentum_fold,
@@ -87,23 +87,29 @@ class NaiveMomentum:
 
     @staticmethod
     def normalised(d):
-        """Statistics over 15-bit fixed point, in Python's integers, so that their order cannot matter."""
+        """Statistics over 15-bit fixed point of each row and column, in Python's integers: in any order."""
         rows, columns = d.shape
-        largest = float(np.abs(d).max())
-        if not largest:
+        if not d.any():
             return d
-        u = d * f32(2.0 ** (15 - math.frexp(largest)[1]))
-        fixed = np.rint(u).astype(np.int64)
-        row_sums = [sum(int(x) ** 2 for x in fixed[r]) for r in range(rows)]
-        column_sums = [sum(int(x) ** 2 for x in fixed[:, c]) for c in range(columns)]
-        root_total = np.sqrt(f32(sum(row_sums)))
-        for r, row_sum in enumerate(row_sums):
-            u[r] = u[r] * (f32(1) / np.sqrt(f32(row_sum)) if row_sum else f32(0))
-        for c, column_sum in enumerate(column_sums):
-            u[:, c] = u[:, c] * (root_total / np.sqrt(f32(column_sum)) if column_sum else f32(0))
+        row_sums, row_shifts = zip(*(sum_of_squares(d[r]) for r in range(rows)), strict=True)
+        column_sums, column_shifts = zip(*(sum_of_squares(d[:, c]) for c in range(columns)), strict=True)
+        least = min(shift for row_sum, shift in zip(row_sums, row_shifts, strict=True) if row_sum)
+        total = sum(s // 4 ** max(shift - least, 0) for s, shift in zip(row_sums, row_shifts, strict=True))
+        u = d.copy()
+        for r, (row_sum, shift) in enumerate(zip(row_sums, row_shifts, strict=True)):
+            u[r] = u[r] * (f32(2.0**shift) / np.sqrt(f32(row_sum)) if row_sum else f32(0))
+        for c, (column_sum, shift) in enumerate(zip(column_sums, column_shifts, strict=True)):
+            octaves = f32(2.0 ** min(shift - least, 64))
+            u[:, c] = u[:, c] * (np.sqrt(f32(total)) / np.sqrt(f32(column_sum)) * octaves if column_sum else f32(0))
         power = (np.rint(np.clip(u * f32(1024), -31 * 1024, 31 * 1024)).astype(np.int64) ** 2).sum()
         inverse_rms = f32(1) / np.sqrt(f32(power)) * f32(1024 * (rows * columns) ** 0.5)
         return np.clip(u * inverse_rms, f32(-2), f32(2))
+
+
+def sum_of_squares(line):
+    """(sum, shift): of the numbers times 2^shift, rounded, where shift brings the largest below 2^15."""
+    shift = 15 - math.frexp(float(np.abs(line).max()))[1]
+    return sum(int(x) ** 2 for x in np.rint(line * f32(2.0**shift))), shift
 
 
 def random_signs(rows, columns):
@@ -330,6 +336,55 @@ def test_normalisation_does_not_depend_on_order(bits):
     assert (plain[0] != trits).float().mean() > 0.05
     for name, a, b in zip(("trits", "residual"), plain, permuted, strict=True):
         assert_same(name, a[row_order][:, column_order], b)
+
+
+@pytest.mark.parametrize("small, least_distance", [("rows", 0.8), ("blocks", 0.8), ("columns", 0.25)])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_small_rows_and_columns_move_like_large_ones(small, least_distance, bits):
+    """Gradients of 1, 1e-4, 1e-6 and 1e-9 of the largest: as many latents move, and about as far. (Less far where small
+    columns share their momentum's block, and so its step, with large ones: they have no momentum to speak of.)"""
+    sizes = torch.tensor([1, 1e-4, 1e-6, 1e-9])
+    scale = {
+        "rows": sizes.repeat(12)[:, None].expand(48, 96),
+        "blocks": sizes.repeat_interleave(64).expand(48, 256),
+        "columns": sizes.repeat(24).expand(48, 96),
+    }[small]
+    state, form = list(random_momentum_state(*scale.shape, bits)), MomentumFormat(bits)
+
+    def latents():
+        return form.cell * unpack_trits(state[0], scale.shape[1]).int() + form.split(state[1])[0]
+
+    before = latents()
+    for step in range(20):
+        *state, _ = naive_momentum_update(*state, torch.randn(scale.shape) * scale, stream_key(step), 0.05, bits=bits)
+    distance = (latents() - before).abs().float()
+    moved, far = (torch.stack([x[scale == size].mean() for size in sizes]) for x in ((distance > 0).float(), distance))
+    assert moved.min() > 0.9 * moved.max() and moved.min() > 0.8, moved
+    assert far.min() > least_distance * far.max(), far
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e-18, 1e-30], ids=str)
+def test_unit_rms_at_any_scale(scale):
+    """Small rows, small columns, rows and columns of zeros: finite, and each row and column of about unit RMS."""
+    size = torch.tensor([1, scale]).repeat(20)
+    for direction in (torch.randn(40, 64) * size[:, None], (torch.randn(40, 64) * size[:, None]).T.contiguous()):
+        direction[3] = direction[:, 3] = 0
+        update = normalise(direction)
+        assert update[3].eq(0).all() and update[:, 3].eq(0).all()
+        kept = torch.arange(len(direction)) != 3, torch.arange(direction.shape[1]) != 3
+        for line_rms in (update[kept[0]].square().mean(1).sqrt(), update[:, kept[1]].square().mean(0).sqrt()):
+            assert (line_rms > 0.6).all() and (line_rms < 1.5).all()
+
+
+def test_a_column_that_only_a_small_row_touches():
+    """Its u would be 1e20 before the clip: it moves by the clip, and nothing overflows."""
+    direction = torch.randn(40, 64)
+    direction[5], direction[:, 7] = 1e-20, 0
+    direction[5, 7] = 1e-20
+    update = normalise(direction)
+    assert update.isfinite().all() and update[5, 7] == MAX_UPDATE
+    others = update[torch.arange(40) != 5]
+    assert 0.5 < others.square().mean() < 1.1
 
 
 def test_momentum_keeps_moving_weights_after_the_gradient_stops():

@@ -61,6 +61,7 @@ def test_evaluate_agrees_with_one_byte_at_a_time(folder, corpus, tmp_path):
         ("benchmark_true_ternary", ["--data", "EMPTY"], "is empty"),
         ("benchmark_true_ternary", ["--data", "CORPUS", "--ctx", 5000], "ctx=5000"),
         ("benchmark_true_ternary", ["--data", "CORPUS", "--steps", 0], "steps=0"),
+        ("benchmark_true_ternary", ["--data", "CORPUS", "--micro-batches", 3], "micro_batches=3"),
         ("benchmark_true_ternary", ["--data", "CORPUS", "--preset", "arb-9z"], "preset='arb-9z'"),
         ("benchmark_true_ternary", ["--data", "CORPUS", "--adam-rates", "fast"], "adam_rates='fast'"),
         ("benchmark_true_ternary", ["--data", "CORPUS", "--accum-threshold", 200], "flip_threshold=200"),
@@ -112,6 +113,10 @@ def test_benchmark_writes_its_contract(corpus, tmp_path, capsys):
     capsys.readouterr()
     assert run_script("benchmark_true_ternary", *settings, "--reuse-base", "--seed", 3) == 2
     assert "seed=0, not 3" in capsys.readouterr().err
+    assert run_script("benchmark_true_ternary", *settings, "--configs", "TrueTernary", "--micro-batches", 2) == 0
+    in_parts = json.loads(out.read_text())["configs"]["TrueTernary"]["val_loss"]
+    assert in_parts != again["TrueTernary"]["val_loss"]
+    assert in_parts == pytest.approx(again["TrueTernary"]["val_loss"], rel=0.02)
 
 
 def test_straight_through_baseline_is_ternary_forward_and_identity_backward():

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from helpers import assert_same
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from arb_kernels.packing import pack_trits
 from configuration_arb import preset_config
 from modeling_arb import ArbForCausalLM, ternary_codebook
 from modeling_arb.ternary_codebook import RENEWED, TernaryCodebook
@@ -33,6 +34,17 @@ def test_an_exact_search_finds_the_nearest_row_tile_by_tile(monkeypatch):
     chosen = book(values)
     assert torch.equal(chosen.ids, distances(book, values.flatten(0, 1)).argmin(1).view(5, 7))
     assert_same("values", book.rows_of(chosen.ids), chosen.values.detach())
+
+
+@pytest.mark.parametrize("rows, half", [(37, 8), (64, 32), (130, 12)])
+def test_of_equally_near_rows_the_first_wins_however_many_inputs_come_together(rows, half):
+    """Inputs of two equal halves are as far from a row as from the same row with its halves exchanged."""
+    book, values = make_book(2 * rows, 2 * half), torch.randn(33, half).repeat(1, 2)
+    trits = torch.randint(-1, 2, (rows, 2 * half), dtype=torch.int8)
+    book.table.T_packed.copy_(pack_trits(torch.cat([trits, trits.roll(half, 1)])))
+    chosen = book(values).ids
+    assert chosen.max() < rows
+    assert torch.equal(torch.cat([book(value).ids for value in values.split(1)]), chosen)
 
 
 def test_candidates_are_searched_and_nothing_else(monkeypatch):

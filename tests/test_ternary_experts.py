@@ -1,5 +1,7 @@
 """TernaryExperts: dispatch against a loop over tokens, gradients against autograd, grouped against looped, balance."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -227,3 +229,12 @@ def test_bfloat16_activations_stay_bfloat16():
         y = experts(x)
         y.sum().backward()
         assert (y.dtype, x.grad.dtype) == (torch.bfloat16, torch.bfloat16)
+
+
+def test_large_experts_are_not_stacked_on_a_gpu():
+    """All float32 weights of arb-3b's experts at once are 0.86 GB, as much as the model's whole correlation state."""
+    on_gpu = SimpleNamespace(is_cuda=True)
+    assert make_experts()._is_grouped(on_gpu)
+    with torch.device("meta"):
+        large = TernaryExperts(preset_config("arb-3b"))
+    assert not large._is_grouped(on_gpu)

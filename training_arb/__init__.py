@@ -1,0 +1,32 @@
+"""Training ARB models on integer state. The names below are loaded when they are first asked for: a script that only
+needs a small module of this package, for its --help say, does not import torch and transformers."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .integer_optimizer import IntegerOptimizer
+    from .state_audit import audit_model
+    from .trainer_arb import ArbTrainer
+    from .training_args_arb import ArbTrainingArguments
+
+HOMES = {
+    "ArbTrainer": "trainer_arb",
+    "ArbTrainingArguments": "training_args_arb",
+    "IntegerOptimizer": "integer_optimizer",
+    "audit_model": "state_audit",
+}
+
+__all__ = ["ArbTrainer", "ArbTrainingArguments", "IntegerOptimizer", "audit_model"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *HOMES})

@@ -6,11 +6,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib import pyplot as plt
-
 from .atomic_files import write_json
 from .text_table import format_table
-from .training_plots import COLOURS
 
 
 def report(result: dict, columns: dict[str, str], path: str | Path | None) -> None:
@@ -27,6 +24,11 @@ def plot_fractions(rows: Sequence[dict], path: str | Path, title: str) -> None:
 
     rows: with "contest" (what was run), "peer" and "fraction_of_limit"; those without a fraction are left out.
     """
+    # a bench that draws nothing runs without it
+    from matplotlib import pyplot as plt
+
+    from .training_plots import COLOURS
+
     rows = [row for row in rows if row["fraction_of_limit"] is not None]
     contests = list(dict.fromkeys(row["contest"] for row in rows))
     peers = list(dict.fromkeys(row["peer"] for row in rows))

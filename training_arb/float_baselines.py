@@ -1,7 +1,7 @@
 """Float baselines of an ARB model: the same blocks and shape with float weights, for honest comparisons.
 
-`Adam_FP32` trains the weights as they are. `Adam_STE` is BitNet b1.58's recipe (Ma et al. 2024): float latents, ternary
-by absmean in the forward, straight through in the backward.
+`Adam_FP32` trains the weights as they are, `Adam_BF16` does so in bfloat16 autocast. `Adam_STE` is the recipe of BitNet
+b1.58 (Ma et al. 2024): float latents, ternary by absmean in the forward, straight through in the backward.
 """
 
 from __future__ import annotations
@@ -51,20 +51,26 @@ class FloatLinear(nn.Module):
 class ArbFloatBaseline(ArbForCausalLM):
     """ArbForCausalLM with every ternary matrix replaced by a float one of the same shape and initial variance.
 
+    straight_through: ternary in the forward. autocast: products in bfloat16, weights and sums of gradients in float32.
     Raises ValueError for blocks whose integer state is more than matrices.
     """
 
-    def __init__(self, config: ArbConfig, straight_through: bool):
+    def __init__(self, config: ArbConfig, straight_through: bool = False, autocast: bool = False):
         for block in INTEGER_ONLY:
             if getattr(config, block) is not None:
                 raise ValueError(f"{block}={getattr(config, block)!r}: the float baselines do not have this block")
         super().__init__(config)
+        self.autocast = autocast
         for name, matrix in self.ternary_matrices().items():
             weight = torch.randn(matrix.rows, matrix.columns) / matrix.init_fan_in**0.5
             layer = FloatLinear(weight) if isinstance(matrix, nn.Linear) else FloatEmbedding(weight)
             if straight_through:
                 parametrize.register_parametrization(layer, "weight", AbsmeanTernary())
             self.set_submodule(name, layer)
+
+    def forward(self, *args, **kwargs):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
+            return super().forward(*args, **kwargs)
 
     @property
     def device(self) -> torch.device:

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from huggingface_hub import CommitInfo
 from safetensors import SafetensorError
-from transformers import Trainer
 from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress, hf_api
 
 from .atomic_files import out_of_space
+from .base_trainer import BaseTrainer
 from .hub_errors import hub_errors
 from .hub_export import export_model
 from .hub_push import check_target, push_folder, whole_name
@@ -24,7 +24,7 @@ STAGING = ".push-"
 logger = logging.getLogger(__name__)
 
 
-class HubTrainer(Trainer):
+class HubTrainer(BaseTrainer):
     """`push_to_hub=True` as the Trainer's documentation has it, for the strategies `end` and `every_save`.
 
     Every push is an inference export with its card, in one commit. A push that fails while the run goes on is a

@@ -11,11 +11,12 @@ from typing import NamedTuple
 
 import torch
 
+from arb_kernels.gradient_sum import GradientSum, add_gradient, add_sum, zero_sum
 from arb_kernels.random_bits import stream_key
 from modeling_arb.integer_state import IntegerState, ObservedState
 from modeling_arb.modeling_arb import ArbPreTrainedModel
 from modeling_arb.ternary_embedding import sum_by_row
-from modeling_arb.ternary_matrix import TernaryMatrix
+from modeling_arb.ternary_matrix import SEVERAL_BACKWARDS, TernaryMatrix
 from modeling_arb.ternary_table import TernaryTable
 
 from .integer_rules import CorrelationRule, FlipRule, Moment, MomentumRule, TableRule, UpdateRule
@@ -35,21 +36,26 @@ IN_FLIGHT = 2  # gradients on their way between ranks: more of them hide more of
 
 
 class SentGradient(NamedTuple):
-    """A matrix's gradient, its mean over ranks under way, and whether its micro-batch is the step's last."""
+    """A matrix's gradient of the whole step, its mean over ranks under way."""
 
     matrix: TernaryMatrix
     average: AveragedGradient
-    last_micro_batch: bool
 
 
 class IntegerOptimizer(torch.optim.Optimizer):
     """Arms every ternary matrix of `model`; `step()` applies the shared ones, the touched rows of tables and what
     blocks observed, and counts.
 
-    lr: cells per step, read from the one (empty) parameter group, so that any scheduler drives it. Micro-batches of an
-    accumulated step: call `begin_micro_batch` before each forward; their losses come divided by their number, as
-    Trainer and accelerate do. Ranks share the work: each owns some matrices. A layer's dW is averaged at its owner
-    while backward goes on with the layer before it; the owner applies it, and the new state travels to the others.
+    lr: cells per step, read from the one (empty) parameter group, so that any scheduler drives it.
+
+    A matrix moves inside backward, at the last backward of a step that goes through it. What comes earlier is added to
+    an int8 sum, one transient byte a weight, which joins the last dW: micro-batches of an accumulated step learn as one
+    batch does. Call `begin_micro_batch` before each of their forwards; their losses come divided by their number, as
+    Trainer and accelerate do. Several forwards before one backward need no call. `step()` applies the sums that no last
+    backward took. A second backward through a matrix that has moved in this step raises RuntimeError, naming it.
+
+    Ranks share the work: each owns some matrices. A layer's dW is averaged at its owner while backward goes on with the
+    layer before it; the owner applies it, and the new state travels to the others.
 
     rank_check_steps: compare all ranks' states every so many steps; 0: never. Raises ValueError on impossible settings,
     FloatingPointError, naming the matrix, on a dW that is not finite, and RuntimeError when ranks differ.
@@ -105,7 +111,9 @@ class IntegerOptimizer(torch.optim.Optimizer):
         work = [0 if matrix in self._touched else matrix.logical_weights for matrix in backward]  # all move the tables
         self._owner = dict(zip(backward, share_out(work), strict=True))
         self._last_micro_batch = True
-        self._micro_batches: dict[TernaryMatrix, int] = {}
+        self._sums: dict[TernaryMatrix, GradientSum] = {}
+        self._additions: dict[TernaryMatrix, int] = {}  # to a matrix's sum in this step
+        self._moved: set[TernaryMatrix] = set()  # inside this step's backward
         self._shared: dict[TernaryMatrix, torch.Tensor] = {}
         self._travelling: deque[SentGradient] = deque()
         self._arriving: list[SentState] = []
@@ -116,6 +124,7 @@ class IntegerOptimizer(torch.optim.Optimizer):
         if not model.config.training_state:
             model.add_training_state()
         for matrix in self._matrices:
+            matrix.full_name = self._names[matrix]
             matrix.update_handler = self._receive_rows if isinstance(matrix, TernaryTable) else self._receive
         for observer in self._observers:
             observer.observing = True
@@ -127,6 +136,7 @@ class IntegerOptimizer(torch.optim.Optimizer):
         for observer in self._observers:
             observer.observing = False
             observer.take_observations()
+        self.zero_grad()
 
     @torch.no_grad()
     def begin_micro_batch(self, last: bool = True) -> None:
@@ -136,10 +146,10 @@ class IntegerOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
-        """Apply what shared matrices, tables and observers collected and advance the step counter."""
+        """Apply what shared matrices, sums, tables and observers collected and advance the step counter."""
         assert closure is None, "integer updates happen in backward: there is no loss to evaluate again"
         self._settle()
-        self._update_shared()
+        self._update_collected()
         self._settle()
         self._raise_not_finite()
         for table, touched in self._touched.items():
@@ -149,14 +159,19 @@ class IntegerOptimizer(torch.optim.Optimizer):
             device = next(observer.buffers()).device
             seen = join_ranks(observer.take_observations(), device)
             if seen is not None:
-                observer.apply_observations(*(tensor.to(device) for tensor in seen), key=self._moment(observer).key)
-        self._micro_batches.clear()
+                observer.apply_observations(*(tensor.to(device) for tensor in seen), key=self._key(observer))
+        self._additions.clear()
+        self._moved.clear()
         self.steps += 1
         if self.rank_check_steps and self.steps % self.rank_check_steps == 0:
             check_ranks_agree(self._model, self.steps)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Nothing to do: no gradient outlives backward."""
+        """Drop what this step has summed so far. What moved inside backward has moved."""
+        self._sums.clear()
+        self._shared.clear()
+        for touched in self._touched.values():
+            touched.clear()
 
     def state_dict(self) -> dict:
         return {**super().state_dict(), "steps": self.steps}
@@ -194,8 +209,28 @@ class IntegerOptimizer(torch.optim.Optimizer):
             if self._is_finite(matrix, dW):
                 self._shared[matrix] = self._shared[matrix].add_(dW) if matrix in self._shared else dW.clone()
             return
-        sent = SentGradient(matrix, AveragedGradient(dW, self._owner[matrix]), self._last_micro_batch)
-        self._travelling.append(sent)
+        if matrix in self._moved:
+            raise RuntimeError(
+                f"{self._names[matrix]}: a second backward in step {self.steps}, after its weights moved: call step()"
+                f" after every backward, or {SEVERAL_BACKWARDS}"
+            )
+        if not self._last_micro_batch or matrix.is_used_ahead():
+            if self._is_finite(matrix, dW):
+                self._add_to_sum(matrix, dW)
+            return
+        if matrix in self._sums:
+            add_sum(dW, self._sums.pop(matrix))
+        self._moved.add(matrix)
+        self._send_gradient(matrix, dW)
+
+    def _add_to_sum(self, matrix: TernaryMatrix, dW: torch.Tensor) -> None:
+        if matrix not in self._sums:
+            self._sums[matrix] = zero_sum(matrix.rows, matrix.columns, dW.device)
+        self._additions[matrix] = self._additions.get(matrix, 0) + 1
+        add_gradient(self._sums[matrix], dW, self._key(matrix, self._additions[matrix]))
+
+    def _send_gradient(self, matrix: TernaryMatrix, dW: torch.Tensor) -> None:
+        self._travelling.append(SentGradient(matrix, AveragedGradient(dW, self._owner[matrix])))
         self._apply_travelling(but=IN_FLIGHT if num_ranks() > 1 else 0)
 
     def _apply_travelling(self, but: int = 0) -> None:
@@ -203,23 +238,13 @@ class IntegerOptimizer(torch.optim.Optimizer):
             self._apply(self._travelling.popleft())
 
     def _apply(self, sent: SentGradient) -> None:
-        """The owner moves its matrix; every rank sends or receives what that changed: of an early micro-batch only what
-        a forward reads."""
+        """The owner moves its matrix; every rank sends or receives what that changed."""
         matrix, dW = sent.matrix, sent.average.result()
-        mine = self._owner[matrix] == this_rank() and self._is_finite(matrix, dW)
-        if sent.last_micro_batch:
-            if mine:
-                self._count(self.rule.update(matrix, dW, self._moment(matrix)), matrix.logical_weights)
-            self._send_state(matrix, list(matrix.layout()))
-        else:
-            if mine:
-                self.rule.fold(matrix, dW, self._moment(matrix))
-            self._micro_batches[matrix] = self._micro_batches.get(matrix, 0) + 1
-            self._send_state(matrix, matrix.inference_tensors)
-
-    def _send_state(self, matrix: TernaryMatrix, names: list[str]) -> None:
+        if self._owner[matrix] == this_rank() and self._is_finite(matrix, dW):
+            self._count(self.rule.update(matrix, dW, self._moment(matrix)), matrix.logical_weights)
         if num_ranks() > 1:
-            self._arriving.append(SentState([getattr(matrix, name) for name in names], self._owner[matrix]))
+            state = [getattr(matrix, name) for name in matrix.layout()]
+            self._arriving.append(SentState(state, self._owner[matrix]))
 
     def _settle(self) -> None:
         self._apply_travelling()
@@ -227,15 +252,21 @@ class IntegerOptimizer(torch.optim.Optimizer):
             state.wait()
         self._arriving.clear()
 
-    def _update_shared(self) -> None:
-        """A rank that did not use a matrix, an expert say, takes part with zeros."""
-        shared = [matrix for matrix in self._matrices if matrix.shared]
-        used = used_on_any_rank([matrix in self._shared for matrix in shared], self._flips.device)
-        for matrix in (matrix for matrix, is_used in zip(shared, used, strict=True) if is_used):
+    def _update_collected(self) -> None:
+        """Shared matrices, and those whose last backward did not come in this step's last micro-batch.
+
+        A rank that did not use a matrix, an expert say, takes part with zeros.
+        """
+        matrices = [matrix for matrix in self._matrices if matrix not in self._touched]
+        collected = [matrix in self._shared or matrix in self._sums for matrix in matrices]
+        used = used_on_any_rank(collected, self._flips.device)
+        for matrix in (matrix for matrix, is_used in zip(matrices, used, strict=True) if is_used):
             dW = self._shared.pop(matrix, None)
             if dW is None:
                 dW = torch.zeros(matrix.rows, matrix.columns, device=matrix.T_packed.device)
-            self._apply(SentGradient(matrix, AveragedGradient(dW, self._owner[matrix]), last_micro_batch=True))
+            if matrix in self._sums:
+                add_sum(dW, self._sums.pop(matrix))
+            self._apply(SentGradient(matrix, AveragedGradient(dW, self._owner[matrix])))
 
     def _receive_rows(self, table: TernaryTable, row_ids: torch.Tensor, dW: torch.Tensor) -> None:
         if self._is_finite(table, dW):
@@ -256,8 +287,9 @@ class IntegerOptimizer(torch.optim.Optimizer):
         self._flips = self._flips.to(flips.device).add_(flips)
         self._moved_weights += weights
 
+    def _key(self, module: IntegerState, addition: int = 0) -> int:
+        """Of the random bits of one use in this step: an addition to the matrix's sum, from 1, or its update, 0."""
+        return stream_key(self.seed, self.steps, addition, zlib.crc32(self._names[module].encode()))
+
     def _moment(self, module: IntegerState) -> Moment:
-        micro_batch = self._micro_batches.get(module, 0)
-        tensor_id = zlib.crc32(self._names[module].encode())
-        key = stream_key(self.seed, self.steps, micro_batch, tensor_id)
-        return Moment(self.steps, micro_batch, key, self.param_groups[0]["lr"])
+        return Moment(self.steps, self._key(module), self.param_groups[0]["lr"])

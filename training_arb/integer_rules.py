@@ -8,8 +8,8 @@ from typing import Protocol
 import torch
 
 from arb_kernels.correlation_update import correlation_update
-from arb_kernels.flip_update import flip_fold, flip_update
-from arb_kernels.momentum_update import momentum_fold, momentum_update
+from arb_kernels.flip_update import flip_update
+from arb_kernels.momentum_update import momentum_update
 from arb_kernels.sparse_momentum import sparse_momentum_update
 from modeling_arb.ternary_matrix import TernaryMatrix
 from modeling_arb.ternary_table import TernaryTable
@@ -20,15 +20,12 @@ class Moment:
     """Where in the run an update happens."""
 
     step: int
-    micro_batch: int  # 0-based within the step
     key: int  # of the random bits, for this matrix at this moment
     lr: float
 
 
 class UpdateRule(Protocol):
-    """fold: an early micro-batch of an accumulated step. update: the last one; returns how many trits changed."""
-
-    def fold(self, matrix: TernaryMatrix, dW: torch.Tensor, moment: Moment) -> None: ...
+    """update: moves a matrix by the whole step's mean gradient dW (N, K); returns how many trits changed."""
 
     def update(self, matrix: TernaryMatrix, dW: torch.Tensor, moment: Moment) -> torch.Tensor: ...
 
@@ -56,10 +53,6 @@ class MomentumRule:
 
     beta: float = 0.9
 
-    def fold(self, matrix: TernaryMatrix, dW: torch.Tensor, moment: Moment) -> None:
-        first = moment.micro_batch == 0
-        momentum_fold(matrix.accum, matrix.accum_exp, dW, moment.key, self.beta, first, matrix.momentum_bits)
-
     def update(self, matrix: TernaryMatrix, dW: torch.Tensor, moment: Moment) -> torch.Tensor:
         return momentum_update(
             matrix.T_packed,
@@ -69,8 +62,7 @@ class MomentumRule:
             moment.key,
             moment.lr,
             self.beta,
-            moment.micro_batch + 1,
-            matrix.momentum_bits,
+            bits=matrix.momentum_bits,
         )
 
     def update_rows(self, table: TernaryTable, row_ids: torch.Tensor, dW: torch.Tensor, moment: Moment) -> torch.Tensor:
@@ -96,12 +88,6 @@ class FlipRule:
 
     def _votes_on_scale(self, moment: Moment) -> bool:
         return self.scale_update_interval > 0 and moment.step % self.scale_update_interval == 0
-
-    def fold(self, matrix: TernaryMatrix, dW: torch.Tensor, moment: Moment) -> None:
-        T_accum, E_accum = flip_fold(
-            matrix.T_packed, matrix.T_accum, matrix.E_accum, dW, matrix.group_size, self._votes_on_scale(moment)
-        )
-        _write(matrix, T_accum=T_accum, E_accum=E_accum)
 
     def update(self, matrix: TernaryMatrix, dW: torch.Tensor, moment: Moment) -> torch.Tensor:
         packed, E, T_accum, E_accum, flips = flip_update(
@@ -133,10 +119,7 @@ class FlipRule:
 
 @dataclass(frozen=True)
 class CorrelationRule:
-    """Every micro-batch is one vote, and no trit ever moves."""
-
-    def fold(self, matrix: TernaryMatrix, dW: torch.Tensor, moment: Moment) -> None:
-        self.update(matrix, dW, moment)
+    """Every step is one vote, and no trit ever moves."""
 
     def update(self, matrix: TernaryMatrix, dW: torch.Tensor, moment: Moment) -> torch.Tensor:
         corr_accum, step_counter = correlation_update(

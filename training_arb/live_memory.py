@@ -6,7 +6,6 @@ import ctypes
 import gc
 import sys
 
-import psutil
 import torch
 
 from .cpu_allocator import return_freed_memory
@@ -45,8 +44,17 @@ def peak_device_mb(device: torch.device) -> float:
     return torch.cuda.max_memory_allocated(device) / MEGABYTE if device.type == "cuda" else 0.0
 
 
+def reset_device_peak(device: torch.device) -> None:
+    """Start measuring an accelerator's peak anew; on the CPU do nothing."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def resident_mb() -> float:
     """What the process has resident at this moment, in MB."""
+    import psutil  # where /proc tells as much, a machine may do without it
+
     return psutil.Process().memory_info().rss / MEGABYTE
 
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 from peft import PeftModel
 from torch import nn
-from transformers import Trainer, TrainingArguments
 
 from modeling_arb.checkpoint_integrity import read_json_object
 
 from .atomic_files import move_into_place, sync_tree, write_json
+from .base_trainer import BaseTrainer, check_whole_state
 from .chat_data import collate_conversations
 from .checkpoint_files import (
     RUN_FILE,
@@ -25,11 +26,14 @@ from .checkpoint_files import (
 )
 from .interruption import Interruption
 from .lora_adapter import ADAPTER_WEIGHTS, assistant_loss
+from .training_options import LORA_OPTIONS, CheckedTrainingArguments, Option
 
 
 @dataclass
-class LoraTrainingArguments(TrainingArguments):
+class LoraTrainingArguments(CheckedTrainingArguments):
     """transformers' arguments with defaults that suit adapters of a byte-level model."""
+
+    options: ClassVar[dict[str, Option]] = LORA_OPTIONS
 
     output_dir: str = field(default="runs/lora", metadata={"help": "Folder of checkpoints, plots and final/."})
     num_train_epochs: float = field(default=5.0, metadata={"help": "Times through the data.", "aliases": ["--epochs"]})
@@ -56,15 +60,12 @@ class LoraTrainingArguments(TrainingArguments):
     ddp_broadcast_buffers: bool | None = field(default=False, metadata={"help": "Send the frozen base every forward."})
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "See torch's DDP."})
 
-    def __post_init__(self):
-        self.label_names = self.label_names or ["labels"]
-        super().__post_init__()
 
-
-class LoraTrainer(Trainer):
+class LoraTrainer(BaseTrainer):
     """run_description: what a resumed run must have in common with the one it continues."""
 
     args: LoraTrainingArguments
+    arguments_class = LoraTrainingArguments
 
     def __init__(self, model: PeftModel, args: LoraTrainingArguments, run_description: dict, **kwargs):
         self.run_description = run_description
@@ -110,6 +111,7 @@ class LoraTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         check_adapter_checkpoint(resume_from_checkpoint)
+        check_whole_state(resume_from_checkpoint)
         stored = read_json_object(Path(resume_from_checkpoint) / RUN_FILE)
         for key in sorted(stored.keys() | self.run_description.keys()):
             if stored.get(key) != self.run_description.get(key):

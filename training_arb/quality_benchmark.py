@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -20,8 +20,9 @@ from .integer_optimizer import IntegerOptimizer
 from .live_memory import peak_memory_mb, reset_peak_memory
 from .state_audit import audit_model
 
-CONFIGS = ("Adam_FP32", "Adam_STE", "SignSGD_Old", "TrueTernary", "Correlation")
-ADAM_CONFIGS = ("Adam_FP32", "Adam_STE")
+DEFAULT_CONFIGS = ("Adam_FP32", "Adam_STE", "SignSGD_Old", "TrueTernary", "Correlation")
+CONFIGS = (*DEFAULT_CONFIGS, "Adam_BF16")
+ADAM_CONFIGS = ("Adam_FP32", "Adam_BF16", "Adam_STE")
 UPDATE_RULES = {"SignSGD_Old": "flip", "TrueTernary": "momentum", "Correlation": "correlation"}
 GROUP_SIZES = {"SignSGD_Old": 32, "TrueTernary": 0, "Correlation": 32}
 WARMUP_STEPS = 50
@@ -41,6 +42,7 @@ class BenchmarkSettings:
     scale_update_interval: int
     print_every: int
     compute: str = "auto"
+    micro_batches: int = 1  # equal parts of a step's windows, one backward each
 
 
 @dataclass
@@ -84,7 +86,7 @@ def build(name: str, settings: BenchmarkSettings, rate: float) -> tuple[ArbForCa
     """The model and optimizer of a configuration at a learning rate."""
     torch.manual_seed(settings.seed)
     if name in ADAM_CONFIGS:
-        model = ArbFloatBaseline(_config(name, settings), straight_through=name == "Adam_STE")
+        model = float_baseline(name, _config(name, settings))
         return model, torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.01)
     model = ArbForCausalLM(_config(name, settings))
     return model, IntegerOptimizer(
@@ -94,6 +96,11 @@ def build(name: str, settings: BenchmarkSettings, rate: float) -> tuple[ArbForCa
         scale_update_interval=settings.scale_update_interval,
         seed=settings.seed,
     )
+
+
+def float_baseline(name: str, config: ArbConfig) -> ArbFloatBaseline:
+    """The model of one of ADAM_CONFIGS."""
+    return ArbFloatBaseline(config, straight_through=name == "Adam_STE", autocast=name == "Adam_BF16")
 
 
 def _config(name: str, settings: BenchmarkSettings) -> ArbConfig:
@@ -151,17 +158,28 @@ def train_model(
         starts = torch.randint(0, len(ids) - settings.ctx + 1, (settings.batch, 1), generator=order)
         block = ids[starts + torch.arange(settings.ctx)]
         started = time.perf_counter()
-        loss = model(block, labels=block).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        loss = _train_step(model, optimizer, block.chunk(settings.micro_batches))
         milliseconds.append(1000 * (time.perf_counter() - started))
-        losses.append(loss.item())
+        losses.append(loss)
         if (step + 1) % settings.print_every == 0 and step + 1 < settings.steps:
             curve.append((step + 1, held_out_loss(model, held_out[: 64 * settings.ctx], settings.ctx)))
     val_loss = held_out_loss(model, held_out, settings.ctx)
     state_bytes, weights = persistent_state(model, optimizer)
     return TrainedModel(val_loss, losses, milliseconds, [*curve, (settings.steps, val_loss)], state_bytes, weights)
+
+
+def _train_step(model: ArbForCausalLM, optimizer: torch.optim.Optimizer, parts: Sequence[torch.Tensor]) -> float:
+    """One step on equal parts of its windows; returns its loss."""
+    total = 0.0
+    for number, part in enumerate(parts, start=1):
+        if isinstance(optimizer, IntegerOptimizer):
+            optimizer.begin_micro_batch(last=number == len(parts))
+        loss = model(part, labels=part).loss / len(parts)
+        loss.backward()
+        total += loss.item()
+    optimizer.step()
+    optimizer.zero_grad()
+    return total
 
 
 def held_out_loss(model: ArbForCausalLM, ids: np.ndarray, ctx: int) -> float:

@@ -12,13 +12,13 @@ from pathlib import Path
 from safetensors import SafetensorError
 from torch import nn
 from torch.optim import Optimizer
-from transformers import TrainerState
-from transformers.trainer_utils import SaveStrategy, TrainOutput
+from transformers.trainer_utils import SaveStrategy
 
 from modeling_arb import ArbForCausalLM
 from modeling_arb.checkpoint_integrity import read_json_object
 
 from .atomic_files import move_into_place, out_of_space, sync_tree, write_json
+from .base_trainer import check_whole_state
 from .checkpoint_files import (
     BEST,
     LATEST,
@@ -50,13 +50,22 @@ class ArbTrainer(HubTrainer):
     """Trains an ArbForCausalLM's integer state. Everything not named here is the stock Trainer's.
 
     run_description: what a resumed run must have in common with the one it continues (data, block length, ...).
+    optimizers: (None, None), or an IntegerOptimizer attached to `model` and, or None, a scheduler of it. Raises
+    ValueError on any other optimizer, which could move nothing.
     """
 
     args: ArbTrainingArguments
+    arguments_class = ArbTrainingArguments
 
     def __init__(
-        self, model: ArbForCausalLM, args: ArbTrainingArguments, run_description: dict | None = None, **kwargs
+        self,
+        model: ArbForCausalLM | None = None,
+        args: ArbTrainingArguments | None = None,
+        run_description: dict | None = None,
+        **kwargs,
     ):
+        args = ArbTrainingArguments() if args is None else args
+        check_optimizers(kwargs.get("optimizers", (None, None)), kwargs.get("optimizer_cls_and_kwargs"))
         self.run_description = {
             **(run_description or {}),
             "seed": args.seed,
@@ -70,12 +79,14 @@ class ArbTrainer(HubTrainer):
             args.ignore_data_skip = True  # the stream goes on from its own position
         self.interruption = Interruption()
         super().__init__(model=model, args=args, **kwargs)
+        if self.optimizer is not None and not self.model.byte_head.proj.armed:
+            raise ValueError("optimizers=IntegerOptimizer: it is attached to another model")
         self.add_callback(self.interruption)
         self.add_callback(DivergenceStop(args.stop_loss_factor, args.stop_loss_patience))
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         if self.optimizer is None:
-            self.integer_optimizer = IntegerOptimizer(
+            self.optimizer = IntegerOptimizer(
                 self.model,
                 lr=self.args.learning_rate,
                 beta=self.args.momentum_beta,
@@ -84,8 +95,9 @@ class ArbTrainer(HubTrainer):
                 scale_update_interval=self.args.scale_update_interval,
                 seed=self.args.seed,
             )
+        if isinstance(self.optimizer, IntegerOptimizer):  # in a second train() it is the wrapper that accelerate made
+            self.integer_optimizer = self.optimizer
             self.integer_optimizer.last_checkpoint = self._resumed_from
-            self.optimizer = self.integer_optimizer
             self._state_bytes = audit_model(self.model).state_bytes
         return self.optimizer
 
@@ -103,11 +115,12 @@ class ArbTrainer(HubTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs.pop("grad_norm", None)  # there are no gradients left to measure
-            logs["bits_per_byte"] = logs["loss"] / math.log(2)
+            if self.compute_loss_func is None:
+                logs["bits_per_byte"] = logs["loss"] / math.log(2)
             logs["flip_rate"] = self.integer_optimizer.take_flip_rate()
             logs["zero_share"] = zero_share(self.model)
             logs["state_bytes"] = self._state_bytes
-        if "eval_loss" in logs:
+        if "eval_loss" in logs and self.compute_loss_func is None:
             logs["eval_bits_per_byte"] = logs["eval_loss"] / math.log(2)
         super().log(logs, start_time)
 
@@ -128,15 +141,10 @@ class ArbTrainer(HubTrainer):
             raise
         return output
 
-    def _inner_training_loop(self, *args, resume_from_checkpoint: str | None = None, **kwargs) -> TrainOutput:
-        """As the Trainer's, which would take one step too many after a stop between the last checkpoint and the end."""
-        if resume_from_checkpoint is not None:
-            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / STATE_FILE))
-            if state.global_step >= self.args.max_steps:
-                self.state = state
-                self.create_optimizer()
-                return TrainOutput(state.global_step, 0.0, {})
-        return super()._inner_training_loop(*args, resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+    def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, *args) -> tuple[int, int]:
+        """As the Trainer's, which takes one step too many after a stop between the last checkpoint and the end."""
+        position = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, *args)
+        return (num_train_epochs, 0) if self.state.global_step >= max_steps else position
 
     @property
     def last_checkpoint(self) -> Path | None:
@@ -254,6 +262,7 @@ class ArbTrainer(HubTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Load integer state exactly. Raises ValueError when the checkpoint is damaged or belongs to another run."""
         check_checkpoint(resume_from_checkpoint)
+        check_whole_state(resume_from_checkpoint)
         check_resumable(resume_from_checkpoint, self.model.config, self.run_description)
         if self._stream is not None:
             position = _read_stream_position(Path(resume_from_checkpoint) / STREAM_FILE)
@@ -270,6 +279,18 @@ def _read_stream_position(path: Path) -> dict:
     if not path.is_file():
         raise ValueError(f"{path}: no such file; the data's position is lost, and the run cannot go on exactly")
     return read_json_object(path)
+
+
+def check_optimizers(optimizers: tuple[Optimizer | None, object], optimizer_cls_and_kwargs: tuple | None) -> None:
+    """Raises ValueError on an optimizer that moves float parameters, and on a scheduler without its optimizer."""
+    alone = "it cannot move integer weights; leave it out, or pass optimizers=(IntegerOptimizer(model), None)"
+    optimizer, scheduler = optimizers
+    if optimizer_cls_and_kwargs is not None:
+        raise ValueError(f"optimizer_cls_and_kwargs={optimizer_cls_and_kwargs[0].__name__}: {alone}")
+    if optimizer is not None and not isinstance(optimizer, IntegerOptimizer):
+        raise ValueError(f"optimizers={type(optimizer).__name__}: {alone}")
+    if optimizer is None and scheduler is not None:
+        raise ValueError("optimizers=(None, scheduler): it drives an optimizer that is not used; pass both, or neither")
 
 
 def check_resumable(checkpoint: str | Path, config, run_description: dict) -> None:

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
+from transformers.utils import logging
 
 from .rank_loss import meet_on_cpus
+from .training_options import CheckedTrainingArguments
+
+DEFAULT_STEPS, DEFAULT_EPOCHS = 1500, 3.0
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
-class ArbTrainingArguments(TrainingArguments):
+class ArbTrainingArguments(CheckedTrainingArguments):
     """learning_rate is in cells of the latent line per step: 0.03 to 0.05 at every width tried."""
 
     output_dir: str = field(default="runs/pretrain", metadata={"help": "Folder of checkpoints, plots and final/."})
-    max_steps: int = field(default=1500, metadata={"help": "Optimizer steps."})
+    max_steps: int | None = field(
+        default=None, metadata={"help": f"Optimizer steps. Default: {DEFAULT_STEPS}, or what num_train_epochs takes."}
+    )
+    num_train_epochs: float | None = field(
+        default=None, metadata={"help": "Times through the data, instead of max_steps."}
+    )
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Blocks per device and micro-batch."})
     per_device_eval_batch_size: int = field(default=16, metadata={"help": "Blocks per device in evaluation."})
     learning_rate: float = field(default=0.035, metadata={"help": "Cells of the latent line per step."})
@@ -43,18 +53,22 @@ class ArbTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
-        if self.fp16:
-            raise ValueError("fp16=True: loss scaling does not go with integer updates; use bf16 or float32")
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         for name in ("logging_steps", "eval_steps", "save_steps"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name):g} must be positive")
-        self.label_names = self.label_names or ["labels"]  # transformers would ask for every head's
+        both = self.max_steps is not None and self.max_steps > 0 and self.num_train_epochs is not None
+        if self.max_steps is None:
+            self.max_steps = DEFAULT_STEPS if self.num_train_epochs is None else -1
+        asked_epochs = self.num_train_epochs
+        self.num_train_epochs = DEFAULT_EPOCHS if asked_epochs is None else asked_epochs
         if self.use_cpu:
             meet_on_cpus(self.ddp_timeout)
         super().__post_init__()
+        if both and self.should_log:
+            logger.warning_once(f"num_train_epochs={asked_epochs} changes nothing: max_steps={self.max_steps} is given")
         missing = sorted(set(self.report_to) - set(get_available_reporting_integrations()))
         if missing:
             raise ValueError(f"report_to={missing[0]!r} is not installed here, or unknown; none: the terminal alone")

@@ -5,7 +5,7 @@
 #include <sys/mman.h>
 #endif
 
-ARB_API int arb_abi_version() { return 2; }
+ARB_API int arb_abi_version() { return 3; }
 
 // Ask for huge pages in [data, data + bytes), both multiples of the page size. Only advice: nothing depends on it.
 ARB_API void arb_advise_huge_pages(void* data, int64_t bytes) {

@@ -3,6 +3,9 @@
 // One operand stays in its row-major int8 form and is broadcast four bytes at a time; the other is laid out in panels of
 // 16 columns x 4 depths, as unsigned bytes (value + offset): offset 1 for trits, 128 for any int8. The instruction
 // multiplies unsigned by signed, and offset * (sum of the row) is taken off at the end, so every sum is exact.
+// AVX2 has that instruction with 16-bit sums of two products only, enough for trits. Two int8 codes would saturate it:
+// there both operands are widened to 16 bits, two depths in four bytes, and multiplied with 32-bit sums.
+#include <algorithm>
 #include <cstdlib>
 #include <memory>
 #include <vector>
@@ -16,15 +19,18 @@
 namespace {
 
 constexpr int64_t LANES = 16, PANEL = 2 * LANES, DEPTH = 4, TILE_ROWS = 12, TILES_PER_TASK = 40;
-constexpr int64_t PREFETCH = 1024;  // bytes ahead in a panel, which streams from the second-level cache
+constexpr int64_t WORDS = DEPTH / 2;  // depths in a step of 16-bit numbers
+constexpr int TRITS = 1;              // the offset that stands for them
+constexpr int64_t PREFETCH = 1024;    // bytes ahead in a panel, which streams from the second-level cache
 enum Source { ROW_MAJOR, TRANSPOSED, TWO_BIT };
 
 struct Matmul {
     const int8_t* rows;      // (R, K)
     const uint8_t* columns;  // what Source says
     Source source;
-    int64_t R, C, K, steps;  // steps: groups of four depths
+    int64_t R, C, K, steps;  // steps: groups of four depths, or of two if wide
     int offset;
+    bool wide;                  // whether both operands are laid out in 16-bit numbers
     const float* row_scale;     // (R)
     const float* column_scale;  // (C) or null
     float* out;                 // (R, C)
@@ -36,9 +42,24 @@ ARB_CLONES int32_t sum_row(const int8_t* row, int64_t K) {
     return sum;
 }
 
-// Rows r0 .. r0 + 11, four depths of each row together: (steps, 12, 4) bytes. Also their sums.
+// The first `count` of `places` rows of K codes, two depths of each row together: (steps, places, 2) 16-bit numbers.
+ARB_CLONES void widen_rows(const int8_t* rows, int64_t count, int64_t places, int64_t K, int32_t* words) {
+    const int64_t steps = (K + WORDS - 1) / WORDS;
+    if (count < places) memset(words, 0, steps * places * DEPTH);
+    for (int64_t i = 0; i < count; ++i) {
+        const int8_t* row = rows + i * K;
+        for (int64_t step = 0; step < steps; ++step) {
+            const int32_t low = (uint16_t)row[2 * step], high = 2 * step + 1 < K ? row[2 * step + 1] : 0;
+            words[step * places + i] = low | (int32_t)((uint32_t)high << 16);
+        }
+    }
+}
+
+// Rows r0 .. r0 + 11, four depths of each row together: (steps, 12, 4) bytes, and their sums; (steps, 12, 2) 16-bit
+// numbers if wide, which need no sums.
 void pack_rows(const Matmul& m, int64_t r0, int8_t* packed, int32_t* row_sums) {
     const int64_t count = m.R - r0 < TILE_ROWS ? m.R - r0 : TILE_ROWS, whole = m.K / DEPTH;
+    if (m.wide) return widen_rows(m.rows + r0 * m.K, count, TILE_ROWS, m.K, (int32_t*)packed);
     if (count < TILE_ROWS || whole < m.steps) memset(packed, 0, m.steps * TILE_ROWS * DEPTH);
     for (int64_t i = 0; i < count; ++i) {
         const int8_t* row = m.rows + (r0 + i) * m.K;
@@ -59,7 +80,7 @@ ARB_CLONES void panel_from_rows(const Matmul& m, int64_t c0, uint8_t* panel) {
         for (int64_t step = 0; step < whole; ++step) {
             uint32_t four;
             memcpy(&four, source + step * DEPTH, 4);
-            if (m.offset == 1)
+            if (m.offset == TRITS)
                 four = ((four & 0x7F7F7F7Fu) + shift) ^ (four & 0x80808080u);  // four byte sums, no carry between
             else
                 four ^= 0x80808080u;
@@ -108,15 +129,35 @@ ARB_CLONES void panel_from_two_bits(const Matmul& m, int64_t c0, uint8_t* panel)
                 out[part * 8 + word] = source[word] >> (2 * part) & 0x0303030303030303u;
 }
 
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni")))
+#define AVX2 __attribute__((target("avx2")))
+
+// Columns c0 .. c0 + 15 of a (K, C) matrix as (steps, 16, 2) 16-bit numbers.
+AVX2 void widen_columns(const Matmul& m, int64_t c0, __m256i* words) {
+    const int64_t lanes = m.C - c0 < LANES ? m.C - c0 : LANES;
+    for (int64_t step = 0; step < m.steps; ++step) {
+        alignas(16) int8_t edge[WORDS][LANES] = {};
+        __m128i depth[WORDS];
+        for (int64_t j = 0; j < WORDS; ++j) {
+            const int64_t k = step * WORDS + j;
+            const uint8_t* source = m.columns + k * m.C + c0;
+            if (k < m.K && lanes < LANES) memcpy(edge[j], source, lanes);
+            depth[j] = _mm_loadu_si128((const __m128i*)(k < m.K && lanes == LANES ? source : (uint8_t*)edge[j]));
+        }
+        _mm256_store_si256(words + 2 * step, _mm256_cvtepi8_epi16(_mm_unpacklo_epi8(depth[0], depth[1])));
+        _mm256_store_si256(words + 2 * step + 1, _mm256_cvtepi8_epi16(_mm_unpackhi_epi8(depth[0], depth[1])));
+    }
+}
+
 void fill_panel(const Matmul& m, int64_t c0, uint8_t* panel) {
     if (c0 >= m.C) return;
+    const int8_t* first = (const int8_t*)m.columns + c0 * m.K;
+    if (m.wide && m.source == TRANSPOSED) return widen_columns(m, c0, (__m256i*)panel);
+    if (m.wide) return widen_rows(first, std::min(LANES, m.C - c0), LANES, m.K, (int32_t*)panel);
     if (m.source == ROW_MAJOR) panel_from_rows(m, c0, panel);
     if (m.source == TRANSPOSED) panel_from_columns(m, c0, panel);
     if (m.source == TWO_BIT) panel_from_two_bits(m, c0, panel);
 }
-
-#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni")))
-#define AVX2 __attribute__((target("avx2")))
 
 AVX512 inline void store_lanes(const Matmul& m, int64_t r, int64_t c, __m512i sum, int32_t row_sum) {
     const __mmask16 mask = m.C - c >= LANES ? 0xFFFF : (__mmask16)((1u << (m.C - c)) - 1);
@@ -168,11 +209,16 @@ AVX2 inline void store_half(const Matmul& m, int64_t r, int64_t c, __m256i sum, 
     }
 }
 
-// Trits only: u8 * s8 pairs are summed in int16, which any offset above 128 could overflow.
-template <int ROWS>
+// sum += panel * x, eight columns and one step
+template <bool WIDE>
+AVX2 inline __attribute__((always_inline)) __m256i add_dot(__m256i sum, __m256i panel, __m256i x) {
+    if (WIDE) return _mm256_add_epi32(sum, _mm256_madd_epi16(panel, x));
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(panel, x), _mm256_set1_epi16(1)));
+}
+
+template <bool WIDE, int ROWS>
 AVX2 void tile_avx2(const Matmul& m, int64_t r, int64_t c, const int8_t* rows, const uint8_t* panel,
                     const int32_t* row_sums) {
-    const __m256i ones = _mm256_set1_epi16(1);
     __m256i sums[ROWS][2];
     for (int i = 0; i < ROWS; ++i) sums[i][0] = sums[i][1] = _mm256_setzero_si256();
     for (int64_t step = 0; step < m.steps; ++step) {
@@ -183,8 +229,8 @@ AVX2 void tile_avx2(const Matmul& m, int64_t r, int64_t c, const int8_t* rows, c
             int32_t four;
             memcpy(&four, rows + (step * TILE_ROWS + i) * DEPTH, 4);
             const __m256i x = _mm256_set1_epi32(four);
-            sums[i][0] = _mm256_add_epi32(sums[i][0], _mm256_madd_epi16(_mm256_maddubs_epi16(w0, x), ones));
-            sums[i][1] = _mm256_add_epi32(sums[i][1], _mm256_madd_epi16(_mm256_maddubs_epi16(w1, x), ones));
+            sums[i][0] = add_dot<WIDE>(sums[i][0], w0, x);
+            sums[i][1] = add_dot<WIDE>(sums[i][1], w1, x);
         }
     }
     for (int i = 0; i < ROWS; ++i)
@@ -201,12 +247,13 @@ void tile_of(int64_t count, const Matmul& m, int64_t r, int64_t c, const int8_t*
     }
 }
 
+template <bool WIDE>
 void tile_of_avx2(int64_t count, const Matmul& m, int64_t r, int64_t c, const int8_t* rows, const uint8_t* panel,
                   const int32_t* row_sums) {
     if (c >= m.C) return;
     int64_t i = 0;
-    for (; i + 4 <= count; i += 4) tile_avx2<4>(m, r + i, c, rows + i * DEPTH, panel, row_sums);
-    for (; i < count; ++i) tile_avx2<1>(m, r + i, c, rows + i * DEPTH, panel, row_sums);
+    for (; i + 4 <= count; i += 4) tile_avx2<WIDE, 4>(m, r + i, c, rows + i * DEPTH, panel, row_sums);
+    for (; i < count; ++i) tile_avx2<WIDE, 1>(m, r + i, c, rows + i * DEPTH, panel, row_sums);
 }
 
 struct Free {
@@ -241,8 +288,9 @@ void multiply(const Matmul& m, int isa) {
                     tile_of<TILE_ROWS>(count, m, r, c, packed, left, right, row_sums.data());
                     continue;
                 }
-                tile_of_avx2(count, m, r, c, packed, left, row_sums.data());
-                tile_of_avx2(count, m, r, c + LANES, packed, right, row_sums.data());
+                const auto avx2_tile = m.wide ? tile_of_avx2<true> : tile_of_avx2<false>;
+                avx2_tile(count, m, r, c, packed, left, row_sums.data());
+                avx2_tile(count, m, r, c + LANES, packed, right, row_sums.data());
             }
         }
     }
@@ -258,18 +306,21 @@ ARB_API int arb_instruction_set() {
     return __builtin_cpu_supports("avx2") ? AVX2_ONLY : 0;
 }
 
-// columns: int8 (C, K), or (K, C) if `transposed`. column_scale may be null. AVX2 takes trits (offset 1) only.
+// columns: int8 (C, K), or (K, C) if `transposed`; offset: 1 for trits, 128 for any int8. column_scale may be null.
 ARB_API void arb_int8_matmul(int isa, const int8_t* rows, const int8_t* columns, int transposed, int offset, int64_t R,
                              int64_t C, int64_t K, const float* row_scale, const float* column_scale, float* out) {
     const Source source = transposed ? TRANSPOSED : ROW_MAJOR;
-    multiply({rows, (const uint8_t*)columns, source, R, C, K, (K + 3) / 4, offset, row_scale, column_scale, out}, isa);
+    const bool wide = isa == AVX2_ONLY && offset != TRITS;
+    const int64_t depths = wide ? WORDS : DEPTH, steps = (K + depths - 1) / depths;
+    const uint8_t* bytes = (const uint8_t*)columns;
+    multiply({rows, bytes, source, R, C, K, steps, wide ? 0 : offset, wide, row_scale, column_scale, out}, isa);
 }
 
 // codes int8 (M, K) against the decode layout of N weight rows (decode_layout.py).
 ARB_API void arb_two_bit_matmul(int isa, const int8_t* codes, const uint8_t* layout, int64_t M, int64_t N, int64_t K,
                                 const float* token_scale, const float* row_scale, float* out) {
     const int64_t steps = (K + 15) / 16 * 4;
-    multiply({codes, layout, TWO_BIT, M, N, K, steps, 1, token_scale, row_scale, out}, isa);
+    multiply({codes, layout, TWO_BIT, M, N, K, steps, TRITS, false, token_scale, row_scale, out}, isa);
 }
 
 // The same for at most MATVEC_ROWS tokens, from float activations: one call a layer, as generation makes thousands.

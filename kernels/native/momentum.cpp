@@ -1,4 +1,5 @@
 // The momentum rule of momentum_update.py in four passes over dW and state, with no temporary longer than a row.
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -6,7 +7,7 @@
 
 namespace {
 
-constexpr int BLOCK = 64, LEVELS = 7, CELL = 16;
+constexpr int BLOCK = 64, LEVELS = 7, CELL = 16, STATISTIC_BITS = 15, STATISTIC_OCTAVES = 64;
 
 struct Rule {
     int64_t columns;
@@ -25,14 +26,16 @@ int covering_exponent(float square) {
     return half < -127 ? -127 : half > 127 ? 127 : half;
 }
 
-float fixed_point_scale(int32_t absmax_bits, int bits) {
+// log2 of fixed_point_scale
+int fixed_point_shift(int32_t absmax_bits) {
     const float absmax = from_bits(absmax_bits);
-    if (!(absmax > 0)) return 1.0f;
+    if (!(absmax > 0)) return 0;
     int octave;
     std::frexp(absmax, &octave);
-    const int shift = bits - octave;
-    return std::ldexp(1.0f, shift < -126 ? -126 : shift > 126 ? 126 : shift);
+    return std::clamp(STATISTIC_BITS - octave, -126, 126);
 }
+
+float power_of_two(int octave) { return std::ldexp(1.0f, octave); }
 
 float square_root(int64_t total) { return (float)std::sqrt((double)(float)total); }
 
@@ -42,15 +45,14 @@ inline __attribute__((always_inline)) void direction_of(const Rule& rule, const 
         direction[i] = (float)((int8_t)accum[i] >> 4) * step * rule.beta + dW[i] * rule.nesterov;
 }
 
-// Folds one row; returns the largest |direction| as ordered bits.
-ARB_CLONES int32_t fold_row(const Rule& rule, int64_t row, uint8_t* accum, int8_t* exponents, const float* dW) {
+// Folds one row.
+ARB_CLONES void fold_row(const Rule& rule, int64_t row, uint8_t* accum, int8_t* exponents, const float* dW) {
     const uint32_t row_key = mix((uint32_t)row ^ rule.key);
-    int32_t absmax = 0;
     for (int64_t start = 0; start < rule.columns; start += BLOCK) {
         const int length = rule.columns - start < BLOCK ? (int)(rule.columns - start) : BLOCK;
         int8_t& exponent = exponents[start / BLOCK];
         const float step = rule.power[exponent + 128];
-        float momentum[BLOCK], square[BLOCK] = {}, direction[BLOCK];
+        float momentum[BLOCK], square[BLOCK] = {};
         for (int i = 0; i < length; ++i) {
             momentum[i] = (float)((int8_t)accum[start + i] >> 4) * step * rule.decay + dW[start + i] * rule.share;
             square[i] = momentum[i] * momentum[i];
@@ -66,45 +68,60 @@ ARB_CLONES int32_t fold_row(const Rule& rule, int64_t row, uint8_t* accum, int8_
             code = code < -LEVELS ? -LEVELS : code > LEVELS ? LEVELS : code;
             accum[start + i] = (uint8_t)((int)code << 4 | (accum[start + i] & 15));
         }
-        direction_of(rule, accum + start, rule.power[exponent + 128], dW + start, length, direction);
+    }
+}
+
+inline __attribute__((always_inline)) int32_t square_of(float fixed_point) {
+    const int32_t steps = (int32_t)std::nearbyint(fixed_point);
+    return steps * steps;
+}
+
+// The folded row's direction; returns the largest of it, as ordered bits, and raises each column's largest.
+ARB_CLONES int32_t measure_row(const Rule& rule, const uint8_t* accum, const int8_t* exponents, const float* dW,
+                               float* direction, int32_t* column_max) {
+    int32_t absmax = 0;
+    for (int64_t start = 0; start < rule.columns; start += BLOCK) {
+        const int length = rule.columns - start < BLOCK ? (int)(rule.columns - start) : BLOCK;
+        const float step = rule.power[exponents[start / BLOCK] + 128];
+        direction_of(rule, accum + start, step, dW + start, length, direction + start);
         for (int i = 0; i < length; ++i) {
-            const int32_t bits = magnitude_bits(direction[i]);
-            absmax = bits > absmax ? bits : absmax;
+            const int32_t bits = magnitude_bits(direction[start + i]);
+            absmax = std::max(absmax, bits);
+            column_max[start + i] = std::max(column_max[start + i], bits);
         }
     }
     return absmax;
 }
 
-// Adds the row's squares in fixed point to each column's sum; returns their sum.
-ARB_CLONES int64_t square_row(const Rule& rule, const uint8_t* accum, const int8_t* exponents, const float* dW,
-                              float scale, int64_t* column_sum) {
+ARB_CLONES int64_t sum_squares(const float* direction, int64_t length, float scale) {
     int64_t total = 0;
+    for (int64_t i = 0; i < length; ++i) total += square_of(direction[i] * scale);
+    return total;
+}
+
+// Adds the row's squares, each in fixed point of its column's scale, to the columns' sums.
+ARB_CLONES void add_squares(const Rule& rule, const uint8_t* accum, const int8_t* exponents, const float* dW,
+                            const float* scale, int64_t* column_sum) {
     for (int64_t start = 0; start < rule.columns; start += BLOCK) {
         const int length = rule.columns - start < BLOCK ? (int)(rule.columns - start) : BLOCK;
         float direction[BLOCK];
         direction_of(rule, accum + start, rule.power[exponents[start / BLOCK] + 128], dW + start, length, direction);
-        for (int i = 0; i < length; ++i) {
-            const int32_t steps = (int32_t)std::nearbyint(direction[i] * scale);
-            const int64_t square = (int64_t)(steps * steps);
-            column_sum[start + i] += square;
-            total += square;
-        }
+        for (int i = 0; i < length; ++i) column_sum[start + i] += square_of(direction[i] * scale[start + i]);
     }
-    return total;
 }
 
 inline __attribute__((always_inline)) float clamp(float x, float limit) { return x < -limit ? -limit : x > limit ? limit : x; }
 
 // The row's sum of squares of the update before it is set to unit RMS, in 1/1024ths.
 ARB_CLONES int64_t power_row(const Rule& rule, const uint8_t* accum, const int8_t* exponents, const float* dW,
-                             float scale, float row_scale, const float* column_scale) {
+                             float row_scale, const float* column_scale) {
     int64_t total = 0;
     for (int64_t start = 0; start < rule.columns; start += BLOCK) {
         const int length = rule.columns - start < BLOCK ? (int)(rule.columns - start) : BLOCK;
         float direction[BLOCK];
         direction_of(rule, accum + start, rule.power[exponents[start / BLOCK] + 128], dW + start, length, direction);
         for (int i = 0; i < length; ++i) {
-            const float unit = direction[i] * scale * row_scale * column_scale[start + i];
+            const float unit = direction[i] * row_scale * column_scale[start + i];
             const int32_t steps = (int32_t)std::nearbyint(clamp(unit * 1024.0f, 31.0f * 1024.0f));
             total += (int64_t)(steps * steps);
         }
@@ -114,8 +131,8 @@ ARB_CLONES int64_t power_row(const Rule& rule, const uint8_t* accum, const int8_
 
 // Moves one row's latents; trits holds the row, unpacked. Returns how many trits changed.
 ARB_CLONES int64_t move_row(const Rule& rule, int64_t row, uint8_t* accum, const int8_t* exponents, const float* dW,
-                            float scale, float row_scale, const float* column_scale, float inverse_rms,
-                            float max_update, float rate, uint8_t* packed, int8_t* trits) {
+                            float row_scale, const float* column_scale, float inverse_rms, float max_update,
+                            float rate, uint8_t* packed, int8_t* trits) {
     const uint32_t row_key = mix((uint32_t)row ^ rule.key);
     const int64_t width = packed_width(rule.columns);
     unpack_row(packed, width, trits);
@@ -125,7 +142,7 @@ ARB_CLONES int64_t move_row(const Rule& rule, int64_t row, uint8_t* accum, const
         float direction[BLOCK];
         direction_of(rule, accum + start, rule.power[exponents[start / BLOCK] + 128], dW + start, length, direction);
         for (int i = 0; i < length; ++i) {
-            const float unit = direction[i] * scale * row_scale * column_scale[start + i];
+            const float unit = direction[i] * row_scale * column_scale[start + i];
             const float update = clamp(unit * inverse_rms, max_update);
             const uint32_t bits = mix(row_key + (uint32_t)(start + i) * GOLDEN);
             const int32_t shift = (int32_t)std::floor(update * rate + uniform_high(bits));
@@ -161,39 +178,56 @@ ARB_API int64_t arb_momentum_update(uint8_t* packed, uint8_t* accum, int8_t* exp
     const Rule rule{columns, power, decay, share, beta, nesterov, key};
     const int64_t blocks = (columns + BLOCK - 1) / BLOCK, width = packed_width(columns);
     const bool parallel = rows * columns >= PARALLEL_FROM;
+    std::vector<int32_t> column_max(columns);
     std::vector<int64_t> row_sum(rows), column_sum(columns);
-    std::vector<float> row_scale(rows), column_scale(columns);
-    int32_t absmax = 0;
+    std::vector<int> row_shift(rows);
+    std::vector<float> row_scale(rows), column_scale(columns);  // first of the statistics, then of the update
+    int least = 126;  // the largest row's shift
     int64_t total = 0, power_sum = 0, flips = 0;
     const auto state = [&](int64_t n) { return accum + n * columns; };
     const auto steps = [&](int64_t n) { return exponents + n * blocks; };
     const auto gradient = [&](int64_t n) { return dW + n * columns; };
 
-#pragma omp parallel for if (parallel) reduction(max : absmax)
-    for (int64_t n = 0; n < rows; ++n) {
-        const int32_t row_max = fold_row(rule, n, state(n), steps(n), gradient(n));
-        absmax = row_max > absmax ? row_max : absmax;
+#pragma omp parallel if (parallel) reduction(min : least)
+    {
+        std::vector<int32_t> own(columns);
+        std::vector<float> direction(columns);
+#pragma omp for
+        for (int64_t n = 0; n < rows; ++n) {
+            fold_row(rule, n, state(n), steps(n), gradient(n));
+            const int32_t absmax = measure_row(rule, state(n), steps(n), gradient(n), direction.data(), own.data());
+            row_shift[n] = fixed_point_shift(absmax);
+            if (absmax) least = std::min(least, row_shift[n]);
+            row_scale[n] = power_of_two(row_shift[n]);
+            row_sum[n] = sum_squares(direction.data(), columns, row_scale[n]);
+        }
+#pragma omp critical
+        for (int64_t k = 0; k < columns; ++k) column_max[k] = std::max(column_max[k], own[k]);
     }
-    const float scale = fixed_point_scale(absmax, 15);
+    for (int64_t k = 0; k < columns; ++k) column_scale[k] = power_of_two(fixed_point_shift(column_max[k]));
 
-#pragma omp parallel if (parallel) reduction(+ : total)
+#pragma omp parallel if (parallel)
     {
         std::vector<int64_t> own(columns);
 #pragma omp for
-        for (int64_t n = 0; n < rows; ++n) {
-            row_sum[n] = square_row(rule, state(n), steps(n), gradient(n), scale, own.data());
-            total += row_sum[n];
-        }
+        for (int64_t n = 0; n < rows; ++n)
+            add_squares(rule, state(n), steps(n), gradient(n), column_scale.data(), own.data());
 #pragma omp critical
         for (int64_t k = 0; k < columns; ++k) column_sum[k] += own[k];
     }
+    for (int64_t n = 0; n < rows; ++n) {
+        total += row_sum[n] >> std::clamp(2 * (row_shift[n] - least), 0, 63);
+        row_scale[n] = row_sum[n] > 0 ? row_scale[n] / square_root(row_sum[n]) : 0.0f;
+    }
     const float root = square_root(total);
-    for (int64_t n = 0; n < rows; ++n) row_scale[n] = row_sum[n] > 0 ? 1.0f / square_root(row_sum[n]) : 0.0f;
-    for (int64_t k = 0; k < columns; ++k) column_scale[k] = column_sum[k] > 0 ? root / square_root(column_sum[k]) : 0.0f;
+    for (int64_t k = 0; k < columns; ++k) {
+        const int octaves = std::clamp(fixed_point_shift(column_max[k]) - least, 0, STATISTIC_OCTAVES);
+        column_scale[k] = column_sum[k] > 0 ? root / square_root(column_sum[k]) * power_of_two(octaves) : 0.0f;
+    }
 
 #pragma omp parallel for if (parallel) reduction(+ : power_sum)
     for (int64_t n = 0; n < rows; ++n)
-        power_sum += power_row(rule, state(n), steps(n), gradient(n), scale, row_scale[n], column_scale.data());
+        power_sum += power_row(rule, state(n), steps(n), gradient(n), row_scale[n], column_scale.data());
     const float size_root = (float)(1024.0 * std::sqrt((double)(rows * columns)));
     const float inverse_rms = power_sum > 0 ? 1.0f / square_root(power_sum) * size_root : 0.0f;
 
@@ -202,8 +236,8 @@ ARB_API int64_t arb_momentum_update(uint8_t* packed, uint8_t* accum, int8_t* exp
         std::vector<int8_t> trits(5 * width);
 #pragma omp for
         for (int64_t n = 0; n < rows; ++n)
-            flips += move_row(rule, n, state(n), steps(n), gradient(n), scale, row_scale[n], column_scale.data(),
-                              inverse_rms, max_update, rate, packed + n * width, trits.data());
+            flips += move_row(rule, n, state(n), steps(n), gradient(n), row_scale[n], column_scale.data(), inverse_rms,
+                              max_update, rate, packed + n * width, trits.data());
     }
     return flips;
 }
