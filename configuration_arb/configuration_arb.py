@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -20,6 +21,18 @@ AUTO_MAP = {
     "AutoConfig": "configuration_arb.ArbConfig",
     "AutoModel": "modeling_arb.ArbModel",
     "AutoModelForCausalLM": "modeling_arb.ArbForCausalLM",
+}
+# taken from a stored config beside the fields; quantization_config, to be refused
+TAKEN_FIELDS = {
+    "_attn_implementation",
+    "_commit_hash",
+    "_name_or_path",
+    "attn_implementation",
+    "auto_map",
+    "name_or_path",
+    "output_attentions",
+    "quantization_config",
+    "torch_dtype",
 }
 
 
@@ -137,11 +150,17 @@ class ArbConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> ArbConfig:
-        """As transformers', but what overrides a stored field is checked like the field."""
+        """As transformers', but what overrides a stored field is checked like the field, and of a stored config only
+        what this class knows is taken: no entry that names another's code, pipeline, file or model reaches a model or
+        what is saved of it."""
         own = {name: kwargs.pop(name) for name in cls.__annotations__ if name in kwargs}
-        return super().from_dict({**config_dict, **own}, **kwargs)
+        known = {*(field.name for field in fields(cls)), *TAKEN_FIELDS}
+        stored = {name: value for name, value in config_dict.items() if name in known}
+        if isinstance(stored.get("auto_map"), dict):
+            stored["auto_map"] = {name: code for name, code in stored["auto_map"].items() if name in AUTO_MAP}
+        return super().from_dict({**stored, **own}, **kwargs)
 
     def save_pretrained(self, save_directory: str, **kwargs) -> None:
-        """Write config.json with the full auto_map, so that the folder loads as remote code."""
-        self.auto_map = {**(getattr(self, "auto_map", None) or {}), **AUTO_MAP}
+        """Write config.json with the auto_map of this code, so that the folder loads as remote code."""
+        self.auto_map = dict(AUTO_MAP)
         super().save_pretrained(save_directory, **kwargs)

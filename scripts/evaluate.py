@@ -23,7 +23,7 @@ from training_arb.atomic_files import write_json
 from training_arb.command_line import HelpFormatter, run
 from training_arb.device_names import checked_device
 from training_arb.document_readers import TEXT_COLUMN
-from training_arb.eval_documents import as_text, dataset_documents, file_documents, first_bytes
+from training_arb.eval_documents import MOST_BYTES, as_text, dataset_documents, file_documents, first_bytes
 from training_arb.eval_encoders import STARTS
 from training_arb.eval_harness import harness_scores, own_tasks
 from training_arb.eval_models import DEFAULT_CTX, EvaluatedModel, load_evaluated, score
@@ -41,7 +41,7 @@ def parse() -> argparse.Namespace:
     add("--dataset_config", help="which of the dataset's configurations")
     add("--split", default="test", help="which part of the dataset")
     add("--text_column", default=TEXT_COLUMN, help="where jsonl, parquet and datasets keep the text")
-    add("--max_bytes", type=int, default=0, help="stop after so many; 0: all")
+    add("--max_bytes", type=int, default=0, help=f"stop after so many; 0: all, {MOST_BYTES:,} at most")
     add("--ctx", type=int, default=0, help=f"ids per window; 0: {DEFAULT_CTX}, or all positions of a smaller model")
     add("--stride", type=int, default=0, help="ids between windows; 0: half a window")
     add("--batch", type=int, default=16, help="windows at a time")
@@ -68,7 +68,7 @@ def read_documents(args: argparse.Namespace) -> list[bytes]:
     if args.dataset:
         found = dataset_documents(args.dataset, args.dataset_config, args.split, args.text_column)
     else:
-        found = file_documents(collect_files(args.data), args.text_column) if args.data else []
+        found = file_documents(collect_files(args.data), args.text_column, args.max_bytes) if args.data else []
     documents = first_bytes(found, args.max_bytes)
     if not documents and (args.data or args.dataset):
         named = f"dataset={args.dataset!r}" if args.dataset else f"data={' '.join(args.data)!r}"

@@ -1,5 +1,6 @@
 """The exported folder is self-contained: it loads in a fresh process that cannot import this repo, bit-equal."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,8 +10,10 @@ import torch
 from scripting import run_script
 
 from configuration_arb import preset_config
+from configuration_arb.configuration_arb import AUTO_MAP
 from modeling_arb import ArbForCausalLM
 from modeling_arb.remote_code import bundled_modules, flattened_source
+from tokenization_arb import ArbTokenizer
 
 NO_REPO = """
 import sys
@@ -104,6 +107,41 @@ def test_sharded_checkpoint_round_trip(tmp_path):
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
     loaded = ArbForCausalLM.from_pretrained(tmp_path)
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+
+
+FOREIGN = {
+    "config.json": {
+        "auto_map": {"AutoConfig": "evil.Config", "AutoModelForVision2Seq": "you/evil--evil.Model"},
+        "custom_pipelines": {"evil": {"impl": "evil.Pipeline", "pt": ["AutoModel"]}},
+        "_name_or_path": "/home/evil/model",
+        "tokenizer_class": "EvilTokenizer",
+        "fusion_config": {"patch_embeddings": True},
+        "vision_config": {"model_type": "evil"},
+        "transformers_weights": "evil.safetensors",
+    },
+    "generation_config.json": {"custom_generate": "you/evil", "auto_map": {"evil": "evil.Generate"}},
+    "tokenizer_config.json": {"auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]}, "chat_template": "{{ evil }}"},
+}
+
+
+def test_an_export_carries_nothing_of_a_foreign_config(tmp_path):
+    folder = tmp_path / "model"
+    ArbForCausalLM(preset_config("arb-tiny")).save_pretrained(folder)
+    ArbTokenizer().save_pretrained(folder)
+    (folder / "evil.py").write_text("raise SystemExit('evil ran')")
+    (folder / "chat_template.jinja").write_text("{{ evil }}")
+    for name, entries in FOREIGN.items():
+        stored = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**stored, **entries}))
+    assert run_script("export_hub", folder, tmp_path / "export") == 0
+    ArbForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "saved")
+    for written in (tmp_path / "export", tmp_path / "saved"):
+        assert json.loads((written / "config.json").read_text())["auto_map"] == AUTO_MAP
+        for path in written.iterdir():
+            assert b"evil" not in path.name.encode() + path.read_bytes(), path
+            assert str(tmp_path).encode() not in path.read_bytes(), path
+        names = {key for path in written.glob("*.json") for key in json.loads(path.read_text())}
+        assert not names & ({*FOREIGN["config.json"], "custom_generate"} - {"auto_map", "tokenizer_class"})
 
 
 def test_bundle_holds_what_the_model_needs_and_nothing_of_training():

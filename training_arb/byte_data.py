@@ -93,8 +93,10 @@ def open_corpus(
     name, items = " ".join(data), parse_weights(data)
     patterns = [pattern for pattern, _ in items]
     weighted = any(weight is not None for _, weight in items)
-    size = sum(map(text_size, collect_files(patterns)))
-    if not weighted and size <= stream_above_mb * MEGABYTE:
+    size, most = 0, stream_above_mb * MEGABYTE
+    for path in collect_files(patterns):
+        size += text_size(path, text_column, -1 if weighted else most - size)
+    if not weighted and size <= most:
         train, held_out = load_corpus(patterns, ctx, text_column)
         return Corpus(ByteBlocks(train, ctx), held_out, name, f"{len(train):,} bytes")
     sources = [([pattern], weight or 1.0) for pattern, weight in items] if weighted else [(patterns, 1.0)]

@@ -3,6 +3,9 @@
 A piece has a cursor, and reading again from that cursor goes on with that piece. Cursors count bytes (of the unpacked
 text in .gz) or, in .parquet, rows. Memory: a piece, one JSON line, or what one row group takes. Whatever is wrong with
 a file is a ValueError of one line that names it.
+
+Packed files may unpack to a thousand times their size: what is read of them is unpacked piece by piece, a line of
+.jsonl has at most LONGEST_LINE bytes, and a column of a parquet file unpacks at most MOST_EXPANSION-fold.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import gzip
 import json
 import sys
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -23,8 +26,9 @@ from configuration_arb.configuration_arb import EOS_ID
 TEXT_COLUMN = "text"
 TO_THE_END = sys.maxsize
 PIECE_BYTES = 1 << 20
-LONGEST_LINE = 1 << 26
-ROWS_AT_A_TIME = 64
+LONGEST_LINE = 1 << 24
+MOST_EXPANSION, SMALL_COLUMN = 200, 1 << 26  # a column of fewer bytes may be anything
+ROWS_AT_A_TIME, MOST_AT_A_TIME = 64, 1 << 25  # rows, bytes
 # about what text shrinks to in .gz and .parquet
 PACKED_RATIO = 4
 
@@ -53,7 +57,10 @@ def read_ids(files: Iterable[Path], text_column: str = TEXT_COLUMN) -> np.ndarra
 
 def join(pieces: Iterable[np.ndarray]) -> np.ndarray:
     """uint16 (n,): the pieces one after the other; none: n = 0."""
-    return np.concatenate([np.zeros(0, dtype=np.uint16), *pieces])
+    joined = bytearray()  # which grows in place: a list of pieces would be there twice when they are joined
+    for piece in pieces:
+        joined += memoryview(np.ascontiguousarray(piece)).cast("B")
+    return np.frombuffer(joined, dtype=np.uint16)
 
 
 def document_ids(text: str | bytes | None) -> np.ndarray:
@@ -68,10 +75,33 @@ def document_ids(text: str | bytes | None) -> np.ndarray:
     return ids
 
 
-def text_size(path: Path) -> int:
-    """Bytes of text in a file, a guess where it is packed."""
-    packed = path.suffix.lower() in (".gz", ".parquet")
-    return path.stat().st_size * (PACKED_RATIO if packed else 1)
+def text_size(path: Path, text_column: str = TEXT_COLUMN, most: int = TO_THE_END) -> int:
+    """Bytes of text in a file. Where it is packed, a guess; counted, piece by piece, where the guess is at most `most`,
+    until there are more."""
+    size = path.stat().st_size
+    if path.suffix.lower() not in (".gz", ".parquet"):
+        return size
+    if size * PACKED_RATIO > most:
+        return size * PACKED_RATIO
+    counted = 0
+    for _, ids in read_pieces(path, text_column):
+        counted += len(ids)
+        if counted > most:
+            break
+    return counted
+
+
+def read_front(path: Path, text_column: str, end: int, most: int) -> tuple[np.ndarray, int | None]:
+    """uint16 (n,): the documents up to cursor `end`, or until they are more than `most` ids; and the cursor that the
+    rest begins at, None where nothing is left."""
+    parts, size = [], 0
+    for cursor, ids in read_pieces(path, text_column, end=end):
+        if size > most and len(ids) > 1:
+            text = _kind(path) not in (".jsonl", ".parquet")
+            return join([*parts, np.array([EOS_ID] * text, dtype=np.uint16)]), cursor
+        parts.append(ids)
+        size += len(ids)
+    return join(parts), None if end == TO_THE_END else end
 
 
 def cursor_after(path: Path, size: int) -> int:
@@ -124,7 +154,7 @@ def _jsonl_pieces(path: Path, text_column: str, start: int, end: int) -> Pieces:
         cursor = start
         if start:
             file.seek(start - 1)
-            cursor += len(file.readline()) - 1
+            cursor += _rest_of_line(file) - 1
         while cursor < end and (line := file.readline(LONGEST_LINE + 1)):
             if not line.isspace():
                 try:
@@ -134,6 +164,16 @@ def _jsonl_pieces(path: Path, text_column: str, start: int, end: int) -> Pieces:
                 if len(ids):
                     yield cursor, ids
             cursor += len(line)
+
+
+def _rest_of_line(file: BinaryIO) -> int:
+    """Read to the end of a line, however long: its bytes."""
+    size = 0
+    while part := file.readline(PIECE_BYTES):
+        size += len(part)
+        if part.endswith(b"\n"):
+            break
+    return size
 
 
 def _line_ids(line: bytes, text_column: str) -> np.ndarray:
@@ -161,12 +201,13 @@ def _line_number(path: Path, cursor: int) -> int:
     return lines
 
 
-def _open_parquet(path: Path):
+def _open_parquet(path: Path, coded: Sequence[str] = ()):
+    """The file; the columns `coded` come as they are stored, equal texts once."""
     import pyarrow
     from pyarrow import parquet
 
     try:
-        return parquet.ParquetFile(path)
+        return parquet.ParquetFile(path, read_dictionary=list(coded))
     except pyarrow.ArrowException as error:
         raise ValueError(f"data={str(path)!r} is damaged: {str(error).partition(chr(10))[0]}") from error
 
@@ -176,8 +217,9 @@ def _parquet_pieces(path: Path, text_column: str, start: int, end: int) -> Piece
 
     with _open_parquet(path) as file:
         names = file.schema_arrow.names
-        if text_column not in names:
-            raise ValueError(f"data={str(path)!r}: no text_column={text_column!r} among {', '.join(names)}")
+    if text_column not in names:
+        raise ValueError(f"data={str(path)!r}: no text_column={text_column!r} among {', '.join(names)}")
+    with _open_parquet(path) as file, _open_parquet(path, [text_column]) as coded:
         cursor = 0
         try:
             for group in range(file.num_row_groups):
@@ -185,11 +227,14 @@ def _parquet_pieces(path: Path, text_column: str, start: int, end: int) -> Piece
                 if cursor + rows <= start:
                     cursor += rows
                     continue
-                for batch in file.iter_batches(ROWS_AT_A_TIME, row_groups=[group], columns=[text_column]):
+                _check_expansion(path, file.metadata.row_group(group), group)
+                longest = _longest_shared(coded, group, text_column)
+                reader = coded if longest * ROWS_AT_A_TIME > MOST_AT_A_TIME else file
+                for batch in reader.iter_batches(ROWS_AT_A_TIME, row_groups=[group], columns=[text_column]):
                     first, last = max(start - cursor, 0), min(len(batch), end - cursor)
                     if first < last:
-                        texts = batch.column(0)[first:last].cast(pyarrow.large_binary()).to_pylist()
-                        yield cursor + first, join(map(document_ids, texts))
+                        for behind, ids in _row_pieces(batch.column(0)[first:last]):
+                            yield cursor + first + behind, ids
                     cursor += len(batch)
                     if cursor >= end:
                         return
@@ -199,3 +244,57 @@ def _parquet_pieces(path: Path, text_column: str, start: int, end: int) -> Piece
         except pyarrow.ArrowException as error:
             reason = str(error).partition("\n")[0]
             raise ValueError(f"data={str(path)!r} is damaged after row {cursor}: {reason}") from error
+
+
+def _longest_shared(coded, group: int, text_column: str) -> int:
+    """Bytes of the longest text of a row group that is stored once for any number of rows."""
+    import pyarrow
+    from pyarrow import compute
+
+    first = next(coded.iter_batches(1, row_groups=[group], columns=[text_column]), None)
+    if first is None or not isinstance(first.column(0), pyarrow.DictionaryArray):
+        return 0
+    texts = first.column(0).dictionary
+    return (compute.max(compute.binary_length(texts)).as_py() or 0) if _is_text(texts.type) else 0
+
+
+def _is_text(type_) -> bool:
+    import pyarrow
+
+    return type_ in (pyarrow.string(), pyarrow.large_string(), pyarrow.binary(), pyarrow.large_binary())
+
+
+def _check_expansion(path: Path, row_group, number: int) -> None:
+    for index in range(row_group.num_columns):
+        column = row_group.column(index)
+        unpacked, packed = column.total_uncompressed_size, column.total_compressed_size
+        if unpacked > max(SMALL_COLUMN, MOST_EXPANSION * packed):
+            raise ValueError(
+                f"data={str(path)!r}: row group {number} unpacks {packed:,} bytes to {unpacked:,}, more than"
+                f" {MOST_EXPANSION}-fold: write it anew without packing, or leave it out"
+            )
+
+
+def _row_pieces(column) -> Pieces:
+    """(row, ids) of a batch's column: rows together while they are small."""
+    first, size, parts = 0, 0, []
+    for row, text in enumerate(_texts(column)):
+        parts.append(document_ids(text))
+        size += len(parts[-1])
+        if size >= PIECE_BYTES:
+            yield first, join(parts)
+            first, size, parts = row + 1, 0, []
+    if parts:
+        yield first, join(parts)
+
+
+def _texts(column) -> Iterator[bytes | None]:
+    import pyarrow
+
+    if isinstance(column, pyarrow.DictionaryArray) and _is_text(column.dictionary.type):
+        for place in column.indices.to_pylist():
+            text = None if place is None else column.dictionary[place].as_buffer()
+            yield None if text is None else text.to_pybytes()
+    else:
+        for text in column.cast(pyarrow.large_binary()):
+            yield text.as_py()

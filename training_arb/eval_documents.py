@@ -12,19 +12,30 @@ from configuration_arb.configuration_arb import EOS_ID
 from .document_readers import TEXT_COLUMN, document_ids, read_pieces
 
 LONGEST_CHARACTER = 4
+MOST_BYTES = 1 << 28
+LESS = "--max_bytes says how many to score"
 
 
-def file_documents(files: Iterable[Path], text_column: str = TEXT_COLUMN) -> Iterator[bytes]:
-    """The documents of files, as `read_pieces` reads them. Empty ones are left out."""
+def file_documents(files: Iterable[Path], text_column: str = TEXT_COLUMN, most: int = 0) -> Iterator[bytes]:
+    """The documents of files, as `read_pieces` reads them. Empty ones are left out.
+
+    most: one that is longer comes cut, and is the last; 0: any length that can be scored. Raises ValueError beyond it.
+    """
     for path in files:
-        parts = []
+        parts, size = [], 0
         for _, ids in read_pieces(path, text_column):
             for part in np.split(ids, np.flatnonzero(ids == EOS_ID) + 1):
                 ended = len(part) > 0 and part[-1] == EOS_ID
                 parts.append((part[:-1] if ended else part).astype(np.uint8).tobytes())
+                size += len(parts[-1])
+                if not most and size > MOST_BYTES:
+                    raise ValueError(f"data={str(path)!r}: a document of more than {MOST_BYTES:,} bytes; {LESS}")
+                if 0 < most < size - LONGEST_CHARACTER:
+                    yield b"".join(parts)
+                    return
                 if ended:
                     yield b"".join(parts)
-                    parts = []
+                    parts, size = [], 0
 
 
 def dataset_documents(name: str, config: str | None, split: str, text_column: str = TEXT_COLUMN) -> Iterator[bytes]:
@@ -47,9 +58,10 @@ def dataset_documents(name: str, config: str | None, split: str, text_column: st
 
 
 def first_bytes(documents: Iterable[bytes], most: int) -> list[bytes]:
-    """Documents until they hold `most` bytes, the last one cut there, or before a character that would be; 0: all."""
+    """Documents until they hold `most` bytes, the last one cut there, or before a character that would be; 0: all.
+    Raises ValueError when all are more than MOST_BYTES."""
     if not most:
-        return list(documents)
+        return _all_documents(documents)
     taken: list[bytes] = []
     for document in documents:
         cut = len(document)
@@ -62,6 +74,16 @@ def first_bytes(documents: Iterable[bytes], most: int) -> list[bytes]:
         most -= len(document)
         if most <= 0:
             break
+    return taken
+
+
+def _all_documents(documents: Iterable[bytes]) -> list[bytes]:
+    taken, size = [], 0
+    for document in documents:
+        taken.append(document)
+        size += len(document)
+        if size > MOST_BYTES:
+            raise ValueError(f"max_bytes=0: there are more than {MOST_BYTES:,} bytes of text; {LESS}")
     return taken
 
 

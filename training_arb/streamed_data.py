@@ -16,7 +16,7 @@ import numpy as np
 from arb_kernels.random_bits import stream_key
 
 from .block_windows import FileShards, Pieces, Place, WindowedBlocks, read_windows
-from .document_readers import TEXT_COLUMN, TO_THE_END, cursor_after, document_ids, join, read_pieces
+from .document_readers import PACKED_RATIO, TEXT_COLUMN, TO_THE_END, cursor_after, document_ids, join, read_front
 from .mixed_stream import MixedStream
 from .text_files import HELD_OUT_SHARE, by_name_hash, collect_files
 
@@ -68,11 +68,12 @@ def hold_out(
         whole = path.stat().st_size <= a_place
         size += path.stat().st_size if whole else a_place
         end = TO_THE_END if whole else cursor_after(path, a_place)
-        parts += [ids for _, ids in read_pieces(path, text_column, end=end)]
-        if whole:
+        ids, rest = read_front(path, text_column, end, PACKED_RATIO * a_place)
+        parts.append(ids)
+        if rest is None:
             del starts[path]
         else:
-            starts[path] = end
+            starts[path] = rest
     return list(starts.items()), join(parts)
 
 
