@@ -1,5 +1,6 @@
 """The check of a GPU, tried without one: what it says, how stages end, and every stage at its smallest on the CPU."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -14,7 +15,8 @@ from scripting import ROOT, run_script
 from arb_scripts.check_gpu import FAILED, HUNG, LEFT_OUT, PASSED, TOO_LARGE, Stage, check, file_name, run, stages
 from training_arb.bounded_process import run_bounded
 from training_arb.kernel_check import kernel_names, kernel_test_files, run_file, summarise
-from training_arb.kernel_tests import first_difference
+from training_arb.kernel_tests import first_difference, runs_kernels
+from training_arb.pytest_stand_in import install, tests_of
 
 WITHOUT_A_CARD = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 EASILY_MISSED = ("accelerate", "datasets", "hypothesis", "lm_eval", "matplotlib", "peft", "psutil", "pytest", "triton")
@@ -201,6 +203,24 @@ def test_every_kernel_test_file_is_found():
     triton_files = {path.stem for path in Path(__file__).parent.glob("test_*_triton.py")}
     assert triton_files | {"test_sparse_momentum", "test_int8_matmul", "test_lstm_gates"} <= names
     assert "momentum_fold_kernel" in kernel_names() and len(kernel_names()) > 10
+
+
+def test_every_kernel_test_file_is_read_without_pytest():
+    paths = kernel_test_files()
+    borrowed = ("pytest", "helpers", *(path.stem for path in paths))
+    before = {name: sys.modules.pop(name) for name in borrowed if name in sys.modules}
+    try:
+        install()
+        tests = {path.stem: tests_of(importlib.import_module(path.stem)) for path in paths}
+    finally:
+        for name in borrowed:
+            sys.modules.pop(name, None)
+        sys.modules.update(before)
+    on_kernels = {name: [test.name for test in found if runs_kernels(test)] for name, found in tests.items()}
+    for name, found in on_kernels.items():
+        assert len(set(found)) == len(found), name
+        assert found or name == "test_momentum_kernels", name
+    assert "test_in_place_equals_the_reference[triton-50x33x100-8]" in on_kernels["test_sparse_momentum"]
 
 
 def test_a_broken_test_costs_itself_alone(tmp_path, monkeypatch):

@@ -27,7 +27,7 @@ from arb_kernels.backend import use_backend
 from .pytest_stand_in import Skipped, Test, fixtures_of, install, tests_of
 
 PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
-DEAD = "CUDA error"  # what torch's message holds once a kernel has broken the device's context: nothing runs after it
+DEAD = ("CUDA error", "Triton Error [CUDA]")  # a kernel may have broken the device's context: nothing runs after it
 
 
 class Witness:
@@ -124,7 +124,7 @@ def run_tests(path: Path, first: int, seeds: int, out: Path) -> None:
                     break
             ended = {"number": number, "result": result, "detail": detail, "kernels": sorted(witness.kernels)}
             lines.write(json.dumps(ended) + "\n")
-            if DEAD in detail:
+            if any(words in detail for words in DEAD):
                 return
         lines.write(json.dumps({"ended": True}) + "\n")
 

@@ -72,6 +72,13 @@ class MonkeyPatch:
         self._undo.append(lambda: os.environ.pop(name, None) if before is None else os.environ.update({name: before}))
         os.environ[name] = value
 
+    def delenv(self, name: str, raising: bool = True) -> None:
+        before = os.environ.pop(name, None)
+        if before is not None:
+            self._undo.append(lambda: os.environ.update({name: before}))
+        elif raising:
+            raise KeyError(name)
+
     def undo(self) -> None:
         while self._undo:
             self._undo.pop()()
