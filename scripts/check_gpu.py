@@ -278,7 +278,7 @@ def training_stage(args: argparse.Namespace) -> dict:
     from training_arb.training_comparison import compare_training
 
     preset = args.stage.removeprefix("training-")
-    steps, batch, ctx = (2, 1, 16) if args.tiny else (30, 8, 128) if preset == "arb-small" else (30, 4, 64)
+    steps, batch, ctx = (2, 1, 16) if args.tiny else (30, 4, 128) if preset == "arb-small" else (30, 4, 64)
     return compare_training(preset, torch.device(args.device), steps, batch, ctx)
 
 

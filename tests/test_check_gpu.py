@@ -16,7 +16,7 @@ from arb_scripts.check_gpu import FAILED, HUNG, LEFT_OUT, PASSED, TOO_LARGE, Sta
 from training_arb.bounded_process import run_bounded
 from training_arb.kernel_check import kernel_names, kernel_test_files, run_file, summarise
 from training_arb.kernel_tests import first_difference, runs_kernels
-from training_arb.pytest_stand_in import install, tests_of
+from training_arb.pytest_stand_in import calls_of, install
 
 WITHOUT_A_CARD = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 EASILY_MISSED = ("accelerate", "datasets", "hypothesis", "lm_eval", "matplotlib", "peft", "psutil", "pytest", "triton")
@@ -116,14 +116,19 @@ def test_a_stage_that_found_faults_has_failed(tmp_path):
 
 
 def test_a_stage_that_hangs_is_killed_with_its_children_and_keeps_what_it_wrote(tmp_path):
-    child = "import time; time.sleep(60)"
-    starts_it = f"import subprocess\nsubprocess.run([sys.executable, '-c', {child!r}])"
+    beats = tmp_path / "beats"
+    child = f"import time\nwhile True: time.sleep(0.02); open({str(beats)!r}, 'a').write('.')"
+    bounded = "from training_arb.bounded_process import run_bounded"
+    starts_it = f"{bounded}\nrun_bounded([sys.executable, '-c', {child!r}], 60, own_group=False)"
     code = f"{written()}\nprint('here', flush=True)\n{starts_it}"
     started = time.monotonic()
-    row = run(stage(tmp_path, code), 2, environment(tmp_path))
+    row = run(stage(tmp_path, code), 3, {**environment(tmp_path), "PYTHONPATH": str(ROOT)})
     assert time.monotonic() - started < 15
+    size = beats.stat().st_size
+    time.sleep(0.5)
+    assert beats.stat().st_size == size > 0
     assert row["status"] == HUNG
-    assert row["summary"] == "killed after 2 s; found this"
+    assert row["summary"] == "killed after 3 s; found this"
     assert row["last_lines"] == ["here"] and row["result"]["passed"]
 
 
@@ -211,7 +216,7 @@ def test_every_kernel_test_file_is_read_without_pytest():
     before = {name: sys.modules.pop(name) for name in borrowed if name in sys.modules}
     try:
         install()
-        tests = {path.stem: tests_of(importlib.import_module(path.stem)) for path in paths}
+        tests = {path.stem: calls_of(importlib.import_module(path.stem)) for path in paths}
     finally:
         for name in borrowed:
             sys.modules.pop(name, None)

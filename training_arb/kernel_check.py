@@ -24,7 +24,7 @@ from .kernel_tests import FAILED, PASSED, SKIPPED
 TESTS = Path(__file__).parents[1] / "tests"
 HELPERS, MARKERS = "from helpers import", ("triton_device", "BACKENDS")  # what a test file of the kernels holds
 MOST_RESTARTS = 4  # of a file
-MOST_PROCESSES = 8  # each has a context on the device
+MOST_PROCESSES = 4  # each has a context on the device, half a gigabyte
 NOT_RUN = "not run"
 
 
@@ -53,7 +53,7 @@ def run_file(path: Path, seeds: int, deadline: float) -> list[dict]:
         out, first = Path(folder) / "tests.jsonl", 0
         for _ in range(MOST_RESTARTS + 1):
             command = [sys.executable, "-m", "training_arb.kernel_tests", str(path), str(first), str(seeds), str(out)]
-            ended = run_bounded(command, deadline - time.monotonic())
+            ended = run_bounded(command, deadline - time.monotonic(), own_group=False)
             lines = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
             rows = _rows_of(lines)
             if lines and lines[-1].get("ended"):

@@ -1,6 +1,6 @@
 """The part of pytest that the kernels' tests use: a machine with a GPU may have no pytest, and must still run them.
 
-`install()` puts it in pytest's place before a test file is imported; `tests_of` then gives the file's tests, one call
+`install()` puts it in pytest's place before a test file is imported; `calls_of` then gives the file's tests, one call
 for each set of parameters, with conftest.py's fixtures.
 """
 
@@ -175,7 +175,7 @@ def fixtures_of(*modules: types.ModuleType) -> dict[str, Callable]:
     return {name: value for module in modules for name, value in vars(module).items() if hasattr(value, "is_fixture")}
 
 
-def tests_of(module: types.ModuleType) -> list[Test]:
+def calls_of(module: types.ModuleType) -> list[Test]:
     """Every test of a module at every set of its parameters, in the file's order."""
     functions = [value for name, value in vars(module).items() if name.startswith("test_") and callable(value)]
     return [test for function in functions for test in _calls(function)]
