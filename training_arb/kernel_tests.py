@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 import arb_kernels.triton_support as triton_support
 from arb_kernels.backend import use_backend
 
-from .pytest_stand_in import Skipped, Test, fixtures_of, install, calls_of
+from .pytest_stand_in import Skipped, Test, calls_of, fixtures_of, install
 
 PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
 DEAD = ("CUDA error", "Triton Error [CUDA]")  # a kernel may have broken the device's context: nothing runs after it

@@ -42,13 +42,11 @@ class Mark:
     options: dict = field(default_factory=dict)
 
     def __call__(self, *args, **options):
-        if not self.args and not options and len(args) == 1 and inspect.isfunction(args[0]):
-            args[0].marks = [self, *getattr(args[0], "marks", [])]
-            return args[0]
-        if self.args or self.options:
-            args[0].marks = [self, *getattr(args[0], "marks", [])]
-            return args[0]
-        return Mark(self.name, args, options)
+        if not self.args and not self.options:
+            return Mark(self.name, args, options)
+        (function,) = args
+        function.marks = [self, *getattr(function, "marks", [])]
+        return function
 
 
 class Marks:
