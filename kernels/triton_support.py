@@ -7,6 +7,7 @@ contraction into FMAs (pinned in `launch`), and division and square root correct
 from __future__ import annotations
 
 from contextlib import nullcontext
+from functools import cache
 
 import torch
 
@@ -35,6 +36,12 @@ def triton_runs_on(device: torch.device) -> bool:
     """Whether the kernels take tensors of `device`: a GPU, or the CPU under TRITON_INTERPRET=1."""
     if triton is None or device.type != "cuda":
         return INTERPRETED and device.type == "cpu"
+    return _is_capable(device)
+
+
+@cache
+def _is_capable(device: torch.device) -> bool:
+    """Asked once a device: every operation of every layer wants to know."""
     return torch.cuda.get_device_capability(device) >= _LEAST_CAPABILITY
 
 

@@ -78,12 +78,12 @@ def test_ggml_multiplies(quantisation, tokens):
 def test_training_rows(tmp_path, capsys):
     out = tmp_path / "train.json"
     shape = ["--preset", "arb-tiny", "--batch", 2, "--ctx", 16, "--steps", 2, "--threads", 1]
-    runs = ["--configs", "TrueTernary,Adam_FP32", "--compute", "int8", "--json", out]
+    runs = ["--configs", "TrueTernary,Adam_BF16", "--compute", "int8", "--json", out]
     assert run_script("bench_train", *shape, *runs) == 0
     result, _ = result_of(capsys, out)
     assert result["weights"] == 171_008
     runs = [(row["config"], row["compute"]) for row in result["rows"]]
-    assert runs == [("TrueTernary", "int8"), ("Adam_FP32", "float")]
+    assert runs == [("TrueTernary", "int8"), ("Adam_BF16", "float")]
     for row in result["rows"]:
         assert {f"step_ms_{key}" for key in PERCENTILES} <= row.keys()
         assert 0 < row["update_ms_p50"] < row["step_ms_p80"]
@@ -93,15 +93,16 @@ def test_training_rows(tmp_path, capsys):
 
 def test_generation_rows_and_profile(tmp_path, capsys):
     out = tmp_path / "generate.json"
-    sizes = ["--prompt-bytes", 4, "--new-bytes", 4, "--repeats", 2, "--limit-mb", 1, "--threads", 1]
+    sizes = ["--prompt-bytes", 4, "--new-bytes", 4, "--repeats", 2, "--limit-mb", 1, "--threads", 1, "--batch", "1,3"]
     assert run_script("bench_generate", "--preset", "arb-tiny", *sizes, "--profile", "--json", out) == 0
     result, lines = result_of(capsys, out)
-    assert [row["model"] for row in result["rows"]] == ["ternary", "fp32", "bf16"]
+    assert [row["model"] for row in result["rows"]] == 2 * ["ternary", "fp32", "bf16"]
+    assert [row["batch"] for row in result["rows"]] == [1, 1, 1, 3, 3, 3]
     keys = {"tokens_per_s", "limit_tokens_per_s", "fraction_of_limit"} | {f"token_ms_{key}" for key in PERCENTILES}
     for row in result["rows"]:
         assert keys <= row.keys()
         assert row["preset"] == "arb-tiny" and row["weights"] == 171_008
-    ternary, fp32, bf16 = (row["weight_mb"] for row in result["rows"])
+    ternary, fp32, bf16 = (row["weight_mb"] for row in result["rows"][:3])
     assert fp32 == 2 * bf16
     assert ternary < bf16
     assert any("[TernaryLinear]" in line for line in lines)
@@ -149,7 +150,10 @@ def test_smoke_without_backward_changes_nothing(capsys):
         ("bench_train", ["--ctx", 5000], "ctx=5000"),
         ("bench_train", ["--threads", -1], "threads=-1"),
         ("bench_generate", ["--preset", "arb-tiny,arb-9z"], "preset='arb-9z' is not one of arb-tiny"),
+        ("bench_train", ["--device", "cuda:99"], "device='cuda:99'"),
         ("bench_generate", ["--models", "fp8"], "models='fp8'"),
+        ("bench_generate", ["--device", "cuda:99"], "device='cuda:99'"),
+        ("bench_generate", ["--batch", "1,0"], "batch='0'"),
         ("bench_generate", ["--new-bytes", 1], "new_bytes=1"),
         ("bench_generate", ["--new-bytes", 5000], "new_bytes=5000"),
         ("smoke", ["--preset", "arb-9z"], "preset='arb-9z'"),

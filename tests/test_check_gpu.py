@@ -1,5 +1,6 @@
 """The check of a GPU, tried without one: what it says, how stages end, and every stage at its smallest on the CPU."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -11,10 +12,22 @@ import pytest
 import torch
 from scripting import ROOT, run_script
 
-from arb_scripts.check_gpu import FAILED, HUNG, LEFT_OUT, PASSED, TOO_LARGE, Stage, check, file_name, run, stages
+from arb_scripts.check_gpu import (
+    FAILED,
+    HUNG,
+    LEFT_OUT,
+    PASSED,
+    TOO_LARGE,
+    Stage,
+    check,
+    file_name,
+    run_bounded_stage,
+    stages,
+)
 from training_arb.bounded_process import run_bounded
 from training_arb.kernel_check import kernel_names, kernel_test_files, run_file, summarise
-from training_arb.kernel_tests import first_difference
+from training_arb.kernel_tests import first_difference, runs_kernels
+from training_arb.pytest_stand_in import calls_of, install
 
 WITHOUT_A_CARD = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 EASILY_MISSED = ("accelerate", "datasets", "hypothesis", "lm_eval", "matplotlib", "peft", "psutil", "pytest", "triton")
@@ -103,30 +116,37 @@ def test_the_stages_fit_into_eight_minutes_and_start_with_the_most_telling():
 
 
 def test_a_stage_ends_well(tmp_path):
-    row = run(stage(tmp_path, written()), 20, environment(tmp_path))
+    row = run_bounded_stage(stage(tmp_path, written()), 20, environment(tmp_path))
     assert (row["status"], row["summary"], row["last_lines"]) == (PASSED, "found this", [])
     assert row["result"]["card"] == "A Card"
 
 
 def test_a_stage_that_found_faults_has_failed(tmp_path):
-    row = run(stage(tmp_path, written(False)), 20, environment(tmp_path))
+    row = run_bounded_stage(stage(tmp_path, written(False)), 20, environment(tmp_path))
     assert (row["status"], row["summary"]) == (FAILED, "found this")
 
 
 def test_a_stage_that_hangs_is_killed_with_its_children_and_keeps_what_it_wrote(tmp_path):
-    child = "import time; time.sleep(60)"
-    starts_it = f"import subprocess\nsubprocess.run([sys.executable, '-c', {child!r}])"
+    beats = tmp_path / "beats"
+    child = f"import time\nwhile True: time.sleep(0.02); open({str(beats)!r}, 'a').write('.')"
+    bounded = "from training_arb.bounded_process import run_bounded"
+    starts_it = f"{bounded}\nrun_bounded([sys.executable, '-c', {child!r}], 60, own_group=False)"
     code = f"{written()}\nprint('here', flush=True)\n{starts_it}"
     started = time.monotonic()
-    row = run(stage(tmp_path, code), 2, environment(tmp_path))
+    row = run_bounded_stage(stage(tmp_path, code), 3, {**environment(tmp_path), "PYTHONPATH": str(ROOT)})
     assert time.monotonic() - started < 15
+    size = beats.stat().st_size
+    time.sleep(0.5)
+    assert beats.stat().st_size == size > 0
     assert row["status"] == HUNG
-    assert row["summary"] == "killed after 2 s; found this"
+    assert row["summary"] == "killed after 3 s; found this"
     assert row["last_lines"] == ["here"] and row["result"]["passed"]
 
 
 def test_a_stage_that_raises_is_told_with_its_last_lines(tmp_path):
-    row = run(stage(tmp_path, "print('before')\nraise RuntimeError('no such kernel')"), 20, environment(tmp_path))
+    row = run_bounded_stage(
+        stage(tmp_path, "print('before')\nraise RuntimeError('no such kernel')"), 20, environment(tmp_path)
+    )
     assert (row["status"], row["summary"]) == (FAILED, "RuntimeError: no such kernel")
     assert row["last_lines"][0] == "before" and any("Traceback" in line for line in row["last_lines"])
     assert row["result"] is None
@@ -134,7 +154,7 @@ def test_a_stage_that_raises_is_told_with_its_last_lines(tmp_path):
 
 def test_a_stage_that_does_not_fit_says_so(tmp_path):
     said = "error: out of memory (CUDA out of memory): a smaller batch, ctx or model needs less"
-    row = run(stage(tmp_path, f"sys.exit({said!r})"), 20, environment(tmp_path))
+    row = run_bounded_stage(stage(tmp_path, f"sys.exit({said!r})"), 20, environment(tmp_path))
     assert (row["status"], row["summary"]) == (TOO_LARGE, said)
 
 
@@ -201,6 +221,24 @@ def test_every_kernel_test_file_is_found():
     triton_files = {path.stem for path in Path(__file__).parent.glob("test_*_triton.py")}
     assert triton_files | {"test_sparse_momentum", "test_int8_matmul", "test_lstm_gates"} <= names
     assert "momentum_fold_kernel" in kernel_names() and len(kernel_names()) > 10
+
+
+def test_every_kernel_test_file_is_read_without_pytest():
+    paths = kernel_test_files()
+    borrowed = ("pytest", "helpers", *(path.stem for path in paths))
+    before = {name: sys.modules.pop(name) for name in borrowed if name in sys.modules}
+    try:
+        install()
+        tests = {path.stem: calls_of(importlib.import_module(path.stem)) for path in paths}
+    finally:
+        for name in borrowed:
+            sys.modules.pop(name, None)
+        sys.modules.update(before)
+    on_kernels = {name: [test.name for test in found if runs_kernels(test)] for name, found in tests.items()}
+    for name, found in on_kernels.items():
+        assert len(set(found)) == len(found), name
+        assert found or name == "test_momentum_kernels", name
+    assert "test_in_place_equals_the_reference[triton-50x33x100-8]" in on_kernels["test_sparse_momentum"]
 
 
 def test_a_broken_test_costs_itself_alone(tmp_path, monkeypatch):

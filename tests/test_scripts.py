@@ -131,9 +131,20 @@ def test_straight_through_baseline_is_ternary_forward_and_identity_backward():
     assert torch.allclose(latent.grad, x.sum(0).expand_as(latent), atol=1e-5)
 
 
+def test_autocast_baseline_multiplies_in_bfloat16_and_keeps_float32_gradients():
+    torch.manual_seed(0)
+    model, ids = ArbFloatBaseline(preset_config("arb-tiny"), autocast=True), torch.randint(0, 256, (2, 16))
+    out = model(ids, labels=ids)
+    out.loss.backward()
+    assert out.logits.dtype == torch.bfloat16
+    assert {parameter.grad.dtype for parameter in model.parameters()} == {torch.float32}
+    model.autocast = False
+    assert 0 < abs(model(ids, labels=ids).loss.item() - out.loss.item()) < 0.02 * out.loss.item()
+
+
 def test_baseline_has_the_same_shape_and_initial_variance():
     ternary = ArbForCausalLM(preset_config("arb-tiny"))
-    baseline = ArbFloatBaseline(preset_config("arb-tiny"), straight_through=False)
+    baseline = ArbFloatBaseline(preset_config("arb-tiny"))
     assert sum(p.numel() for p in baseline.parameters()) == ternary.num_parameters()
     for name, matrix in ternary.ternary_matrices().items():
         weight = baseline.get_submodule(name).weight

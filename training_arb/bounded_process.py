@@ -29,8 +29,14 @@ class Ended:
         return self.code is None
 
 
-def run_bounded(command: Sequence[str], seconds: float, environment: Mapping[str, str] | None = None) -> Ended:
-    """Run a command; after `seconds` kill it and every process that it started."""
+def run_bounded(
+    command: Sequence[str], seconds: float, environment: Mapping[str, str] | None = None, own_group: bool = True
+) -> Ended:
+    """Run a command; after `seconds` kill it and every process that it started.
+
+    own_group: False for a command within a command that is itself run so: it stays in that one's group, to be killed
+    with it, and is then killed alone at its own bound.
+    """
     started = time.monotonic()
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
@@ -39,23 +45,26 @@ def run_bounded(command: Sequence[str], seconds: float, environment: Mapping[str
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            start_new_session=True,
+            start_new_session=own_group,
         )
         try:
             code = process.wait(timeout=max(seconds, 0.1))
         except subprocess.TimeoutExpired:
             code = None
         finally:
-            _kill_group(process)
+            _kill(process, own_group)
         output.seek(0)
         lines = output.read().decode(errors="replace").replace("\r", "\n").splitlines()
     written = [line[:LONGEST_LINE] for line in lines if line.strip()]
     return Ended(code, time.monotonic() - started, written[-LAST_LINES:])
 
 
-def _kill_group(process: subprocess.Popen) -> None:
-    """The process and its children, if any of them is left."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+def _kill(process: subprocess.Popen, own_group: bool) -> None:
+    """The process and its group, if anything of it is left."""
+    if own_group:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    else:
+        process.kill()
     with suppress(subprocess.TimeoutExpired):
         process.wait(timeout=GRACE_SECONDS)

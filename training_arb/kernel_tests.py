@@ -24,10 +24,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 import arb_kernels.triton_support as triton_support
 from arb_kernels.backend import use_backend
 
-from .pytest_stand_in import Skipped, Test, fixtures_of, install, tests_of
+from .pytest_stand_in import Skipped, Test, calls_of, fixtures_of, install
 
 PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
-DEAD = "CUDA error"  # what torch's message holds once a kernel has broken the device's context: nothing runs after it
+DEAD = ("CUDA error", "Triton Error [CUDA]")  # a kernel may have broken the device's context: nothing runs after it
 
 
 class Witness:
@@ -74,10 +74,10 @@ def checked_on_cpu(reference: Callable, assert_same: Callable) -> Callable:
 
     @wraps(reference)
     def on_both(*arguments, **options):
-        on_cpu = tree_map(lambda value: value.cpu() if isinstance(value, torch.Tensor) else value, arguments)
+        on_cpu = tree_map(lambda value: value.cpu() if isinstance(value, torch.Tensor) else value, (arguments, options))
         with use_backend("torch"):
             here = reference(*arguments, **options)
-            there = reference(*on_cpu, **options)
+            there = reference(*on_cpu[0], **on_cpu[1])
         pairs = zip(tree_leaves(there), tree_leaves(here), strict=True)
         for i, (expected, got) in enumerate(pairs):
             if isinstance(expected, torch.Tensor):
@@ -105,7 +105,7 @@ def run_tests(path: Path, first: int, seeds: int, out: Path) -> None:
         check_references(module, helpers.assert_same)
     fixtures = fixtures_of(conftest, module)
     with out.open("a", buffering=1) as lines:
-        for number, test in enumerate(tests_of(module)):
+        for number, test in enumerate(calls_of(module)):
             if number < first or not runs_kernels(test):
                 continue
             lines.write(json.dumps({"number": number, "test": f"{path.stem}::{test.name}"}) + "\n")
@@ -118,13 +118,17 @@ def run_tests(path: Path, first: int, seeds: int, out: Path) -> None:
                         torch.cuda.synchronize()
                 except Skipped as reason:
                     result, detail = SKIPPED, str(reason)
+                except torch.OutOfMemoryError as error:
+                    result, detail = SKIPPED, f"does not fit: {str(error).partition('. ')[0]}"
                 except Exception as error:
                     result, detail = FAILED, f"seed {seed}: {describe(error, witness.difference)}"
                 if result != PASSED:
                     break
+            if torch.cuda.is_available() and not any(words in detail for words in DEAD):
+                torch.cuda.empty_cache()  # the other processes want it
             ended = {"number": number, "result": result, "detail": detail, "kernels": sorted(witness.kernels)}
             lines.write(json.dumps(ended) + "\n")
-            if DEAD in detail:
+            if any(words in detail for words in DEAD):
                 return
         lines.write(json.dumps({"ended": True}) + "\n")
 

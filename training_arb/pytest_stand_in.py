@@ -1,6 +1,6 @@
 """The part of pytest that the kernels' tests use: a machine with a GPU may have no pytest, and must still run them.
 
-`install()` puts it in pytest's place before a test file is imported; `tests_of` then gives the file's tests, one call
+`install()` puts it in pytest's place before a test file is imported; `calls_of` then gives the file's tests, one call
 for each set of parameters, with conftest.py's fixtures.
 """
 
@@ -42,13 +42,11 @@ class Mark:
     options: dict = field(default_factory=dict)
 
     def __call__(self, *args, **options):
-        if not self.args and not options and len(args) == 1 and inspect.isfunction(args[0]):
-            args[0].marks = [self, *getattr(args[0], "marks", [])]
-            return args[0]
-        if self.args or self.options:
-            args[0].marks = [self, *getattr(args[0], "marks", [])]
-            return args[0]
-        return Mark(self.name, args, options)
+        if not self.args and not self.options:
+            return Mark(self.name, args, options)
+        (function,) = args
+        function.marks = [self, *getattr(function, "marks", [])]
+        return function
 
 
 class Marks:
@@ -71,6 +69,13 @@ class MonkeyPatch:
         before = os.environ.get(name)
         self._undo.append(lambda: os.environ.pop(name, None) if before is None else os.environ.update({name: before}))
         os.environ[name] = value
+
+    def delenv(self, name: str, raising: bool = True) -> None:
+        before = os.environ.pop(name, None)
+        if before is not None:
+            self._undo.append(lambda: os.environ.update({name: before}))
+        elif raising:
+            raise KeyError(name)
 
     def undo(self) -> None:
         while self._undo:
@@ -168,7 +173,7 @@ def fixtures_of(*modules: types.ModuleType) -> dict[str, Callable]:
     return {name: value for module in modules for name, value in vars(module).items() if hasattr(value, "is_fixture")}
 
 
-def tests_of(module: types.ModuleType) -> list[Test]:
+def calls_of(module: types.ModuleType) -> list[Test]:
     """Every test of a module at every set of its parameters, in the file's order."""
     functions = [value for name, value in vars(module).items() if name.startswith("test_") and callable(value)]
     return [test for function in functions for test in _calls(function)]
