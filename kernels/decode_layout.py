@@ -28,9 +28,20 @@ MATVEC_COLUMNS = 1 << 19  # at most: codes of up to 2 are summed in int32 where 
 def decoding_form(packed: torch.Tensor, columns: int) -> torch.Tensor:
     """packed uint8 (N, ceil(K / 5)) -> what `decode_linear` reads fastest here, to be made once: the decode layout for
     the native kernels, the packed bytes themselves for Triton, trits int8 (N, K) for torch."""
-    if packed.device.type == "cpu" and backend_for(packed.device) == "native" and instruction_set():
+    if _takes_layout(packed.device):
         return to_decode_layout(unpack_trits(packed, columns))
     return packed if uses_triton(packed) else unpack_trits(packed, columns)
+
+
+def decoding_bytes(num_rows: int, columns: int, device: torch.device) -> int:
+    """What `decoding_form` makes of a (num_rows, columns) matrix on a device, in bytes; 0 where packed bytes do."""
+    if _takes_layout(device):
+        return -(-num_rows // ROWS) * -(-columns // COLUMNS) * 4 * ROWS
+    return 0 if uses_triton(torch.empty(0, device=device)) else num_rows * columns
+
+
+def _takes_layout(device: torch.device) -> bool:
+    return device.type == "cpu" and backend_for(device) == "native" and instruction_set() > 0
 
 
 def to_decode_layout(trits: torch.Tensor) -> torch.Tensor:

@@ -25,6 +25,10 @@ class IntegerState(nn.Module):
         """The persistent tensors by name, training state included whether or not it is there."""
         raise NotImplementedError
 
+    def caches(self) -> dict[str, torch.Tensor]:
+        """What the module keeps in memory beside its state, to be made again at any time, by what it is."""
+        return {}
+
     def register_state(self, with_training_state: bool) -> None:
         """Register the buffers, at zero."""
         for name, spec in self.layout().items():

@@ -6,12 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from arb_kernels.decode_layout import decode_linear
+from arb_kernels.decode_layout import decode_linear, decoding_bytes
 from arb_kernels.int8_matmul import int8_matmul
 from arb_kernels.quantise import quantise_gradient, quantise_tokens
 
-from .ternary_matrix import TernaryMatrix
+from .ternary_matrix import DECODED, ROW_SCALES, TernaryMatrix
 
+SCALE_BYTES = 4  # float32
 ZERO_ROW_TRACE = 2.0**-20
 
 
@@ -90,6 +91,12 @@ class TernaryLinear(TernaryMatrix, nn.Linear):
         weight = self.effective_weight(torch.float32)
         weight[:, 0] += ZERO_ROW_TRACE * (weight == 0).all(1)
         return weight
+
+    def generation_caches(self, device: torch.device) -> dict[str, int]:
+        if not self.integer_matmuls:
+            return {}
+        sizes = {DECODED: decoding_bytes(self.rows, self.columns, device), ROW_SCALES: self.rows * SCALE_BYTES}
+        return {name: size for name, size in sizes.items() if size}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.is_autocast_enabled(x.device.type):

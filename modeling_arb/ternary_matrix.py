@@ -26,6 +26,7 @@ logger = logging.get_logger(__name__)
 
 
 SEVERAL_BACKWARDS = "call IntegerOptimizer.begin_micro_batch(last=False) before the forwards of an accumulated step"
+DECODED, ROW_SCALES, UNPACKED = "weights laid out to decode", "row scales", "unpacked trits"
 INIT_CHUNK = 1 << 18  # elements drawn at a time, as int64: a large table must not need eight times its memory
 
 
@@ -127,6 +128,16 @@ class TernaryMatrix(IntegerState):
         if self._kept is None or self._kept[0] != version:
             self._kept = (version, self.T_packed, unpack_trits(self.T_packed, self.columns))
         return self._kept[2]
+
+    def caches(self) -> dict[str, torch.Tensor]:
+        found = {} if self._kept is None else {UNPACKED: self._kept[2]}
+        if self._decoded is not None:
+            found[DECODED], found[ROW_SCALES] = self._decoded.weight, self._decoded.scale
+        return {name: tensor for name, tensor in found.items() if tensor is not self.T_packed}
+
+    def generation_caches(self, device: torch.device) -> dict[str, int]:
+        """Bytes that `inference_weight` will keep on a device, by what they are; none where it is not used."""
+        return {}
 
     def scale(self) -> torch.Tensor:
         """float32 (rows, groups): S = 2^(E / 8), under `correlation` also moved by the votes so far."""

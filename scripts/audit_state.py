@@ -1,5 +1,6 @@
 """Audit a model's persistent state: every tensor by role, dtype and bytes, and the weights by area.
 
+What generation will keep in memory beside the state is shown apart, as caches: it is no state, and never saved.
 Exit code 1 when there is a float tensor, an unlisted one, or a byte that holds no trits; 2 when it cannot be read.
 
 examples:
@@ -26,7 +27,7 @@ from training_arb.command_line import HelpFormatter, run
 from training_arb.cpu_allocator import keep_freed_memory
 from training_arb.live_memory import MEGABYTE, peak_memory_mb
 from training_arb.memory_forecast import StepMemory, forecast_step, process_base_mb
-from training_arb.state_audit import StateAudit, audit_config, audit_folder, audit_model
+from training_arb.state_audit import StateAudit, audit_config, audit_folder, audit_model, forecast_caches
 
 
 def audit_built(config: ArbConfig) -> tuple[StateAudit, dict[str, float]]:
@@ -35,7 +36,7 @@ def audit_built(config: ArbConfig) -> tuple[StateAudit, dict[str, float]]:
     before, started = peak_memory_mb(), time.perf_counter()
     model = ArbForCausalLM(config)
     seconds, peak = time.perf_counter() - started, peak_memory_mb()
-    audit = audit_model(model)
+    audit = forecast_caches(audit_model(model), model)
     state = audit.state_bytes / MEGABYTE
     return audit, {"seconds": seconds, "rss_before_mb": before, "peak_rss_mb": peak, "state_mb": state}
 

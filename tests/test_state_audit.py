@@ -5,9 +5,12 @@ from zipfile import ZIP_DEFLATED, ZipFile
 
 import pytest
 import torch
+from helpers import BACKENDS, random_trits
 from safetensors.torch import load_file, save_file
 from scripting import run_script
 
+from arb_kernels.decode_layout import decoding_bytes, decoding_form
+from arb_kernels.packing import pack_trits
 from configuration_arb import PRESETS, preset_config
 from modeling_arb import ArbForCausalLM
 from training_arb.integer_optimizer import IntegerOptimizer
@@ -243,3 +246,60 @@ def test_a_training_step_is_forecast(tmp_path, capsys):
     for wrong in (["--batch", 2], ["--batch", 0, "--ctx", 32], ["--batch", 2, "--ctx", 3]):
         assert run_script("audit_state", "--preset", "arb-tiny", *wrong) == 2
     assert run_script("audit_state", tmp_path, "--batch", 2, "--ctx", 32) == 2
+
+
+@pytest.mark.parametrize("backend", BACKENDS[:2])
+@pytest.mark.parametrize("preset", ["arb-tiny", "arb-tiny-full"])
+def test_caches_are_beside_the_state_and_as_forecast(monkeypatch, preset, backend):
+    """float row scales in them are no float tensors of the state; before the first forward there are none."""
+    monkeypatch.setenv("ARB_BACKEND", backend)
+    config = preset_config(preset)
+    forecast, model = audit_config(config), ArbForCausalLM(config).eval()
+    fresh = audit_model(model)
+    assert fresh.caches == [] and fresh.caches_are_held and not forecast.caches_are_held
+    with torch.no_grad():
+        model(torch.randint(0, 256, (2, 64)))  # enough bytes for every expert
+    held = audit_model(model)
+    assert held.caches == forecast.caches and held.cache_bytes > 0
+    assert held.clean and held.state_bytes == fresh.state_bytes == forecast.state_bytes
+    kept = [
+        tensor
+        for matrix in model.ternary_matrices().values()
+        if matrix._decoded is not None
+        for tensor in (matrix._decoded.weight, matrix._decoded.scale)
+        if tensor is not matrix.T_packed
+    ]
+    assert held.cache_bytes == sum(tensor.nbytes for tensor in kept)
+    if backend == "native":
+        assert 0.25 <= held.cache_bytes / sum(matrix.logical_weights for matrix in linear(model)) <= 0.5
+
+
+def linear(model):
+    return [matrix for matrix in model.ternary_matrices().values() if isinstance(matrix, torch.nn.Linear)]
+
+
+def test_trits_kept_in_training_are_a_cache():
+    model = ArbForCausalLM(preset_config("arb-tiny", text_sequencer={"hidden_size": 48})).train()
+    ids = torch.randint(0, 256, (2, 16))
+    model(ids, labels=ids).loss.backward()
+    (row,) = audit_model(model).caches
+    assert (row.kind, row.bytes) == ("unpacked trits", 4 * 48 * 48) and "recurrent_proj" in row.name
+
+
+def test_script_shows_the_caches_apart(folder, tmp_path, capsys):
+    for given in ([folder], ["--preset", "arb-tiny"], ["--preset", "arb-tiny", "--allocate"]):
+        assert run_script("audit_state", *given, "--json", tmp_path / "audit.json") == 0
+        written = json.loads((tmp_path / "audit.json").read_text())
+        assert written["cache_bytes"] == sum(row["bytes"] for row in written["caches"]) > 0
+        assert written["caches_are_held"] is False and written["float_tensors"] == []
+        assert written["state_bytes"] == sum(row["bytes"] for row in written["tensors"])
+        shown = capsys.readouterr().out
+        assert "cache, generation will hold" in shown and "row scales" in shown
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_decoding_keeps_is_known_before(monkeypatch, backend):
+    monkeypatch.setenv("ARB_BACKEND", backend)
+    packed = pack_trits(random_trits(33, 100))
+    kept = decoding_form(packed, 100)
+    assert decoding_bytes(33, 100, packed.device) == (0 if kept is packed else kept.nbytes)

@@ -17,6 +17,7 @@ from modeling_arb import ArbForCausalLM
 from modeling_arb.checkpoint_integrity import describe_illegal, load_pickle, open_tensor_file, read_config
 from modeling_arb.ternary_matrix import TernaryMatrix
 
+OTHER_HEADS = "video/talker heads"
 AREAS = {
     "byte_embedding": "embedding + sequencer",
     "text_sequencer": "embedding + sequencer",
@@ -27,8 +28,8 @@ AREAS = {
     "composite": "KG VQ + composite",
     "output_router": "router",
     "byte_head": "ByteHead",
-    "video_head": "video/talker heads",
-    "talker_head": "video/talker heads",
+    "video_head": OTHER_HEADS,
+    "talker_head": OTHER_HEADS,
 }
 
 
@@ -48,14 +49,34 @@ class TensorRow:
     area: str
 
 
+@dataclass(frozen=True)
+class CacheRow:
+    """What a module keeps in memory beside its state, never saved."""
+
+    name: str
+    kind: str
+    bytes: int
+    area: str
+
+
 @dataclass
 class StateAudit:
-    """What an audit found. `areas` counts logical ternary weights."""
+    """What an audit found. `areas` counts logical ternary weights.
+
+    caches: what a live model holds beside its state; of a shape or a checkpoint (caches_are_held False) what generation
+    on the CPU will make at its first use, at most. They are no part of state_bytes.
+    """
 
     areas: dict[str, int] = field(default_factory=dict)
     tensors: list[TensorRow] = field(default_factory=list)
     float_tensors: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
+    caches: list[CacheRow] = field(default_factory=list)
+    caches_are_held: bool = False
+
+    @property
+    def cache_bytes(self) -> int:
+        return sum(row.bytes for row in self.caches)
 
     @property
     def logical_weights(self) -> int:
@@ -77,6 +98,9 @@ class StateAudit:
             "state_bytes_per_weight": self.state_bytes / self.logical_weights,
             "float_tensors": self.float_tensors,
             "faults": self.faults,
+            "caches": [asdict(row) for row in self.caches],
+            "cache_bytes": self.cache_bytes,
+            "caches_are_held": self.caches_are_held,
             "tensors": [asdict(row) for row in self.tensors],
         }
 
@@ -92,9 +116,14 @@ class StateAudit:
         for role, dtype in sorted({(row.role, row.dtype) for row in self.tensors}):
             size = sum(row.bytes for row in self.tensors if (row.role, row.dtype) == (role, dtype))
             roles.append(f"{role:<24}{dtype:>14}{size:>14,}{size / self.logical_weights:>14.3f}")
+        held = "held beside the state" if self.caches_are_held else "generation will hold"
+        caches = [f"{'cache, ' + held:<38}{'bytes':>14}{'bytes/weight':>14}"]
+        for kind in [*sorted({row.kind for row in self.caches}), None]:
+            size = sum(row.bytes for row in self.caches if kind in (row.kind, None))
+            caches.append(f"{kind or 'total':<38}{size:>14,}{size / self.logical_weights:>14.3f}")
         verdict = [f"float tensors: {len(self.float_tensors)}"]
         verdict += [f"  float: {name}" for name in self.float_tensors] + [f"  fault: {fault}" for fault in self.faults]
-        return "\n".join([*areas, "", *roles, "", *verdict])
+        return "\n".join([*areas, "", *roles, "", *caches, "", *verdict])
 
 
 def area_of(name: str) -> str:
@@ -142,11 +171,33 @@ def _tensors_in(value: object, name: str) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def audit_model(model: ArbForCausalLM, optimizer: torch.optim.Optimizer | None = None) -> StateAudit:
-    """Audit a live model: parameters, every buffer (persistent or not), and the optimizer's state."""
+    """Audit a live model: parameters, every buffer (persistent or not), the optimizer's state, and the caches held."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     if optimizer is not None:
         tensors |= dict(_tensors_in(optimizer.state_dict(), "optimizer"))
-    return _audit_tensors(model, tensors)
+    audit = _audit_tensors(model, tensors)
+    audit.caches, audit.caches_are_held = held_caches(model), True
+    return audit
+
+
+def held_caches(model: ArbForCausalLM) -> list[CacheRow]:
+    """What a model's modules keep in memory beside their state at this moment."""
+    return [
+        CacheRow(name, kind, tensor.nbytes, area_of(name))
+        for name, module in model.integer_states().items()
+        for kind, tensor in module.caches().items()
+    ]
+
+
+def generation_caches(model: ArbForCausalLM, device: str = "cpu") -> list[CacheRow]:
+    """What the model will keep beside its state once it has generated on a device, every expert used: at most. Heads of
+    other modalities than text are left out."""
+    return [
+        CacheRow(name, kind, size, area_of(name))
+        for name, matrix in model.ternary_matrices().items()
+        if area_of(name) != OTHER_HEADS
+        for kind, size in matrix.generation_caches(torch.device(device)).items()
+    ]
 
 
 def unallocated_model(config: ArbConfig) -> ArbForCausalLM:
@@ -157,7 +208,13 @@ def unallocated_model(config: ArbConfig) -> ArbForCausalLM:
 
 def audit_config(config: ArbConfig) -> StateAudit:
     """Audit a shape without allocating it."""
-    return audit_model(unallocated_model(config))
+    return forecast_caches(audit_model(model := unallocated_model(config)), model)
+
+
+def forecast_caches(audit: StateAudit, model: ArbForCausalLM) -> StateAudit:
+    """The same audit, with what generation will keep instead of what is held."""
+    audit.caches, audit.caches_are_held = generation_caches(model), False
+    return audit
 
 
 def weight_files(folder: str | Path) -> list[Path]:
@@ -183,7 +240,8 @@ def audit_folder(folder: str | Path) -> StateAudit:
             tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     if os.path.lexists(folder / OPTIMIZER_FILE):
         tensors |= _optimizer_tensors(folder / OPTIMIZER_FILE)
-    return _audit_tensors(unallocated_model(config), tensors)
+    model = unallocated_model(config)
+    return forecast_caches(_audit_tensors(model, tensors), model)
 
 
 def _optimizer_tensors(path: Path) -> dict[str, torch.Tensor]:
