@@ -341,7 +341,7 @@ def test_small_rows_and_columns_move_like_large_ones(small, least_distance, bits
     assert far.min() > least_distance * far.max(), far
 
 
-@pytest.mark.parametrize("scale", [1e-12, 1e-18, 1e-30], ids=str)
+@pytest.mark.parametrize("scale", [1e-12, 1e-18], ids=str)
 def test_unit_rms_at_any_scale(scale):
     """Small rows, small columns, rows and columns of zeros: finite, and each row and column of about unit RMS. Columns
     down to 2^-60 of the largest."""
