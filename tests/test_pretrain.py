@@ -217,6 +217,7 @@ def test_resuming_another_run_is_refused(corpus, finished, tmp_path, capsys, cha
         ({"learning_rate": 2}, "learning_rate=2.0"),
         ({"flip_threshold": 900}, "flip_threshold=900"),
         ({"fp16": "true"}, "fp16=True"),
+        ({"optim": "sgd"}, "optim=sgd"),
         ({"resume_from_checkpoint": "latest"}, "has no checkpoint"),
         ({"resume_from_checkpoint": "gone/checkpoint-3"}, "resume_from_checkpoint='gone/checkpoint-3'"),
         ({"dataset": "./no_such_dataset", "data": None}, "dataset='./no_such_dataset'"),

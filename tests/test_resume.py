@@ -32,10 +32,8 @@ def run(output_dir, blocks, resume=None, **settings):
 
 
 EPOCHS = {  # blocks, settings, steps; two blocks a batch
-    "whole epochs": (4, {"num_train_epochs": 2}, 4),
-    "part of an epoch": (4, {"num_train_epochs": 1.5}, 3),
-    "last batch short": (5, {"num_train_epochs": 1.5}, 5),
-    "last batch dropped": (5, {"num_train_epochs": 2, "dataloader_drop_last": True}, 4),
+    "part of an epoch, last batch short": (5, {"num_train_epochs": 1.5}, 5),
+    "whole epochs, last batch dropped": (5, {"num_train_epochs": 2, "dataloader_drop_last": True}, 4),
     "last step short": (6, {"num_train_epochs": 2, "gradient_accumulation_steps": 2}, 4),
     "steps over epochs": (4, {"max_steps": 3}, 3),
 }
