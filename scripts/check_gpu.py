@@ -167,7 +167,7 @@ def package_links() -> Iterator[dict[str, str]]:
 def check(args: argparse.Namespace, planned: list[Stage], wanted: list[str], environment: dict[str, str]) -> int:
     """Run the wanted stages within the time there is; write the JSON after each. Returns the exit code."""
     started = time.monotonic()
-    first = run_bounded_stage(planned[0], min(planned[0].seconds, args.seconds), environment)
+    first = run_apart(planned[0], min(planned[0].seconds, args.seconds), environment)
     if first["status"] != PASSED:
         said = first["last_lines"][-1] if first["last_lines"] else "torch did not start"
         raise ValueError(said.removeprefix("error: "))
@@ -181,7 +181,7 @@ def check(args: argparse.Namespace, planned: list[Stage], wanted: list[str], env
             if left < LEAST_SECONDS:
                 rows[i]["status"] = NO_TIME
             else:
-                rows[i] = run_bounded_stage(stage, min(stage.seconds, left), environment)
+                rows[i] = run_apart(stage, min(stage.seconds, left), environment)
         ran = [row for row in rows if row["status"] != LEFT_OUT]
         report["passed"] = all(row["status"] in (PASSED, TOO_LARGE) for row in ran)
         report["seconds"] = round(time.monotonic() - started, 1)
@@ -191,7 +191,7 @@ def check(args: argparse.Namespace, planned: list[Stage], wanted: list[str], env
     return 0 if report["passed"] else 1
 
 
-def run_bounded_stage(stage: Stage, seconds: float, environment: dict[str, str]) -> dict:
+def run_apart(stage: Stage, seconds: float, environment: dict[str, str]) -> dict:
     """One stage in its own process: {"stage", "status", "summary", "seconds", "command", "last_lines", "result"}."""
     from training_arb.bounded_process import run_bounded
 
