@@ -91,8 +91,8 @@ def stages(device: str, tiny: bool) -> list[Stage]:
         return Stage(f"speed-{name}", 60, command, training_speed)
 
     def memory(rule: str, ctx: int) -> Stage:
-        steps = "1" if tiny else "3"
-        command = ("scripts/smoke.py", "--preset", huge, *on, "--ctx", str(ctx), "--batch", "1", "--steps", steps)
+        size = ("--ctx", "4", "--steps", "1") if tiny else ("--ctx", str(ctx), "--steps", "3")
+        command = ("scripts/smoke.py", "--preset", huge, *on, "--batch", "1", *size)
         limited = ctx == 4 and not tiny
         rows = memory_of(rule, limited)
         return Stage(f"arb-3b-{rule}-{ctx}", 50, (*command, "--backward", "--update-rule", rule), rows)
