@@ -91,8 +91,8 @@ def stages(device: str, tiny: bool) -> list[Stage]:
         return Stage(f"speed-{name}", 60, command, training_speed)
 
     def memory(rule: str, ctx: int) -> Stage:
-        steps = "1" if tiny else "3"
-        command = ("scripts/smoke.py", "--preset", huge, *on, "--ctx", str(ctx), "--batch", "1", "--steps", steps)
+        size = ("--ctx", "4", "--steps", "1") if tiny else ("--ctx", str(ctx), "--steps", "3")
+        command = ("scripts/smoke.py", "--preset", huge, *on, "--batch", "1", *size)
         limited = ctx == 4 and not tiny
         rows = memory_of(rule, limited)
         return Stage(f"arb-3b-{rule}-{ctx}", 50, (*command, "--backward", "--update-rule", rule), rows)
@@ -167,7 +167,7 @@ def package_links() -> Iterator[dict[str, str]]:
 def check(args: argparse.Namespace, planned: list[Stage], wanted: list[str], environment: dict[str, str]) -> int:
     """Run the wanted stages within the time there is; write the JSON after each. Returns the exit code."""
     started = time.monotonic()
-    first = run_bounded_stage(planned[0], min(planned[0].seconds, args.seconds), environment)
+    first = run_apart(planned[0], min(planned[0].seconds, args.seconds), environment)
     if first["status"] != PASSED:
         said = first["last_lines"][-1] if first["last_lines"] else "torch did not start"
         raise ValueError(said.removeprefix("error: "))
@@ -181,7 +181,7 @@ def check(args: argparse.Namespace, planned: list[Stage], wanted: list[str], env
             if left < LEAST_SECONDS:
                 rows[i]["status"] = NO_TIME
             else:
-                rows[i] = run_bounded_stage(stage, min(stage.seconds, left), environment)
+                rows[i] = run_apart(stage, min(stage.seconds, left), environment)
         ran = [row for row in rows if row["status"] != LEFT_OUT]
         report["passed"] = all(row["status"] in (PASSED, TOO_LARGE) for row in ran)
         report["seconds"] = round(time.monotonic() - started, 1)
@@ -191,7 +191,7 @@ def check(args: argparse.Namespace, planned: list[Stage], wanted: list[str], env
     return 0 if report["passed"] else 1
 
 
-def run_bounded_stage(stage: Stage, seconds: float, environment: dict[str, str]) -> dict:
+def run_apart(stage: Stage, seconds: float, environment: dict[str, str]) -> dict:
     """One stage in its own process: {"stage", "status", "summary", "seconds", "command", "last_lines", "result"}."""
     from training_arb.bounded_process import run_bounded
 

@@ -12,7 +12,7 @@ NOT_BUILT = pytest.mark.skipif(native_library() is None, reason="the native kern
 TRITON_RUNS = triton_runs_on(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 NO_TRITON = pytest.mark.skipif(not TRITON_RUNS, reason="triton neither runs nor is interpreted here")
 BACKENDS = ["torch", pytest.param("native", marks=NOT_BUILT), pytest.param("triton", marks=NO_TRITON)]
-ERROR_RATIO = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 6e-3}
+ERROR_RATIO = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 6e-3}
 
 
 def assert_same(name, ref, out):

@@ -21,7 +21,7 @@ from arb_scripts.check_gpu import (
     Stage,
     check,
     file_name,
-    run_bounded_stage,
+    run_apart,
     stages,
 )
 from training_arb.bounded_process import run_bounded
@@ -116,13 +116,13 @@ def test_the_stages_fit_into_eight_minutes_and_start_with_the_most_telling():
 
 
 def test_a_stage_ends_well(tmp_path):
-    row = run_bounded_stage(stage(tmp_path, written()), 20, environment(tmp_path))
+    row = run_apart(stage(tmp_path, written()), 20, environment(tmp_path))
     assert (row["status"], row["summary"], row["last_lines"]) == (PASSED, "found this", [])
     assert row["result"]["card"] == "A Card"
 
 
 def test_a_stage_that_found_faults_has_failed(tmp_path):
-    row = run_bounded_stage(stage(tmp_path, written(False)), 20, environment(tmp_path))
+    row = run_apart(stage(tmp_path, written(False)), 20, environment(tmp_path))
     assert (row["status"], row["summary"]) == (FAILED, "found this")
 
 
@@ -133,7 +133,7 @@ def test_a_stage_that_hangs_is_killed_with_its_children_and_keeps_what_it_wrote(
     starts_it = f"{bounded}\nrun_bounded([sys.executable, '-c', {child!r}], 60, own_group=False)"
     code = f"{written()}\nprint('here', flush=True)\n{starts_it}"
     started = time.monotonic()
-    row = run_bounded_stage(stage(tmp_path, code), 3, {**environment(tmp_path), "PYTHONPATH": str(ROOT)})
+    row = run_apart(stage(tmp_path, code), 3, {**environment(tmp_path), "PYTHONPATH": str(ROOT)})
     assert time.monotonic() - started < 15
     size = beats.stat().st_size
     time.sleep(0.5)
@@ -144,9 +144,7 @@ def test_a_stage_that_hangs_is_killed_with_its_children_and_keeps_what_it_wrote(
 
 
 def test_a_stage_that_raises_is_told_with_its_last_lines(tmp_path):
-    row = run_bounded_stage(
-        stage(tmp_path, "print('before')\nraise RuntimeError('no such kernel')"), 20, environment(tmp_path)
-    )
+    row = run_apart(stage(tmp_path, "print('before')\nraise RuntimeError('no such kernel')"), 20, environment(tmp_path))
     assert (row["status"], row["summary"]) == (FAILED, "RuntimeError: no such kernel")
     assert row["last_lines"][0] == "before" and any("Traceback" in line for line in row["last_lines"])
     assert row["result"] is None
@@ -154,7 +152,7 @@ def test_a_stage_that_raises_is_told_with_its_last_lines(tmp_path):
 
 def test_a_stage_that_does_not_fit_says_so(tmp_path):
     said = "error: out of memory (CUDA out of memory): a smaller batch, ctx or model needs less"
-    row = run_bounded_stage(stage(tmp_path, f"sys.exit({said!r})"), 20, environment(tmp_path))
+    row = run_apart(stage(tmp_path, f"sys.exit({said!r})"), 20, environment(tmp_path))
     assert (row["status"], row["summary"]) == (TOO_LARGE, said)
 
 

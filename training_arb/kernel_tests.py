@@ -101,8 +101,7 @@ def run_tests(path: Path, first: int, seeds: int, out: Path) -> None:
     sys.path.insert(0, str(path.parent))
     conftest, helpers = importlib.import_module("conftest"), importlib.import_module("helpers")
     module = importlib.import_module(path.stem)
-    if torch.cuda.is_available():
-        check_references(module, helpers.assert_same)
+    check_references(module, helpers.assert_same)
     fixtures = fixtures_of(conftest, module)
     with out.open("a", buffering=1) as lines:
         for number, test in enumerate(calls_of(module)):
