@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: venv pretrain test lint bench docs gpu
+.PHONY: venv pretrain test settings lint bench docs gpu
 
 venv: $(STAMP)
 
@@ -20,6 +20,10 @@ pretrain: venv
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+# the numeric tests again, as on other CPUs: tests/run_settings.py --help
+settings: venv
+	$(BIN)/python tests/run_settings.py $(ARGS)
 
 lint: venv
 	$(BIN)/ruff check .

@@ -5,10 +5,28 @@ from __future__ import annotations
 import torch
 
 
+class SigmoidFunction(torch.autograd.Function):
+    """Saves its result alone; the backward is of basic operations, which round alike everywhere."""
+
+    @staticmethod
+    def forward(ctx, x):
+        half = 0.5 * x
+        half = half.double() if x.is_cpu else half.float()
+        y = half.tanh_().mul_(0.5).add_(0.5).to(x.dtype)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        (y,) = ctx.saved_tensors
+        return grad_y * (y * (1 - y))
+
+
 def sigmoid(x: torch.Tensor) -> torch.Tensor:
     """1 / (1 + exp(-x)) of floats (...), in their dtype, as 0.5 + 0.5 * tanh(x / 2).
 
     On a CPU torch.sigmoid rounds differently where a vector register is not full and where the input is strided, so
-    the same value could give another result in another batch; torch.tanh does not. Within 6e-8 of the function.
+    the same value could give another result in another batch; torch.tanh does not, but in float32 it rounds
+    differently from one make of CPU to another. Rounded from float64 both are the same.
     """
-    return 0.5 + 0.5 * torch.tanh(0.5 * x)
+    return SigmoidFunction.apply(x)

@@ -7,6 +7,7 @@ import torch
 from helpers import assert_same
 
 from arb_kernels.correlation_update import naive_correlation_update
+from arb_kernels.exponents import EIGHTHS, power_of_two
 from arb_kernels.flip_update import naive_flip_update
 from arb_kernels.packing import unpack_trits
 from arb_kernels.random_bits import stream_key
@@ -183,3 +184,16 @@ def test_a_large_table_is_drawn_in_pieces(monkeypatch):
     pieces = make_table().T_packed
     assert torch.equal(whole, pieces)
     assert len(drawn) > 5 and max(drawn) <= 25
+
+
+def test_a_row_under_correlation_is_the_same_however_many_are_read():
+    """Its scale is a power of two with a fraction, which must not round by its place among others."""
+    table, ids = make_table("correlation"), torch.arange(ROWS)
+    table.corr_accum.copy_(torch.randint(-400, 400, table.corr_accum.shape))
+    table.step_counter.fill_(40)
+    whole = table.effective_weight(torch.float32)
+    for together in (1, 3, 16, 33):
+        assert torch.equal(torch.cat([table.rows_of(part) for part in ids.split(together)]), whole), together
+    octaves = 4 * table.corr_accum.double() / (40 * DIM)
+    factor = table.scale() / power_of_two(table.E, EIGHTHS)
+    assert_same("factor", torch.exp2(octaves).float(), factor)
