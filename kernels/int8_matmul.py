@@ -19,7 +19,7 @@ from .quantise_triton import triton_scale_sums
 
 TRIT_OFFSET, INT8_OFFSET = 1, 128  # what makes a column operand unsigned, as the CPU's instructions want it
 EXACT_COLUMNS = 2**24 // 128**2  # float32 holds the sum of so many products of two int8 codes, in any order
-_CUDA_MULTIPLE, _CUDA_LEAST_ROWS = 8, 17  # what torch._int_mm asks for there
+_CUDA_MULTIPLE, _CUDA_LEAST_ROWS = 16, 17  # what torch._int_mm asks for there
 
 
 def _with_own_strides(matrix: torch.Tensor) -> torch.Tensor:
@@ -28,14 +28,18 @@ def _with_own_strides(matrix: torch.Tensor) -> torch.Tensor:
     return matrix.reshape(-1).view(matrix.shape) if 1 in matrix.shape else matrix
 
 
+def _padded(matrix: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    return F.pad(matrix, (0, columns, 0, rows)) if rows or columns else matrix
+
+
 def _cuda_sums(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """The vendor's int8 GEMM, padded to the round sizes that it wants."""
+    """The vendor's int8 GEMM, padded to round sizes, in the one layout that cuBLAS takes everywhere: the first operand
+    row by row, the second column by column."""
     (R, K), C = rows.shape, columns.shape[1]
-    pad_k, pad_c = -K % _CUDA_MULTIPLE, -C % _CUDA_MULTIPLE
-    padded = torch._int_mm(
-        F.pad(rows, (0, pad_k, 0, max(_CUDA_LEAST_ROWS - R, 0))), F.pad(columns, (0, pad_c, 0, pad_k))
-    )
-    return padded[:R, :C]
+    pad_k = -K % _CUDA_MULTIPLE
+    by_row = _padded(rows, max(_CUDA_LEAST_ROWS - R, 0), pad_k).contiguous()
+    by_column = _padded(columns.T, -C % _CUDA_MULTIPLE, pad_k).contiguous()
+    return torch._int_mm(by_row, by_column.T)[:R, :C]
 
 
 def _float_sums(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:

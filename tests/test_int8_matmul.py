@@ -9,7 +9,7 @@ import torch
 from helpers import BACKENDS, NOT_BUILT, random_trits, shapes
 
 from arb_kernels.backend import instruction_set, use_backend
-from arb_kernels.int8_matmul import EXACT_COLUMNS, int8_matmul
+from arb_kernels.int8_matmul import EXACT_COLUMNS, _cuda_sums, int8_matmul
 
 SIZES = shapes(
     (1, 1, 1),
@@ -38,7 +38,7 @@ def operands(R, C, K, trits):
 def test_int8_matmul(monkeypatch, backend, R, C, K, trits, instructions):
     monkeypatch.setenv("ARB_ISA", instructions)
     rows, columns, row_scale, column_scale = operands(R, C, K, trits)
-    sums = (rows.long() @ columns.long().T).float()
+    sums = (rows.double() @ columns.double().T).float()
     with use_backend(backend):
         scaled = int8_matmul(rows, columns, row_scale, column_scale, trits=trits)
         assert torch.equal(scaled, sums * row_scale[:, None] * column_scale)
@@ -70,7 +70,7 @@ def test_full_scale_codes(monkeypatch, backend, trits, instructions):
         rows, columns = (torch.rand(size, K) < (0.5 if seed % 3 else 1.0) for size in (R, C))
         rows, columns = (torch.where(sign, 127, -127).to(torch.int8) for sign in (rows, columns))
         columns = columns.sign() if trits else columns
-        sums = (rows.long() @ columns.long().T).float()
+        sums = (rows.double() @ columns.double().T).float()
         with use_backend(backend):
             assert torch.equal(int8_matmul(rows, columns, torch.ones(R), trits=trits), sums)
             transposed = columns.T.contiguous()
@@ -89,7 +89,7 @@ def test_cpus_without_vnni(isa):
 @pytest.mark.parametrize("precision", ["highest", "medium"])
 def test_sums_are_exact_in_mixed_precision(backend, precision):
     rows, columns, row_scale, column_scale = operands(40, 30, 1500, trits=False)
-    expected = (rows.long() @ columns.long().T).float() * row_scale[:, None] * column_scale
+    expected = (rows.double() @ columns.double().T).float() * row_scale[:, None] * column_scale
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
@@ -115,3 +115,21 @@ def test_every_thread_count_gives_the_same_bits():
 def test_the_lesser_instruction_set_can_be_forced(monkeypatch):
     monkeypatch.setenv("ARB_ISA", "avx2")
     assert instruction_set() <= 1
+
+
+@pytest.mark.parametrize("by_row", [True, False], ids=["by row", "transposed"])
+@pytest.mark.parametrize("R, K, C", shapes((1, 1, 1), (17, 16, 16), (33, 100, 47), (40, 64, 96)))
+def test_the_operands_that_a_gpu_gets(monkeypatch, R, K, C, by_row):
+    """cuBLAS wants more than 16 rows, round sizes, rows row by row and columns column by column."""
+    seen, multiply = [], torch._int_mm
+
+    def spy(left, right):
+        seen.append((left.is_contiguous() and right.T.is_contiguous(), *left.shape, right.shape[1]))
+        return multiply(left, right)
+
+    monkeypatch.setattr(torch, "_int_mm", spy)
+    rows, columns = torch.randint(-127, 128, (R, K), dtype=torch.int8), random_trits(K, C)
+    columns = columns if by_row else columns.T.contiguous().T
+    assert torch.equal(_cuda_sums(rows, columns).double(), rows.double() @ columns.double())
+    ((contiguous, seen_rows, seen_depth, seen_columns),) = seen
+    assert contiguous and seen_rows > 16 and seen_depth % 16 == 0 and seen_columns % 16 == 0
