@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: venv pretrain test settings lint bench docs gpu
+.PHONY: venv pretrain test lint bench docs gpu
 
 venv: $(STAMP)
 
@@ -22,6 +22,7 @@ test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 # the numeric tests again, as on other CPUs: tests/run_settings.py --help
+.PHONY: settings
 settings: venv
 	$(BIN)/python tests/run_settings.py $(ARGS)
 
