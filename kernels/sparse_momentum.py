@@ -64,6 +64,8 @@ def sparse_momentum_update(
     int64 (R,), each row once; dW: float32 (R, K), the step's mean gradient of those rows; lr: cells per step. Returns
     the number of changed trits, int64 ().
     """
+    if not row_ids.numel():
+        return torch.zeros((), dtype=torch.int64, device=dW.device)
     if uses_triton(packed, accum, accum_exp, dW):
         return triton_momentum_update(packed, accum, accum_exp, dW, key, lr, beta, bits, row_ids.contiguous())
     *rows, flips = naive_sparse_momentum_update(packed, accum, accum_exp, row_ids, dW, key, lr, beta, bits)

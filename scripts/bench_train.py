@@ -111,7 +111,7 @@ class TimedRule:
     """An update rule whose updates are timed, those of tables' rows among them."""
 
     def __init__(self, rule: UpdateRule | TableRule, timed: Callable[[Callable], Callable]):
-        self.fold, self.update = rule.fold, timed(rule.update)
+        self.update = timed(rule.update)
         if hasattr(rule, "update_rows"):
             self.update_rows = timed(rule.update_rows)
 

@@ -99,7 +99,9 @@ def test_without_a_card_it_is_one_line_and_exit_code_2():
 
 
 def test_make_gpu_takes_the_python_of_the_machine():
-    done = subprocess.run(["make", "-n", "gpu", "ARGS=--tiny"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        ["make", "-n", "--no-print-directory", "gpu", "ARGS=--tiny"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.stdout.split() == ["python3", "scripts/check_gpu.py", "--tiny"]
 
 

@@ -20,6 +20,7 @@ from training_arb.eval_documents import file_documents, first_bytes
 from training_arb.live_memory import peak_memory_mb, reset_peak_memory
 from training_arb.streamed_data import hold_out
 
+TOP_PAD_MB = 64  # what the heap grows by ahead where a script before told malloc to keep what is freed
 MEGABYTE = 1 << 20
 LARGE = 48 * MEGABYTE
 LINE = b"all work and no play makes jack a dull boy\n"
@@ -90,7 +91,7 @@ def test_held_out_text_of_a_small_file_that_unpacks_to_much(folder, tmp_path):
 
 
 def test_in_memory_text_is_there_once(folder):
-    with within(3 * LARGE / MEGABYTE):
+    with within(3 * LARGE / MEGABYTE + TOP_PAD_MB):
         ids = read_ids([folder / "text.gz"])
     assert len(ids) > 0.95 * LARGE and bytes(ids[:8].astype(np.uint8)) == LINE[:8]
 

@@ -21,7 +21,14 @@ from training_arb.training_args_arb import ArbTrainingArguments
 
 IDS = np.frombuffer(b"".join(f"def f_{i}(a):\n    return a * {i}\n\n".encode() for i in range(40)), dtype=np.uint8)
 CTX = 32
-SETTINGS = {"use_cpu": True, "max_steps": 4, "logging_steps": 2, "eval_steps": 4, "eval_strategy": "steps"}
+SETTINGS = {
+    "use_cpu": True,
+    "disable_tqdm": False,
+    "max_steps": 4,
+    "logging_steps": 2,
+    "eval_steps": 4,
+    "eval_strategy": "steps",
+}
 SETTINGS |= {"save_strategy": "no", "report_to": "none", "per_device_train_batch_size": 2}
 FIGURE = r"\d+\.\d+"
 TRAIN_LINE = rf"train +\d/4 +{FIGURE} +{FIGURE} +0\.0\d+ +{FIGURE}% +[\d.]+k? +00:0\d"

@@ -50,6 +50,8 @@ class Mark:
 
 
 class Marks:
+    """pytest.mark: any name of it is a mark."""
+
     def __getattr__(self, name: str) -> Mark:
         return Mark(name)
 
@@ -83,10 +85,13 @@ class MonkeyPatch:
 
 
 def param(*values: object, id: str | None = None, marks: object = ()) -> Param:
+    """pytest.param."""
     return Param(values, id, marks if isinstance(marks, tuple) else (marks,))
 
 
 def fixture(function: Callable | None = None, *, autouse: bool = False, **_options: object) -> Callable:
+    """pytest.fixture: a decorator that leaves itself on the function."""
+
     def mark(function: Callable) -> Callable:
         function.is_fixture, function.autouse = True, autouse
         return function
@@ -95,6 +100,7 @@ def fixture(function: Callable | None = None, *, autouse: bool = False, **_optio
 
 
 def importorskip(name: str, reason: str | None = None) -> types.ModuleType:
+    """pytest.importorskip. Raises Skipped where the module is missing."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -103,6 +109,7 @@ def importorskip(name: str, reason: str | None = None) -> types.ModuleType:
 
 @contextmanager
 def raises(expected: type[Exception], match: str = "") -> Iterator[None]:
+    """pytest.raises."""
     try:
         yield
     except expected as error:
@@ -113,6 +120,7 @@ def raises(expected: type[Exception], match: str = "") -> Iterator[None]:
 
 @contextmanager
 def warns(expected: type[Warning]) -> Iterator[None]:
+    """pytest.warns."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield
@@ -190,8 +198,10 @@ def _calls(function: Callable) -> Iterator[Test]:
         yield Test(name, function, parameters, (*(mark for mark in marks if mark.name == "skipif"), *row_marks))
 
 
-def _rows(names: str, values: list, ids: Callable | list | None = None) -> list[tuple[list[str], Param]]:
-    names = [name.strip() for name in names.split(",")]
+def _rows(
+    names: str | tuple[str, ...], values: list, ids: Callable | list | None = None
+) -> list[tuple[list[str], Param]]:
+    names = [name.strip() for name in (names.split(",") if isinstance(names, str) else names)]
     rows = []
     for i, value in enumerate(values):
         row = value if isinstance(value, Param) else Param((value,) if len(names) == 1 else tuple(value))
