@@ -7,6 +7,8 @@ examples:
 
 from __future__ import annotations
 
+import training_arb.thread_waiting  # noqa: F401
+
 import sys
 from dataclasses import dataclass
 from pathlib import Path

@@ -2,11 +2,13 @@
 
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 from scripting import run_script
 
+from arb_scripts.bench_neighbours import SETTINGS, step_ms
 from training_arb.ggml_peer import ENVIRONMENT, FORMATS, GgmlMatmul, find_ggml
 from training_arb.kernel_contest import batches_of
 
@@ -206,3 +208,15 @@ def test_rank_rows(tmp_path, capsys):
 def test_rank_bench_refuses(options, said, capsys):
     assert run_script("bench_ranks", *options) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_step_beside_no_neighbour():
+    """One process at its smallest: the setting reaches it, and its figure comes back."""
+    args = SimpleNamespace(preset="arb-tiny", batch=1, ctx=16, steps=1)
+    assert step_ms(args, next(iter(SETTINGS.values())), runs=1) > 0
+
+
+@pytest.mark.parametrize("options", [["--runs", 1], ["--steps", 0], ["--preset", "arb-9z"]], ids=str)
+def test_neighbours_that_cannot_be_timed(options, capsys):
+    assert run_script("bench_neighbours", *options) == 2
+    assert str(options[1]) in capsys.readouterr().err

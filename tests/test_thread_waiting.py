@@ -9,7 +9,9 @@ import pytest
 from scripting import ROOT
 
 OF_OTHERS = ("__init__", "arb", "check_gpu")  # import nothing but the standard library; what they start says it itself
-SCRIPTS = sorted(path for path in (ROOT / "scripts").glob("*.py") if path.stem not in OF_OTHERS)
+SCRIPTS = sorted(
+    path for room in ("scripts", "docs") for path in (ROOT / room).glob("*.py") if path.stem not in OF_OTHERS
+)
 
 
 def spin_count(*command, **environment):
