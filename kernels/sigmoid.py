@@ -10,16 +10,15 @@ class SigmoidFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
-        half = 0.5 * x
-        half = half.double() if x.is_cpu else half.float()
-        y = half.tanh_().mul_(0.5).add_(0.5).to(x.dtype)
+        wide = x.to(torch.float64 if x.is_cpu else torch.float32, copy=True)
+        y = wide.mul_(0.5).tanh_().mul_(0.5).add_(0.5).to(x.dtype)
         ctx.save_for_backward(y)
         return y
 
     @staticmethod
     def backward(ctx, grad_y):
         (y,) = ctx.saved_tensors
-        return grad_y * (y * (1 - y))
+        return (1 - y).mul_(y).mul_(grad_y)
 
 
 def sigmoid(x: torch.Tensor) -> torch.Tensor:
