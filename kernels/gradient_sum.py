@@ -18,15 +18,11 @@ from torch.autograd.graph import increment_version
 
 from .backend import uses_native, uses_triton
 from .exponents import whole_power_of_two
+from .gradient_sum_format import BEYOND_127, BLOCK, EXPONENT_OFFSET, LARGEST_EXPONENT, LEAST_EXPONENT
 from .gradient_sum_triton import triton_add_gradient, triton_add_sum
 from .groups import num_groups, split_groups, spread_groups
 from .native_library import native_library, pointer
 from .random_bits import random_bits, uniform_from_low_bits
-
-BLOCK = 64
-LEAST_EXPONENT, LARGEST_EXPONENT = -126, 121  # the step and its inverse are normal float32 numbers
-_EXPONENT_OFFSET = 133  # of float32's exponent field above that of a step of which 64 to 127 make the number
-_BEYOND_127 = 0x7E0000  # a fraction above this makes it more than 127 steps
 
 
 class GradientSum(NamedTuple):
@@ -46,7 +42,7 @@ def zero_sum(rows: int, columns: int, device: torch.device | str = "cpu") -> Gra
 def _covering_exponent(absmax: torch.Tensor) -> torch.Tensor:
     """float32 (...) >= 0 -> int32 (...): the least exponent with 127 * 2^exponent >= absmax, within the limits."""
     bits = absmax.view(torch.int32)
-    exponent = (bits >> 23) - _EXPONENT_OFFSET + ((bits & 0x7FFFFF) > _BEYOND_127).int()
+    exponent = (bits >> 23) - EXPONENT_OFFSET + ((bits & 0x7FFFFF) > BEYOND_127).int()
     return exponent.clamp(LEAST_EXPONENT, LARGEST_EXPONENT)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from .gradient_sum_format import BEYOND_127, EXPONENT_OFFSET, LARGEST_EXPONENT, LEAST_EXPONENT
+from .gradient_sum_format import BLOCK as _BLOCK
 from .triton_support import (
     ceil_div,
     clamp,
@@ -16,15 +18,13 @@ from .triton_support import (
     signed_word,
     tl,
     uniform_low,
+    whole_power_of_two,
 )
 
-BLOCK = constexpr(64)
+BLOCK = constexpr(_BLOCK)
+_LEAST, _LARGEST = constexpr(LEAST_EXPONENT), constexpr(LARGEST_EXPONENT)
+_OFFSET, _BEYOND = constexpr(EXPONENT_OFFSET), constexpr(BEYOND_127)
 _TILE_ROWS = 32
-
-
-@jit
-def _power_of_two(exponent):
-    return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
 
 
 @jit
@@ -37,7 +37,7 @@ def _tile(codes_ptr, exponents_ptr, dW_ptr, rows, columns, BR: tl.constexpr):
     mask = in_rows[:, None] & (column < columns)[None, :]
     offset = row[:, None] * columns + column[None, :]
     p_exponent = exponents_ptr + row * tl.cdiv(columns, BLOCK) + i_block
-    step = _power_of_two(tl.load(p_exponent, mask=in_rows, other=0).to(tl.int32))
+    step = whole_power_of_two(tl.load(p_exponent, mask=in_rows, other=0).to(tl.int32))
     code = tl.load(codes_ptr + offset, mask=mask, other=0).to(tl.float32)
     summed = code * step[:, None] + tl.load(dW_ptr + offset, mask=mask, other=0.0)
     return row, column, in_rows, mask, offset, p_exponent, summed
@@ -47,10 +47,10 @@ def _tile(codes_ptr, exponents_ptr, dW_ptr, rows, columns, BR: tl.constexpr):
 def add_gradient_kernel(codes_ptr, exponents_ptr, dW_ptr, rows, columns, key, BR: tl.constexpr):
     row, column, in_rows, mask, offset, p_exponent, summed = _tile(codes_ptr, exponents_ptr, dW_ptr, rows, columns, BR)
     largest = tl.max(magnitude_bits(summed), axis=1)
-    exponent = (largest >> 23) - 133 + ((largest & 0x7FFFFF) > 0x7E0000).to(tl.int32)
-    exponent = tl.minimum(tl.maximum(exponent, -126), 121)
+    exponent = (largest >> 23) - _OFFSET + ((largest & 0x7FFFFF) > _BEYOND).to(tl.int32)
+    exponent = tl.minimum(tl.maximum(exponent, _LEAST), _LARGEST)
     noise = uniform_low(random_words(key, row, column))
-    code = floor_to_int(clamp(summed * _power_of_two(-exponent)[:, None] + noise, 127.0))
+    code = floor_to_int(clamp(summed * whole_power_of_two(-exponent)[:, None] + noise, 127.0))
     tl.store(codes_ptr + offset, code.to(tl.int8), mask=mask)
     tl.store(p_exponent, exponent.to(tl.int8), mask=in_rows)
 

@@ -31,6 +31,7 @@ from .triton_support import (
     tl,
     uniform_high,
     uniform_low,
+    whole_power_of_two,
 )
 
 BLOCK = constexpr(_BLOCK)
@@ -70,11 +71,6 @@ def _covering_exponent(square):
 def _fixed_point_shift(absmax):
     """log2 of `fixed_point_scale`, of the bits of |direction|; subnormal numbers get the greatest either way."""
     return tl.where(absmax > 0, clamp(_BITS + 126 - (absmax >> 23), 126), 0)
-
-
-@jit
-def _power_of_two(octave):
-    return ((octave + 127) << 23).to(tl.float32, bitcast=True)
 
 
 @jit
@@ -171,7 +167,7 @@ def _direction_tile(
 
 @jit
 def _fixed_point_scale(absmax):
-    return _power_of_two(_fixed_point_shift(absmax))
+    return whole_power_of_two(_fixed_point_shift(absmax))
 
 
 @jit
@@ -217,7 +213,7 @@ def momentum_row_scales_kernel(maxima_ptr, sums_ptr, scales_ptr, scalars_ptr, ro
     row_sum = tl.load(sums_ptr + row, mask=row < rows, other=0)
     lost_bits = tl.minimum(2 * _octaves_above_least(scalars_ptr, shift, 126), 63)
     tl.atomic_add(scalars_ptr + _TOTAL, tl.sum(row_sum >> lost_bits.to(tl.int64)), sem="relaxed")
-    tl.store(scales_ptr + row, _over_root(_power_of_two(shift), row_sum), mask=row < rows)
+    tl.store(scales_ptr + row, _over_root(whole_power_of_two(shift), row_sum), mask=row < rows)
 
 
 @jit
@@ -228,7 +224,7 @@ def momentum_column_scales_kernel(maxima_ptr, sums_ptr, scales_ptr, scalars_ptr,
     octaves = _octaves_above_least(scalars_ptr, shift, _OCTAVES)
     root = tl.sqrt_rn(tl.load(scalars_ptr + _TOTAL).to(tl.float32)) + tl.zeros([B], tl.float32)
     ratio = _over_root(root, tl.load(sums_ptr + column, mask=column < columns, other=0))
-    tl.store(scales_ptr + column, ratio * _power_of_two(octaves), mask=column < columns)
+    tl.store(scales_ptr + column, ratio * whole_power_of_two(octaves), mask=column < columns)
 
 
 @jit

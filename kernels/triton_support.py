@@ -93,6 +93,12 @@ def uniform_high(word):
 
 
 @jit
+def whole_power_of_two(octave):
+    """int32 in [-126, 127] -> float32: 2^octave from its bits, as in exponents.py."""
+    return ((octave + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@jit
 def magnitude_bits(x):
     """float32 -> |x| as the int32 that orders like it, NaN above infinity: maxima then need no float comparison."""
     return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF

@@ -59,3 +59,15 @@ def training_step(model, optimizer, ids):
     loss.backward()
     optimizer.step()
     return loss.item()
+
+
+def decode(model, ids, pieces, mask=None):
+    """Logits of the pieces one after the other, cached; pieces as torch.split takes them."""
+    cache, logits, end = None, [], 0
+    for piece in ids.split(pieces, dim=1):
+        end += piece.shape[1]
+        seen = None if mask is None else mask[:, :end]
+        out = model(piece, attention_mask=seen, past_key_values=cache, use_cache=True)
+        cache = out.past_key_values
+        logits.append(out.logits)
+    return torch.cat(logits, 1)

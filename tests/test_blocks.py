@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers import assert_same, random_text, training_step
+from helpers import assert_same, decode, random_text, training_step
 
 from arb_kernels.ngram_hash import hash_tokens, mix, ngram_slots, to_slot
 from configuration_arb import preset_config
@@ -65,18 +65,6 @@ def trained(request):
     for seed in range(2):
         training_step(model, optimizer, random_text(seed, 3))
     return model.eval()
-
-
-def decode(model, ids, pieces, mask=None):
-    """Logits of the pieces one after the other, cached; pieces as torch.split takes them."""
-    cache, logits, end = None, [], 0
-    for piece in ids.split(pieces, dim=1):
-        end += piece.shape[1]
-        seen = None if mask is None else mask[:, :end]
-        out = model(piece, attention_mask=seen, past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
-        logits.append(out.logits)
-    return torch.cat(logits, 1)
 
 
 @torch.no_grad()

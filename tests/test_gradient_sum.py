@@ -5,7 +5,8 @@ import torch
 from helpers import BACKENDS, assert_same, random_gradient, shapes
 
 from arb_kernels.backend import use_backend
-from arb_kernels.gradient_sum import BLOCK, add_gradient, add_sum, naive_add_gradient, naive_value, zero_sum
+from arb_kernels.gradient_sum import add_gradient, add_sum, naive_add_gradient, naive_value, zero_sum
+from arb_kernels.gradient_sum_format import BLOCK
 
 SHAPES = shapes((1, 1), (3, 5), (5, 64), (33, 100), (34, 257))
 EXTREMES = [0.0, 1e-44, 1e-38, 1e-30, 1.0, 1e30, 3e38]

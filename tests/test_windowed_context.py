@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import assert_same
+from helpers import assert_same, decode
 
 from configuration_arb import preset_config
 from modeling_arb import ArbForCausalLM
@@ -27,18 +27,6 @@ def assert_close(out, ref):
 def left_padded(length, pad):
     """Two rows, the first with `pad` masked positions before it: bool (2, length)."""
     return torch.arange(length) >= torch.tensor([[pad], [0]])
-
-
-def decode(model, ids, pieces, mask=None):
-    """Logits of the pieces one after the other, cached."""
-    cache, logits, end = None, [], 0
-    for piece in ids.split(pieces, dim=1):
-        end += piece.shape[1]
-        seen = None if mask is None else mask[:, :end]
-        out = model(piece, attention_mask=seen, past_key_values=cache, use_cache=True)
-        cache = out.past_key_values
-        logits.append(out.logits)
-    return torch.cat(logits, 1)
 
 
 def seen_by_hand(real, query, window, stride):
