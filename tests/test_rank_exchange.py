@@ -23,24 +23,24 @@ SERVER = multiprocessing.get_context("forkserver")  # ranks start with everythin
 SERVER.set_forkserver_preload(["training_arb.integer_optimizer", "training_arb.state_audit", __name__])
 
 
-def on_ranks(work, folder, *arguments):
-    """Run work(rank, *arguments) in RANKS processes joined by gloo; returns what each returned."""
+def on_ranks(work, folder, *arguments, ranks=RANKS):
+    """Run work(rank, *arguments) in processes joined by gloo; returns what each returned."""
     queue = SERVER.SimpleQueue()
-    processes = [SERVER.Process(target=_rank, args=(work, r, folder, queue, arguments)) for r in range(RANKS)]
+    processes = [SERVER.Process(target=_rank, args=(work, r, ranks, folder, queue, arguments)) for r in range(ranks)]
     for process in processes:
         process.start()
     answers = dict(queue.get() for _ in processes)
     for process in processes:
         process.join(60)
     assert all(not isinstance(answer, Exception) for answer in answers.values()), answers
-    return [answers[rank] for rank in range(RANKS)]
+    return [answers[rank] for rank in range(ranks)]
 
 
-def _rank(work, rank, folder, queue, arguments):
+def _rank(work, rank, ranks, folder, queue, arguments):
     torch.set_num_threads(1)
     try:
-        store = dist.FileStore(str(folder / "store"), RANKS)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
+        store = dist.FileStore(str(folder / "store"), ranks)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
         queue.put((rank, work(rank, *arguments)))
         dist.barrier()
         dist.destroy_process_group()
