@@ -21,10 +21,10 @@ pretrain: venv
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
-# the numeric tests again, as on other CPUs: tests/run_settings.py --help
+# the numeric tests again, as on other CPUs: tests/support/run_settings.py --help
 .PHONY: settings
 settings: venv
-	$(BIN)/python tests/run_settings.py $(ARGS)
+	$(BIN)/python tests/support/run_settings.py $(ARGS)
 
 lint: venv
 	$(BIN)/ruff check .
@@ -42,4 +42,4 @@ docs: venv
 
 # with the machine's own Python and torch: the pinned build has no GPU
 gpu:
-	$(PYTHON) scripts/check_gpu.py $(ARGS)
+	$(PYTHON) scripts/developer/check_gpu.py $(ARGS)

@@ -7,7 +7,7 @@ examples:
 
 from __future__ import annotations
 
-import training_arb.thread_waiting  # noqa: F401
+import training_arb.common.thread_waiting  # noqa: F401
 
 import sys
 from dataclasses import dataclass
@@ -21,11 +21,11 @@ from matplotlib import pyplot as plt
 from matplotlib.colors import LinearSegmentedColormap, ListedColormap
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
-from arb_kernels.exponents import EIGHTHS, QUARTERS, power_of_two
-from arb_kernels.momentum_format import MomentumFormat
-from arb_kernels.momentum_update import fold_momentum, momentum_update, move_weights, normalise
-from arb_kernels.packing import TRITS_PER_BYTE, pack_trits, packed_width, unpack_trits
+from arb_kernels.formats.exponents import EIGHTHS, QUARTERS, power_of_two
+from arb_kernels.formats.momentum_format import MomentumFormat
+from arb_kernels.formats.packing import TRITS_PER_BYTE, pack_trits, packed_width, unpack_trits
 from arb_kernels.random_bits import random_bits, stream_key, uniform_from_high_bits, uniform_from_low_bits
+from arb_kernels.rules.momentum import fold_momentum, momentum_update, move_weights, normalise
 
 FOLDER = Path(__file__).resolve().parent / "figures"
 DPI = 130

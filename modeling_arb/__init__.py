@@ -3,10 +3,11 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from configuration_arb import ArbConfig
+from modeling_arb.checkpoints.remote_code import export_code
+from modeling_arb.generation.contrastive_search import contrastive_search
 
-from .contrastive_search import contrastive_search
-from .modeling_arb import ArbForCausalLM, ArbModel, ArbPreTrainedModel
-from .remote_code import export_code
+from .modeling_arb import ArbForCausalLM, ArbModel
+from .pretrained import ArbPreTrainedModel
 
 ArbPreTrainedModel._export_code = staticmethod(export_code)
 AutoConfig.register("arb", ArbConfig)

@@ -10,19 +10,19 @@ examples:
 
 from __future__ import annotations
 
-import training_arb.thread_waiting  # noqa: F401
+import training_arb.common.thread_waiting  # noqa: F401
 
 import argparse
 from pathlib import Path
 
-from training_arb.ablation import BACKBONE, VARIANTS, AblationRow, ablate, step_times, variant_config
-from training_arb.atomic_files import write_json
-from training_arb.byte_data import load_corpus
-from training_arb.command_line import HelpFormatter, run
-from training_arb.cpu_allocator import keep_freed_memory
-from training_arb.measurement import describe_environment
-from training_arb.quality_benchmark import BenchmarkSettings
-from training_arb.training_plots import plot_ablation
+from training_arb.bench.ablation import BACKBONE, VARIANTS, AblationRow, ablate, step_times, variant_config
+from training_arb.bench.measurement import describe_environment
+from training_arb.bench.quality_benchmark import BenchmarkSettings
+from training_arb.cli.command_line import HelpFormatter, run
+from training_arb.common.atomic_files import write_json
+from training_arb.common.cpu_allocator import keep_freed_memory
+from training_arb.data.byte_data import load_corpus
+from training_arb.report.training_plots import plot_ablation
 
 HEADER = (
     f"{'variant':<20}{'equal steps':>12}{'equal time':>12}{'its steps':>11}{'step, ms':>10}"

@@ -14,7 +14,7 @@ examples:
 
 from __future__ import annotations
 
-import training_arb.thread_waiting  # noqa: F401
+import training_arb.common.thread_waiting  # noqa: F401
 
 import argparse
 import time
@@ -22,12 +22,12 @@ from dataclasses import asdict
 
 from configuration_arb import PRESETS, ArbConfig, preset_config
 from modeling_arb import ArbForCausalLM
-from training_arb.atomic_files import write_json
-from training_arb.command_line import HelpFormatter, run
-from training_arb.cpu_allocator import keep_freed_memory
-from training_arb.live_memory import MEGABYTE, peak_memory_mb
-from training_arb.memory_forecast import StepMemory, forecast_step, process_base_mb
-from training_arb.state_audit import StateAudit, audit_config, audit_folder, audit_model, forecast_caches
+from training_arb.cli.command_line import HelpFormatter, run
+from training_arb.common.atomic_files import write_json
+from training_arb.common.cpu_allocator import keep_freed_memory
+from training_arb.memory.live_memory import MEGABYTE, peak_memory_mb
+from training_arb.memory.memory_forecast import StepMemory, forecast_step, process_base_mb
+from training_arb.memory.state_audit import StateAudit, audit_config, audit_folder, audit_model, forecast_caches
 
 
 def audit_built(config: ArbConfig) -> tuple[StateAudit, dict[str, float]]:

@@ -17,7 +17,7 @@ examples:
 
 from __future__ import annotations
 
-import training_arb.thread_waiting  # noqa: F401
+import training_arb.common.thread_waiting  # noqa: F401
 
 import argparse
 import copy
@@ -31,13 +31,11 @@ from transformers.generation.streamers import BaseStreamer
 
 from configuration_arb import PRESETS, ArbConfig
 from modeling_arb import ArbForCausalLM
-from modeling_arb.ternary_linear import TernaryLinear
-from training_arb.bench_report import report
-from training_arb.bench_shapes import SHAPES, shape_config
-from training_arb.command_line import HelpFormatter, run
-from training_arb.device_names import checked_device
-from training_arb.float_baselines import ArbFloatBaseline, FloatLinear
-from training_arb.measurement import (
+from modeling_arb.layers.ternary_linear import TernaryLinear
+from training_arb.bench.bench_report import report
+from training_arb.bench.bench_shapes import SHAPES, shape_config
+from training_arb.bench.float_baselines import ArbFloatBaseline, FloatLinear
+from training_arb.bench.measurement import (
     MILLISECONDS,
     LimitJobs,
     Limits,
@@ -46,6 +44,8 @@ from training_arb.measurement import (
     interleaved,
     set_threads,
 )
+from training_arb.cli.command_line import HelpFormatter, run
+from training_arb.common.device_names import checked_device
 
 MODELS = ("ternary", "fp32", "bf16")
 COLUMNS = {

@@ -6,8 +6,8 @@ cpu_update    momentum_update, gradient and state from DRAM; limit: reading each
 cpu_quantise  quantise_tokens, activations from DRAM; limit: reading them once
 
 Peers: torch F.linear in fp32 and bf16, torch._int_mm (on codes that are ready), fused AdamW, and ggml's TQ1_0 and TQ2_0
-where scripts/build_ggml_peer.sh has built them. An operation is one multiply or one add. Limits are medians of
-the same rounds, so a fraction can pass 1 on a noisy machine. A shape is out x in, the weight matrix's.
+where training_arb/bench/build_ggml_peer.sh has built them. An operation is one multiply or one add. Limits are medians
+of the same rounds, so a fraction can pass 1 on a noisy machine. A shape is out x in, the weight matrix's.
 
 examples:
   python scripts/bench_kernels.py --ops cpu_matvec --shapes 512x512 --repeats 5 --cold-mb 16
@@ -17,7 +17,7 @@ examples:
 
 from __future__ import annotations
 
-import training_arb.thread_waiting  # noqa: F401
+import training_arb.common.thread_waiting  # noqa: F401
 
 import argparse
 import gc
@@ -25,10 +25,9 @@ from pathlib import Path
 
 import torch
 
-from training_arb.bench_report import plot_fractions, report
-from training_arb.command_line import HelpFormatter, run
-from training_arb.ggml_peer import BLOCK, ENVIRONMENT, find_ggml
-from training_arb.kernel_contest import (
+from training_arb.bench.bench_report import plot_fractions, report
+from training_arb.bench.ggml_peer import BLOCK, ENVIRONMENT, find_ggml
+from training_arb.bench.kernel_contest import (
     OWN,
     Contest,
     batches_of,
@@ -36,7 +35,7 @@ from training_arb.kernel_contest import (
     quantise_contest,
     update_contest,
 )
-from training_arb.measurement import (
+from training_arb.bench.measurement import (
     MICROSECONDS,
     LimitJobs,
     Limits,
@@ -45,6 +44,7 @@ from training_arb.measurement import (
     interleaved,
     set_threads,
 )
+from training_arb.cli.command_line import HelpFormatter, run
 
 OPS = ("cpu_matvec", "cpu_matmul", "cpu_update", "cpu_quantise")
 BURST_SECONDS = 0.02

@@ -18,7 +18,7 @@ examples:
 
 from __future__ import annotations
 
-import training_arb.thread_waiting  # noqa: F401
+import training_arb.common.thread_waiting  # noqa: F401
 
 import argparse
 import json
@@ -34,16 +34,16 @@ from tqdm.auto import tqdm
 
 from configuration_arb import PRESETS
 from modeling_arb import ArbForCausalLM
-from training_arb.bench_report import report
-from training_arb.bench_shapes import SHAPES, shape_config
-from training_arb.command_line import HelpFormatter, run
-from training_arb.cpu_allocator import keep_freed_memory
-from training_arb.device_names import checked_device
-from training_arb.integer_optimizer import IntegerOptimizer
-from training_arb.integer_rules import TableRule, UpdateRule
-from training_arb.live_memory import peak_device_mb, peak_memory_mb, reset_device_peak, reset_peak_memory
-from training_arb.measurement import MILLISECONDS, describe_environment, interleaved, set_threads
-from training_arb.quality_benchmark import ADAM_CONFIGS, CONFIGS, GROUP_SIZES, UPDATE_RULES, float_baseline
+from training_arb.bench.bench_report import report
+from training_arb.bench.bench_shapes import SHAPES, shape_config
+from training_arb.bench.measurement import MILLISECONDS, describe_environment, interleaved, set_threads
+from training_arb.bench.quality_benchmark import ADAM_CONFIGS, CONFIGS, GROUP_SIZES, UPDATE_RULES, float_baseline
+from training_arb.cli.command_line import HelpFormatter, run
+from training_arb.common.cpu_allocator import keep_freed_memory
+from training_arb.common.device_names import checked_device
+from training_arb.memory.live_memory import peak_device_mb, peak_memory_mb, reset_device_peak, reset_peak_memory
+from training_arb.optim.integer_optimizer import IntegerOptimizer
+from training_arb.optim.integer_rules import TableRule, UpdateRule
 
 COMPUTES = ("int8", "float", "bf16")
 PEAK_STEPS = 4  # AdamW's state is there from the second on

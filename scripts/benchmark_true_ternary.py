@@ -19,7 +19,7 @@ examples:
 
 from __future__ import annotations
 
-import training_arb.thread_waiting  # noqa: F401
+import training_arb.common.thread_waiting  # noqa: F401
 
 import argparse
 import json
@@ -34,11 +34,7 @@ import transformers
 
 from arb_kernels.backend import BACKENDS, describe_backend, use_backend
 from configuration_arb import COMPUTE, PRESETS
-from training_arb.atomic_files import write_json
-from training_arb.byte_data import load_corpus
-from training_arb.command_line import HelpFormatter, run
-from training_arb.cpu_allocator import keep_freed_memory
-from training_arb.quality_benchmark import (
+from training_arb.bench.quality_benchmark import (
     ADAM_CONFIGS,
     CONFIGS,
     DEFAULT_CONFIGS,
@@ -48,7 +44,11 @@ from training_arb.quality_benchmark import (
     train,
     tuned,
 )
-from training_arb.training_plots import plot_comparison
+from training_arb.cli.command_line import HelpFormatter, run
+from training_arb.common.atomic_files import write_json
+from training_arb.common.cpu_allocator import keep_freed_memory
+from training_arb.data.byte_data import load_corpus
+from training_arb.report.training_plots import plot_comparison
 
 
 def parse() -> argparse.Namespace:

@@ -13,21 +13,21 @@ examples:
 
 from __future__ import annotations
 
-import training_arb.thread_waiting  # noqa: F401
+import training_arb.common.thread_waiting  # noqa: F401
 
 import argparse
 
 import torch
 
-from training_arb.atomic_files import write_json
-from training_arb.command_line import HelpFormatter, run
-from training_arb.device_names import checked_device
-from training_arb.document_readers import TEXT_COLUMN
-from training_arb.eval_documents import MOST_BYTES, as_text, dataset_documents, file_documents, first_bytes
-from training_arb.eval_encoders import STARTS
-from training_arb.eval_harness import harness_scores, own_tasks
-from training_arb.eval_models import DEFAULT_CTX, EvaluatedModel, load_evaluated, score
-from training_arb.text_files import collect_files
+from training_arb.cli.command_line import HelpFormatter, run
+from training_arb.common.atomic_files import write_json
+from training_arb.common.device_names import checked_device
+from training_arb.data.document_readers import TEXT_COLUMN
+from training_arb.data.text_files import collect_files
+from training_arb.evaluation.eval_documents import MOST_BYTES, as_text, dataset_documents, file_documents, first_bytes
+from training_arb.evaluation.eval_encoders import STARTS
+from training_arb.evaluation.eval_harness import harness_scores, own_tasks
+from training_arb.evaluation.eval_models import DEFAULT_CTX, EvaluatedModel, load_evaluated, score
 
 COLUMNS = ("bits/byte", "nats/byte", "tokens/byte", "bytes", "seconds")
 

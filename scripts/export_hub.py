@@ -15,7 +15,7 @@ examples:
 
 from __future__ import annotations
 
-import training_arb.thread_waiting  # noqa: F401
+import training_arb.common.thread_waiting  # noqa: F401
 
 import argparse
 import re
@@ -24,13 +24,13 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from modeling_arb import ArbForCausalLM
-from training_arb.atomic_files import new_folder
-from training_arb.checkpoint_files import verify_checksums
-from training_arb.checkpoint_source import find_checkpoint
-from training_arb.command_line import HelpFormatter, run
-from training_arb.hub_export import SHARD_SIZE, export_model
-from training_arb.hub_push import check_target, push_folder
-from training_arb.run_facts import facts_of
+from training_arb.checkpoints.checkpoint_files import verify_checksums
+from training_arb.checkpoints.checkpoint_source import find_checkpoint
+from training_arb.cli.command_line import HelpFormatter, run
+from training_arb.common.atomic_files import new_folder
+from training_arb.hub.hub_export import SHARD_SIZE, export_model
+from training_arb.hub.hub_push import check_target, push_folder
+from training_arb.report.run_facts import facts_of
 
 
 def parse_arguments() -> argparse.Namespace:

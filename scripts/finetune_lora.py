@@ -15,7 +15,7 @@ examples:
 
 from __future__ import annotations
 
-import training_arb.thread_waiting  # noqa: F401
+import training_arb.common.thread_waiting
 
 import logging
 import signal
@@ -34,8 +34,11 @@ from transformers.utils.logging import disable_progress_bar
 
 from modeling_arb import ArbForCausalLM
 from tokenization_arb import ArbTokenizer
-from training_arb.atomic_files import new_folder, write_json
-from training_arb.chat_data import (
+from training_arb.checkpoints.checkpoint_files import write_checksums
+from training_arb.cli.command_line import HelpFormatter, run
+from training_arb.common.atomic_files import new_folder, write_json
+from training_arb.common.cpu_allocator import keep_freed_memory
+from training_arb.data.chat_data import (
     Conversation,
     ConversationDataset,
     Conversations,
@@ -43,10 +46,8 @@ from training_arb.chat_data import (
     read_conversations,
     split_conversations,
 )
-from training_arb.checkpoint_files import write_checksums
-from training_arb.command_line import HelpFormatter, load_model, run
-from training_arb.cpu_allocator import keep_freed_memory
-from training_arb.lora_adapter import (
+from training_arb.lora.load_model import load_model
+from training_arb.lora.lora_adapter import (
     ADAPTER_WEIGHTS,
     ALL_LINEAR,
     adapter_parameters,
@@ -57,11 +58,11 @@ from training_arb.lora_adapter import (
     load_adapter,
     save_adapter,
 )
-from training_arb.lora_merge import merge_adapter
-from training_arb.lora_trainer import LoraTrainer, LoraTrainingArguments, adapter_checkpoint_to_resume
-from training_arb.training_plots import plot_finetuning
+from training_arb.lora.lora_merge import merge_adapter
+from training_arb.lora.lora_trainer import LoraTrainer, LoraTrainingArguments, adapter_checkpoint_to_resume
+from training_arb.report.training_plots import plot_finetuning
 
-INSTRUCTIONS = Path(__file__).with_name("instructions.jsonl")
+INSTRUCTIONS = Path(training_arb.__file__).parent / "data" / "instructions.jsonl"
 FLOAT16_BYTES = 2
 SAMPLES = 4
 MEASURED = 1000

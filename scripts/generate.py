@@ -14,7 +14,7 @@ examples:
 
 from __future__ import annotations
 
-import training_arb.thread_waiting  # noqa: F401
+import training_arb.common.thread_waiting  # noqa: F401
 
 import argparse
 import os
@@ -24,9 +24,10 @@ from transformers import set_seed
 from transformers.utils import logging
 
 from tokenization_arb import ArbTokenizer
-from training_arb.command_line import HelpFormatter, load_model, run
-from training_arb.terminal_chat import TURN_ENDS, Conversation, TerminalStreamer, talk, without_controls
-from training_arb.text_generation import TextGenerator
+from training_arb.chat.terminal_chat import TURN_ENDS, Conversation, TerminalStreamer, talk, without_controls
+from training_arb.chat.text_generation import TextGenerator
+from training_arb.cli.command_line import HelpFormatter, run
+from training_arb.lora.load_model import load_model
 
 
 def parse() -> argparse.Namespace:

@@ -24,7 +24,7 @@ All but 0 come with one line that says what happened; ARB_TRACEBACK=1 shows wher
 
 from __future__ import annotations
 
-import training_arb.thread_waiting  # noqa: F401
+import training_arb.common.thread_waiting  # noqa: F401
 
 import json
 import logging
@@ -43,10 +43,7 @@ from arb_kernels.backend import describe_backend
 from configuration_arb import PRESETS, ArbConfig, preset_config
 from modeling_arb import ArbForCausalLM
 from tokenization_arb import ArbTokenizer
-from training_arb.atomic_files import new_folder, write_json
-from training_arb.bits_per_byte import bits_per_byte
-from training_arb.byte_data import ByteBlocks, collate_blocks, open_corpus
-from training_arb.checkpoint_files import (
+from training_arb.checkpoints.checkpoint_files import (
     BEST,
     LATEST,
     newest_sound_checkpoint,
@@ -54,18 +51,21 @@ from training_arb.checkpoint_files import (
     pointed,
     write_checksums,
 )
-from training_arb.command_line import HelpFormatter, run
-from training_arb.cpu_allocator import keep_freed_memory
-from training_arb.mixed_stream import MixedStream, configure_reading
-from training_arb.rank_exchange import lone_process_warning
-from training_arb.rank_loss import naming_lost_ranks
-from training_arb.run_facts import shown_command
-from training_arb.run_report import write_report
-from training_arb.starting_point import describe_start, start_from
-from training_arb.state_audit import audit_model, inference_hash, state_hash, zero_share
-from training_arb.trainer_arb import ArbTrainer
-from training_arb.training_args_arb import ArbTrainingArguments
-from training_arb.training_plots import plot_training
+from training_arb.checkpoints.starting_point import describe_start, start_from
+from training_arb.cli.command_line import HelpFormatter, run
+from training_arb.common.atomic_files import new_folder, write_json
+from training_arb.common.cpu_allocator import keep_freed_memory
+from training_arb.data.byte_data import ByteBlocks, collate_blocks, open_corpus
+from training_arb.data.mixed_stream import MixedStream, configure_reading
+from training_arb.evaluation.bits_per_byte import bits_per_byte
+from training_arb.memory.state_audit import audit_model, inference_hash, state_hash, zero_share
+from training_arb.ranks.rank_exchange import lone_process_warning
+from training_arb.ranks.rank_loss import naming_lost_ranks
+from training_arb.report.run_facts import shown_command
+from training_arb.report.run_report import write_report
+from training_arb.report.training_plots import plot_training
+from training_arb.train.trainer_arb import ArbTrainer
+from training_arb.train.training_args_arb import ArbTrainingArguments
 
 LEAST = {"ctx": 8, "eval_blocks": 1, "eval_bytes": 4, "stream_above_mb": 0}
 DEFAULT_PRESET = "arb-small"

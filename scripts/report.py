@@ -10,13 +10,13 @@ examples:
 
 from __future__ import annotations
 
-import training_arb.thread_waiting  # noqa: F401
+import training_arb.common.thread_waiting  # noqa: F401
 
 import argparse
 from pathlib import Path
 
-from training_arb.command_line import HelpFormatter, run
-from training_arb.run_report import write_report
+from training_arb.cli.command_line import HelpFormatter, run
+from training_arb.report.run_report import write_report
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ examples:
 
 from __future__ import annotations
 
-import training_arb.thread_waiting  # noqa: F401
+import training_arb.common.thread_waiting  # noqa: F401
 
 import argparse
 import json
@@ -28,15 +28,15 @@ from tqdm.auto import tqdm
 from arb_kernels.backend import describe_backend
 from configuration_arb import PRESETS, preset_config
 from modeling_arb import ArbForCausalLM
-from training_arb.atomic_files import write_json
-from training_arb.command_line import HelpFormatter, run
-from training_arb.cpu_allocator import keep_freed_memory
-from training_arb.device_names import checked_device
-from training_arb.integer_optimizer import IntegerOptimizer
-from training_arb.live_memory import live_memory_mb, peak_device_mb, peak_memory_mb, reset_device_peak
-from training_arb.measurement import describe_environment
-from training_arb.memory_probe import describe_probes, probe_step, probe_table, state_by_area
-from training_arb.state_audit import audit_model
+from training_arb.bench.measurement import describe_environment
+from training_arb.cli.command_line import HelpFormatter, run
+from training_arb.common.atomic_files import write_json
+from training_arb.common.cpu_allocator import keep_freed_memory
+from training_arb.common.device_names import checked_device
+from training_arb.memory.live_memory import live_memory_mb, peak_device_mb, peak_memory_mb, reset_device_peak
+from training_arb.memory.memory_probe import describe_probes, probe_step, probe_table, state_by_area
+from training_arb.memory.state_audit import audit_model
+from training_arb.optim.integer_optimizer import IntegerOptimizer
 
 
 def parse() -> argparse.Namespace:

@@ -1,6 +1,6 @@
 """What every test starts from: a fixed seed, and fresh buffers that hold poison instead of convenient zeros."""
 
-import training_arb.thread_waiting  # noqa: F401
+import training_arb.common.thread_waiting  # noqa: F401
 
 import os
 

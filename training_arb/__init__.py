@@ -7,16 +7,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .integer_optimizer import IntegerOptimizer
-    from .state_audit import audit_model
-    from .trainer_arb import ArbTrainer
-    from .training_args_arb import ArbTrainingArguments
+    from training_arb.memory.state_audit import audit_model
+    from training_arb.optim.integer_optimizer import IntegerOptimizer
+    from training_arb.train.trainer_arb import ArbTrainer
+    from training_arb.train.training_args_arb import ArbTrainingArguments
 
 HOMES = {
-    "ArbTrainer": "trainer_arb",
-    "ArbTrainingArguments": "training_args_arb",
-    "IntegerOptimizer": "integer_optimizer",
-    "audit_model": "state_audit",
+    "ArbTrainer": "train.trainer_arb",
+    "ArbTrainingArguments": "train.training_args_arb",
+    "IntegerOptimizer": "optim.integer_optimizer",
+    "audit_model": "memory.state_audit",
 }
 
 __all__ = ["ArbTrainer", "ArbTrainingArguments", "IntegerOptimizer", "audit_model"]

@@ -1,0 +1,1 @@
+"""Kernels of optional blocks: LSTM gates, the sigmoid, n-gram hashes, edge routing."""

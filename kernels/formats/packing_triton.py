@@ -1,0 +1,136 @@
+"""Planar base-3 packing (packing.py) on Triton: unpack, unpack with scales, gather rows of a table, pack.
+
+A program decodes a tile of bytes once and writes five runs of columns, one a plane. Addresses are 64-bit: a table of
+ten million rows is longer than 2^31 bytes.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from arb_kernels.triton_support import cast_float, ceil_div, digit_of, jit, launch, power_of_two_from, tl
+
+TRITS_PER_BYTE = 5
+_TILE_BYTES, _TILE_ELEMENTS = 256, 1024
+
+
+@jit
+def unpack_trits_kernel(
+    packed_ptr,
+    ids_ptr,
+    scale_ptr,
+    out_ptr,
+    rows,
+    columns,
+    width,
+    groups,
+    group_size,
+    GATHERS: tl.constexpr,
+    SCALES: tl.constexpr,
+    BR: tl.constexpr,
+    BB: tl.constexpr,
+):
+    row = (tl.program_id(0) * BR + tl.arange(0, BR)).to(tl.int64)
+    in_rows = row < rows
+    source = row
+    if GATHERS:
+        source = tl.load(ids_ptr + row, mask=in_rows, other=0)
+    i_byte = tl.program_id(1) * BB + tl.arange(0, BB)
+    byte_mask = in_rows[:, None] & (i_byte < width)[None, :]
+    b_packed = tl.load(packed_ptr + source[:, None] * width + i_byte[None, :], mask=byte_mask, other=0)
+    for plane in tl.static_range(5):
+        column = plane * width + i_byte
+        mask = in_rows[:, None] & ((i_byte < width) & (column < columns))[None, :]
+        trits = digit_of(b_packed, plane)
+        if SCALES:
+            p_scale = scale_ptr + row[:, None] * groups + (column // group_size)[None, :]
+            out = trits.to(tl.float32) * tl.load(p_scale, mask=mask, other=0.0)
+            b_out = cast_float(out, out_ptr.dtype.element_ty)
+        elif out_ptr.dtype.element_ty.is_floating():
+            b_out = trits.to(tl.float32).to(out_ptr.dtype.element_ty)
+        else:
+            b_out = trits.to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + row[:, None] * columns + column[None, :], b_out, mask=mask)
+
+
+@jit
+def pack_trits_kernel(trits_ptr, packed_ptr, rows, columns, width, BR: tl.constexpr, BB: tl.constexpr):
+    row = (tl.program_id(0) * BR + tl.arange(0, BR)).to(tl.int64)
+    i_byte = tl.program_id(1) * BB + tl.arange(0, BB)
+    byte_mask = (row < rows)[:, None] & (i_byte < width)[None, :]
+    packed = tl.zeros([BR, BB], tl.int32)
+    for backwards in tl.static_range(5):
+        column = (4 - backwards) * width + i_byte
+        mask = byte_mask & (column < columns)[None, :]
+        trits = tl.load(trits_ptr + row[:, None] * columns + column[None, :], mask=mask, other=0).to(tl.int32)
+        packed = packed * 3 + tl.where(trits < 0, 2, trits)
+    tl.store(packed_ptr + row[:, None] * width + i_byte[None, :], packed.to(tl.uint8), mask=byte_mask)
+
+
+def _tiles(rows: int, width: int) -> tuple[tuple[int, int], dict[str, int]]:
+    """Grid and tile for a matrix of bytes."""
+    tile_bytes = min(power_of_two_from(max(width, 1)), _TILE_BYTES)
+    tile_rows = _TILE_ELEMENTS // tile_bytes
+    return (ceil_div(rows, tile_rows), ceil_div(width, tile_bytes)), {"BR": tile_rows, "BB": tile_bytes}
+
+
+def _unpack(packed, ids, num_trits, dtype, scale, group_size):
+    """packed (rows, nb); ids int64 (R,) or None; scale float32 (R, groups) or None -> (R, num_trits)."""
+    packed = packed.contiguous()
+    width = packed.shape[-1]
+    rows = len(packed) if ids is None else len(ids)
+    out = torch.empty(rows, num_trits, dtype=dtype, device=packed.device)
+    groups = 1 if scale is None else scale.shape[1]
+    grid, tile = _tiles(rows, width)
+    launch(
+        unpack_trits_kernel,
+        grid,
+        *(packed, ids, None if scale is None else scale.contiguous(), out),
+        *(rows, num_trits, width, groups, num_trits if groups == 1 else group_size),
+        GATHERS=ids is not None,
+        SCALES=scale is not None,
+        **tile,
+    )
+    return out
+
+
+def triton_unpack_trits(packed: torch.Tensor, num_trits: int, dtype: torch.dtype = torch.int8) -> torch.Tensor:
+    """`unpack_trits`: uint8 (..., nb) -> `dtype` (..., num_trits) in {-1, 0, 1}."""
+    out = _unpack(packed.reshape(-1, packed.shape[-1]), None, num_trits, dtype, None, num_trits)
+    return out.view(*packed.shape[:-1], num_trits)
+
+
+def triton_effective_weight(
+    packed: torch.Tensor, num_trits: int, scale: torch.Tensor, group_size: int, dtype: torch.dtype = torch.float32
+) -> torch.Tensor:
+    """uint8 (N, nb), scale float32 (N, groups) -> `dtype` (N, num_trits): scale * trits, rounded once. One group a row
+    is the row's scale, whatever group_size says."""
+    return _unpack(packed, None, num_trits, dtype, scale, group_size)
+
+
+def triton_gather_rows(
+    packed: torch.Tensor,
+    ids: torch.Tensor,
+    num_trits: int,
+    scale: torch.Tensor | None = None,
+    group_size: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """Rows of a packed table: uint8 (N, nb), ids int64 (...) -> `dtype` (..., num_trits).
+
+    scale: float32 (..., groups), of the rows asked for (not of the table), as in `triton_effective_weight`.
+    """
+    flat_scale = None if scale is None else scale.reshape(-1, scale.shape[-1])
+    out = _unpack(packed, ids.reshape(-1).contiguous(), num_trits, dtype, flat_scale, group_size or num_trits)
+    return out.view(*ids.shape, num_trits)
+
+
+def triton_pack_trits(trits: torch.Tensor) -> torch.Tensor:
+    """`pack_trits`: int8 (..., K) in {-1, 0, 1} -> uint8 (..., ceil(K / 5))."""
+    columns = trits.shape[-1]
+    width = ceil_div(columns, TRITS_PER_BYTE)
+    flat = trits.reshape(-1, columns).contiguous()
+    packed = torch.empty(len(flat), width, dtype=torch.uint8, device=trits.device)
+    grid, tile = _tiles(len(flat), width)
+    launch(pack_trits_kernel, grid, flat, packed, len(flat), columns, width, **tile)
+    return packed.view(*trits.shape[:-1], width)

@@ -1,0 +1,1 @@
+"""Quantisation of activations and gradients, and the int8 matmuls of training and decoding."""

@@ -1,0 +1,61 @@
+"""Quantised activations times ternary weights that were laid out once: what evaluation and generation run."""
+
+from __future__ import annotations
+
+import torch
+
+from arb_kernels.backend import instruction_set, uses_native, uses_triton
+from arb_kernels.formats.packing import unpack_trits
+from arb_kernels.formats.two_bit_layout import from_decode_layout
+from arb_kernels.native_library import native_library, pointer
+
+from .int8_matmul import int8_matmul, naive_int8_matmul
+from .matvec_triton import triton_packed_matvec
+from .quantise import quantise_tokens
+
+PACKED_TOKENS = 16  # up to so many, Triton multiplies with the packed bytes as they are
+MATVEC_TOKENS = 8  # matvec.h: up to so many the weights are read once, beyond they are unpacked tile by tile
+MATVEC_COLUMNS = 1 << 19  # at most: codes of up to 2 are summed in int32 where they lie in the byte, 64 times as large
+
+
+def decode_linear(values: torch.Tensor, weight: torch.Tensor, num_rows: int, row_scale: torch.Tensor) -> torch.Tensor:
+    """Quantised activations times ternary weights: float32 (M, K), a weight as `decoding_form` makes it, row_scale
+    float32 (N,) -> float32 (M, N)."""
+    if weight.dim() == 3:
+        return _layout_linear(values, weight, num_rows, row_scale)
+    codes, token_scale = quantise_tokens(values)
+    if weight.dtype == torch.int8:
+        return int8_matmul(codes, weight, token_scale, row_scale, trits=True)
+    if len(values) <= PACKED_TOKENS and uses_triton(codes, weight, token_scale, row_scale):
+        return triton_packed_matvec(codes, weight, token_scale, row_scale)
+    return int8_matmul(codes, unpack_trits(weight, values.shape[1]), token_scale, row_scale, trits=True)
+
+
+def _layout_linear(values: torch.Tensor, layout: torch.Tensor, num_rows: int, row_scale: torch.Tensor) -> torch.Tensor:
+    M, K = values.shape
+    isa = instruction_set()
+    fits = M <= MATVEC_TOKENS and 0 < K <= MATVEC_COLUMNS and M > 0
+    if not (fits and isa and uses_native(values, layout, row_scale)):
+        return layout_matmul(*quantise_tokens(values), layout, num_rows, row_scale)
+    out = torch.empty(M, num_rows)
+    native_library().arb_two_bit_matvec(
+        *(isa, values.data_ptr(), layout.data_ptr(), M, num_rows, K, row_scale.data_ptr(), out.data_ptr())
+    )
+    return out
+
+
+def layout_matmul(
+    codes: torch.Tensor, token_scale: torch.Tensor, layout: torch.Tensor, num_rows: int, row_scale: torch.Tensor
+) -> torch.Tensor:
+    """What `quantise_tokens` gave, int8 (M, K) and float32 (M,), times the decode layout -> float32 (M, N)."""
+    M, K = codes.shape
+    if not codes.numel() or not instruction_set() or not uses_native(codes, token_scale, layout, row_scale):
+        return naive_int8_matmul(codes, from_decode_layout(layout, num_rows, K), token_scale, row_scale, trits=True)
+    out = torch.empty(M, num_rows)
+    native_library().arb_two_bit_matmul(
+        instruction_set(),
+        *map(pointer, (codes, layout)),
+        *(M, num_rows, K),
+        *map(pointer, (token_scale, row_scale, out)),
+    )
+    return out

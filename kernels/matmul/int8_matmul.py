@@ -1,0 +1,110 @@
+"""int8 matmul with exact int32 sums, and one scale per row and column applied to them.
+
+out[r, c] = (sum_k rows[r, k] * columns[c, k]) * row_scale[r] * column_scale[c], in this order of rounding everywhere.
+
+torch's int8 GEMM is exact on GPUs, but not on every CPU: without VNNI or AMX, oneDNN adds 128 to one operand and sums
+pairs of products in 16 bits, which saturate. A trit beside codes of at most 127 stays below (255 * 1 * 2 = 510, or
+129 * 127 * 2 = 32766 with the operands changed over, against 32767); two codes do not. These are multiplied in float32,
+over as many columns at a time as keep every partial sum an integer that float32 holds.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from arb_kernels.backend import instruction_set, uses_native, uses_triton
+from arb_kernels.native_library import native_library, pointer
+
+from .quantise_triton import triton_scale_sums
+
+TRIT_OFFSET, INT8_OFFSET = 1, 128  # what makes a column operand unsigned, as the CPU's instructions want it
+EXACT_COLUMNS = 2**24 // 128**2  # float32 holds the sum of so many products of two int8 codes, in any order
+_CUDA_MULTIPLE, _CUDA_LEAST_ROWS = 16, 17  # what torch._int_mm asks for there
+
+
+def _with_own_strides(matrix: torch.Tensor) -> torch.Tensor:
+    """A single row or column taken from a transposed matrix counts as contiguous whatever its strides, and the CPU's
+    GEMM then reads beyond it."""
+    return matrix.reshape(-1).view(matrix.shape) if 1 in matrix.shape else matrix
+
+
+def _padded(matrix: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    return F.pad(matrix, (0, columns, 0, rows)) if rows or columns else matrix
+
+
+def _cuda_sums(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """The vendor's int8 GEMM, padded to round sizes, in the one layout that cuBLAS takes everywhere: the first operand
+    row by row, the second column by column."""
+    (R, K), C = rows.shape, columns.shape[1]
+    pad_k = -K % _CUDA_MULTIPLE
+    by_row = _padded(rows, max(_CUDA_LEAST_ROWS - R, 0), pad_k).contiguous()
+    by_column = _padded(columns.T, -C % _CUDA_MULTIPLE, pad_k).contiguous()
+    return torch._int_mm(by_row, by_column.T)[:R, :C]
+
+
+def _float_sums(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Exact on any CPU, and with operands cut to TF32 or bfloat16: eight bits are all they have."""
+    sums = torch.zeros(len(rows), columns.shape[1], dtype=torch.int32, device=rows.device)
+    with torch.autocast(rows.device.type, enabled=False):  # it would round the sums
+        for start in range(0, rows.shape[1], EXACT_COLUMNS):
+            part = slice(start, start + EXACT_COLUMNS)
+            sums += (rows[:, part].float() @ columns[part].float()).int()
+    return sums
+
+
+def _exact_sums(rows: torch.Tensor, columns: torch.Tensor, trits: bool) -> torch.Tensor:
+    """int8 (R, K) @ int8 (K, C) -> int32 (R, C)."""
+    if rows.is_cuda:
+        return _cuda_sums(rows, columns)
+    if trits:
+        return torch._int_mm(_with_own_strides(rows), _with_own_strides(columns))
+    return _float_sums(rows, columns)
+
+
+def naive_int8_matmul(
+    rows: torch.Tensor,
+    columns: torch.Tensor,
+    row_scale: torch.Tensor,
+    column_scale: torch.Tensor | None = None,
+    transposed: bool = False,
+    trits: bool = False,
+) -> torch.Tensor:
+    sums = _exact_sums(rows, columns if transposed else columns.T, trits)
+    out = sums.float() * row_scale[:, None]
+    return out if column_scale is None else out * column_scale
+
+
+def int8_matmul(
+    rows: torch.Tensor,
+    columns: torch.Tensor,
+    row_scale: torch.Tensor,
+    column_scale: torch.Tensor | None = None,
+    transposed: bool = False,
+    trits: bool = False,
+) -> torch.Tensor:
+    """rows int8 (R, K), columns int8 (C, K), or (K, C) if `transposed`; scales float32 (R,) and (C,) -> float32 (R, C).
+
+    trits: the columns hold nothing but -1, 0 and 1, and the rows nothing below -127. Sums must fit int32: K < 2^17.
+    """
+    if rows.numel() and columns.numel() and uses_triton(rows, columns, row_scale, column_scale):
+        sums = _exact_sums(rows, columns if transposed else columns.T, trits)
+        return triton_scale_sums(sums, row_scale, column_scale)
+    instructions = instruction_set()
+    usable = instructions and rows.numel() and columns.numel()
+    if not usable or not uses_native(rows, columns, row_scale, column_scale):
+        return naive_int8_matmul(rows, columns, row_scale, column_scale, transposed, trits)
+    R, K, C = *rows.shape, columns.shape[1 if transposed else 0]
+    out = torch.empty(R, C)
+    native_library().arb_int8_matmul(
+        instructions,
+        pointer(rows),
+        pointer(columns),
+        int(transposed),
+        TRIT_OFFSET if trits else INT8_OFFSET,
+        *(R, C, K),
+        pointer(row_scale),
+        pointer(column_scale),
+        pointer(out),
+    )
+    return out

@@ -1,0 +1,194 @@
+"""momentum: the default update rule. 1.2 bytes of state per weight, no float among them.
+
+State of a matrix (N out, K in), beside its packed trits:
+    accum      (N, K) uint8, or int16 with momentum_bits 8: residual in the low half, momentum code in the high half,
+               both two's complement, so that zero means zero
+    accum_exp  (N, ceil(K / 64)) int8: the step of a block of 64 momentum codes, in quarter octaves
+
+*Fold* takes a weight gradient into the momentum; *move* shifts every weight along its latent line (one cell per trit,
+2^momentum_bits residual steps per cell) against the Nesterov direction, normalised by its row and column RMS.
+Both round stochastically. Statistics are summed as integers, or in a fixed tree, so the result does not depend on
+the order of summation: every backend gives the same bits for the same dW and key.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.autograd.graph import increment_version
+
+from arb_kernels.backend import uses_native, uses_triton
+from arb_kernels.formats.exponents import (
+    QUARTERS,
+    fixed_point_scale,
+    power_of_two,
+    power_table,
+    quarter_octaves_covering,
+    whole_power_of_two,
+)
+from arb_kernels.formats.groups import group_lengths, split_groups, spread_groups
+from arb_kernels.formats.momentum_format import (
+    BLOCK,
+    CLIP_RMS,
+    MAX_UPDATE,
+    STATISTIC_BITS,
+    STATISTIC_OCTAVES,
+    UPDATE_LIMIT,
+    UPDATE_STEPS,
+    MomentumFormat,
+)
+from arb_kernels.formats.packing import pack_trits, unpack_trits
+from arb_kernels.native_library import native_library, pointer
+from arb_kernels.random_bits import random_bits, uniform_from_high_bits, uniform_from_low_bits
+
+from .momentum_triton import triton_momentum_update
+
+
+def _sum_in_tree(blocks: torch.Tensor) -> torch.Tensor:
+    """(..., 64) -> (..., 1), halves added to halves: one order of summation for every backend."""
+    while blocks.shape[-1] > 1:
+        half = blocks.shape[-1] // 2
+        blocks = blocks[..., :half] + blocks[..., half:]
+    return blocks
+
+
+def _dequantise(codes: torch.Tensor, exponent: torch.Tensor) -> torch.Tensor:
+    """codes (N, K), exponent int8 (N, blocks) -> float32 (N, K)."""
+    return codes * spread_groups(power_of_two(exponent, QUARTERS), BLOCK, codes.shape[1])
+
+
+def fold_momentum(
+    codes: torch.Tensor,
+    exponent: torch.Tensor,
+    dW: torch.Tensor,
+    uniform: torch.Tensor,
+    beta: float,
+    levels: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """m <- beta * m + (1 - beta) * dW, requantised.
+
+    codes: signed int (N, K); exponent: int8 (N, blocks); dW: float32 (N, K), the step's mean gradient;
+    uniform: float32 (N, K) in [0, 1). Returns the new codes, in their dtype, and exponents.
+    """
+    columns = codes.shape[1]
+    momentum = _dequantise(codes, exponent).mul_(beta).add_(dW * (1 - beta))
+    square_sum = _sum_in_tree(split_groups(momentum * momentum, BLOCK)).squeeze(-1)
+    mean_square = square_sum / group_lengths(columns, BLOCK, dW.device)
+    new_exponent = quarter_octaves_covering(mean_square * (CLIP_RMS / levels) ** 2)
+    inverse = spread_groups(power_of_two(-new_exponent, QUARTERS), BLOCK, columns)
+    scaled = momentum.mul_(inverse).add_(uniform).floor_().clamp_(-levels, levels)
+    return scaled.to(codes.dtype), new_exponent
+
+
+def _square_root(total: torch.Tensor) -> torch.Tensor:
+    """int64 -> float32, each step correctly rounded: by way of float64, as some libraries' float32 roots are not."""
+    return total.float().double().sqrt().float()
+
+
+def _sum_squares(direction: torch.Tensor, scale: torch.Tensor, axis: int) -> torch.Tensor:
+    """Sums of squares of float32 (N, K) along an axis, int64, exact in any order: in fixed point of these scales."""
+    steps = (direction * scale).round_().int()
+    return (steps * steps).sum(axis, dtype=torch.int64)
+
+
+def _octaves_above(least: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """log2(scale / least) of powers of two, int32; not below zero, where only a row or column of zeros would be."""
+    return (torch.frexp(scale)[1] - torch.frexp(least)[1]).clamp(min=0)
+
+
+def normalise(direction: torch.Tensor) -> torch.Tensor:
+    """float32 (N, K) -> the update, float32 of unit RMS.
+
+    u_ij = d_ij / sqrt(r_i * c_j / mean(r)), r and c the row and column mean squares of d, clipped to +-2. A row's
+    squares are summed in fixed point of 15 bits below that row's largest element, a column's below its own: a small
+    row moves as a large one does, and a column does down to 2^-64 of the largest.
+    """
+    row_max, column_max = direction.abs().amax(1), direction.abs().amax(0)
+    row_fixed, column_fixed, least = (
+        fixed_point_scale(largest, STATISTIC_BITS) for largest in (row_max, column_max, row_max.amax())
+    )
+    row_sum = _sum_squares(direction, row_fixed[:, None], 1)
+    column_sum = _sum_squares(direction, column_fixed, 0)
+    row_octaves, column_octaves = _octaves_above(least, row_fixed), _octaves_above(least, column_fixed)
+    # the RMS is set to one below, so factors common to all elements may take any value here
+    root = _square_root((row_sum >> (2 * row_octaves).clamp(max=63)).sum())
+    row_scale = torch.where(row_sum > 0, row_fixed / _square_root(row_sum), 0)
+    ratio = torch.where(column_sum > 0, root / _square_root(column_sum), 0)
+    column_scale = ratio * whole_power_of_two(column_octaves.clamp(max=STATISTIC_OCTAVES))
+    unit = (direction * row_scale[:, None]).mul_(column_scale)
+    steps = (unit * UPDATE_STEPS).clamp_(-UPDATE_LIMIT * UPDATE_STEPS, UPDATE_LIMIT * UPDATE_STEPS).round_().int()
+    power = (steps * steps).sum(dtype=torch.int64)
+    inverse_rms = torch.where(power > 0, UPDATE_STEPS * unit.numel() ** 0.5 / _square_root(power), 0)
+    return unit.mul_(inverse_rms).clamp_(-MAX_UPDATE, MAX_UPDATE)
+
+
+def move_weights(
+    trits: torch.Tensor, residual: torch.Tensor, update: torch.Tensor, uniform: torch.Tensor, lr: float, cell: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Shift the latent line by -lr cells along the update.
+
+    trits: int8 (N, K); residual: signed int (N, K) in [-cell/2, cell/2); update: float32 (N, K) of unit RMS, consumed;
+    uniform: float32 (N, K) in [0, 1). Returns the new trits and residuals, in their dtypes.
+    """
+    shift = update.mul_(-lr * cell).add_(uniform).floor_()
+    latent = shift.add_(trits * float(cell)).add_(residual).clamp_(-1.5 * cell, 1.5 * cell - 1).to(torch.int16)
+    new_trits = (latent + cell // 2) >> (cell.bit_length() - 1)
+    return new_trits.to(trits.dtype), (latent - new_trits * cell).to(residual.dtype)
+
+
+def naive_momentum_update(
+    packed: torch.Tensor,
+    accum: torch.Tensor,
+    accum_exp: torch.Tensor,
+    dW: torch.Tensor,
+    key: int,
+    lr: float,
+    beta: float = 0.9,
+    bits: int = 4,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`momentum_update` as a pure function: returns the new packed, accum, accum_exp and the changed trits' number."""
+    form = MomentumFormat(bits)
+    residual, codes = form.split(accum)
+    noise = random_bits(key, *dW.shape, dW.device)
+    codes, accum_exp = fold_momentum(codes, accum_exp, dW, uniform_from_low_bits(noise), beta, form.levels)
+    update = normalise(_dequantise(codes, accum_exp).mul_(beta) + dW * (1 - beta))
+    trits = unpack_trits(packed, dW.shape[1])
+    new_trits, residual = move_weights(trits, residual, update, uniform_from_high_bits(noise), lr, form.cell)
+    return pack_trits(new_trits), form.join(residual, codes), accum_exp, (new_trits != trits).sum()
+
+
+def momentum_update(
+    packed: torch.Tensor,
+    accum: torch.Tensor,
+    accum_exp: torch.Tensor,
+    dW: torch.Tensor,
+    key: int,
+    lr: float,
+    beta: float = 0.9,
+    bits: int = 4,
+) -> torch.Tensor:
+    """Fold and move in one go, in place.
+
+    packed: uint8 (N, ceil(K/5)) trits; dW: float32 (N, K), the step's mean gradient; lr: cells per step. Returns the
+    number of changed trits, an int64 scalar.
+    """
+    if bits == 4 and uses_native(packed, accum, accum_exp, dW):
+        flips = native_library().arb_momentum_update(
+            *map(pointer, (packed, accum, accum_exp, dW)),
+            *dW.shape,
+            key,
+            pointer(power_table(QUARTERS, dW.device)),
+            beta,
+            1 - beta,
+            MAX_UPDATE,
+            -lr * MomentumFormat(bits).cell,
+        )
+        increment_version((packed, accum, accum_exp))
+        return torch.tensor(flips)
+    if uses_triton(packed, accum, accum_exp, dW):
+        flips = triton_momentum_update(packed, accum, accum_exp, dW, key, lr, beta, bits)
+        increment_version((packed, accum, accum_exp))
+        return flips
+    *state, flips = naive_momentum_update(packed, accum, accum_exp, dW, key, lr, beta, bits)
+    for tensor, new in zip((packed, accum, accum_exp), state, strict=True):
+        tensor.copy_(new)
+    return flips

@@ -1,0 +1,382 @@
+"""The momentum rule of momentum_update.py on Triton: four passes over dW and state, no float temporary beyond a tile.
+
+fold:    requantises the momentum of a block of 64 columns; the largest |direction| of each row and column
+squares: sums of the direction's squares by row and column, each in its own fixed point (then, over them: the scales)
+power:   the sum of squares of the update before it is set to unit RMS
+move:    shifts the latents; works on bytes of five trits, one plane of columns after the other
+
+The direction is computed again in each pass from state and dW, which is cheaper than to store it. Sums are integers,
+so the order of the atomics does not matter; scalars stay on the device from pass to pass.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from arb_kernels.formats.exponents import QUARTERS, power_table
+from arb_kernels.formats.momentum_format import BLOCK as _BLOCK
+from arb_kernels.formats.momentum_format import (
+    CLIP_RMS,
+    MAX_UPDATE,
+    STATISTIC_BITS,
+    STATISTIC_OCTAVES,
+    UPDATE_STEPS,
+    MomentumFormat,
+)
+from arb_kernels.triton_support import (
+    ceil_div,
+    clamp,
+    constexpr,
+    digit_of,
+    floor_to_int,
+    jit,
+    launch,
+    magnitude_bits,
+    random_words,
+    round_half_even,
+    signed_word,
+    tl,
+    uniform_high,
+    uniform_low,
+    whole_power_of_two,
+)
+
+BLOCK = constexpr(_BLOCK)
+_BITS, _OCTAVES = constexpr(STATISTIC_BITS), constexpr(STATISTIC_OCTAVES)
+_ABSMAX, _TOTAL, _POWER, _FLIPS = map(constexpr, range(4))  # places in the int64 scalars
+_TILE_ROWS, _MOVE_ROWS, _MOVE_BYTES, _SCALES = 32, 8, 64, 1024
+
+
+@jit
+def _add_halves(x, ROWS: tl.constexpr, HALF: tl.constexpr):
+    """[ROWS, 2 * HALF] -> [ROWS, HALF]"""
+    low, high = tl.split(tl.permute(tl.reshape(x, (ROWS, 2, HALF)), (0, 2, 1)))
+    return low + high
+
+
+@jit
+def _sum_in_tree(x, ROWS: tl.constexpr):
+    """[ROWS, 64] -> [ROWS], halves added to halves as the reference does."""
+    x = _add_halves(x, ROWS, 32)
+    x = _add_halves(x, ROWS, 16)
+    x = _add_halves(x, ROWS, 8)
+    x = _add_halves(x, ROWS, 4)
+    x = _add_halves(x, ROWS, 2)
+    return tl.reshape(_add_halves(x, ROWS, 1), (ROWS,))
+
+
+@jit
+def _covering_exponent(square):
+    """quarter_octaves_covering. Squares that are not normal numbers lie below the least exponent anyway."""
+    bits = square.to(tl.int32, bitcast=True)
+    fraction = bits & 0x7FFFFF
+    half_octaves = 2 * ((bits >> 23) - 127) + (fraction > 0).to(tl.int32) + (fraction > 0x3504F3).to(tl.int32)
+    return tl.where(square > 0, clamp(half_octaves, 127), -127)
+
+
+@jit
+def _fixed_point_shift(absmax):
+    """log2 of `fixed_point_scale`, of the bits of |direction|; subnormal numbers get the greatest either way."""
+    return tl.where(absmax > 0, clamp(_BITS + 126 - (absmax >> 23), 126), 0)
+
+
+@jit
+def _octaves_above_least(scalars_ptr, shift, limit):
+    """How much finer than the largest row's a scale is, from 0 to `limit` octaves."""
+    least = _fixed_point_shift(tl.load(scalars_ptr + _ABSMAX).to(tl.int32))
+    return tl.minimum(tl.maximum(shift - least, 0), limit)
+
+
+@jit
+def _state_rows(ids_ptr, local_row, mask, SPARSE: tl.constexpr):
+    """Rows of state that the rows of dW belong to, int64."""
+    if SPARSE:
+        return tl.load(ids_ptr + local_row, mask=mask, other=0)
+    else:
+        return local_row.to(tl.int64)
+
+
+@jit
+def _momentum(accum, step, BITS: tl.constexpr):
+    return ((accum << (32 - 2 * BITS)) >> (32 - BITS)).to(tl.float32) * step
+
+
+@jit
+def _over_root(numerator, total):
+    """numerator / sqrt(total), float32 from an int64 total, each step correctly rounded; 0 where the total is 0."""
+    return tl.where(total > 0, tl.div_rn(numerator, tl.sqrt_rn(tl.maximum(total, 1).to(tl.float32))), 0.0)
+
+
+@jit(do_not_specialize=["key"])
+def momentum_fold_kernel(
+    accum_ptr,
+    accum_exp_ptr,
+    dW_ptr,
+    ids_ptr,
+    power_ptr,
+    maxima_ptr,
+    rows,
+    columns,
+    key,
+    beta,
+    share,
+    clip,
+    BITS: tl.constexpr,
+    SPARSE: tl.constexpr,
+    BR: tl.constexpr,
+):
+    LEVELS: tl.constexpr = 2 ** (BITS - 1) - 1
+    i_block = tl.program_id(1)
+    local_row = tl.program_id(0) * BR + tl.arange(0, BR)
+    column = i_block * BLOCK + tl.arange(0, BLOCK)
+    in_rows = local_row < rows
+    mask = in_rows[:, None] & (column < columns)[None, :]
+    row = _state_rows(ids_ptr, local_row, in_rows, SPARSE)
+    p_accum = accum_ptr + row[:, None] * columns + column[None, :]
+    p_exp = accum_exp_ptr + row * tl.cdiv(columns, BLOCK) + i_block
+
+    b_accum = tl.load(p_accum, mask=mask, other=0).to(tl.int32)
+    b_dW = tl.load(dW_ptr + local_row.to(tl.int64)[:, None] * columns + column[None, :], mask=mask, other=0.0)
+    step = tl.load(power_ptr + 128 + tl.load(p_exp, mask=in_rows, other=0).to(tl.int32))
+    momentum = _momentum(b_accum, step[:, None], BITS) * beta + b_dW * share
+    square_sum = _sum_in_tree(momentum * momentum, BR)
+    length = tl.minimum(columns - i_block * BLOCK, BLOCK).to(tl.float32)
+    exponent = _covering_exponent(tl.div_rn(square_sum, length + tl.zeros_like(square_sum)) * clip)
+    inverse = tl.load(power_ptr + 128 - exponent)
+    noise = uniform_low(random_words(key, row, column))
+    code = floor_to_int(clamp(momentum * inverse[:, None] + noise, LEVELS * 1.0))
+    b_accum = (code << BITS) | (b_accum & (2**BITS - 1))
+    tl.store(p_accum, b_accum.to(accum_ptr.dtype.element_ty), mask=mask)
+    tl.store(p_exp, exponent.to(tl.int8), mask=in_rows)
+    step = tl.load(power_ptr + 128 + exponent)
+    magnitude = tl.where(mask, magnitude_bits(_momentum(b_accum, step[:, None], BITS) * beta + b_dW * share), 0)
+    tl.atomic_max(maxima_ptr + local_row, tl.max(magnitude, axis=1), mask=in_rows, sem="relaxed")
+    tl.atomic_max(maxima_ptr + rows + column, tl.max(magnitude, axis=0), mask=column < columns, sem="relaxed")
+
+
+@jit
+def _direction_tile(
+    accum_ptr, accum_exp_ptr, dW_ptr, ids_ptr, power_ptr, rows, columns, beta, share, BITS, SPARSE, BR: tl.constexpr
+):
+    """This program's tile of BR rows and 64 columns: direction float32 [BR, 64], zero outside; local rows, columns."""
+    i_block = tl.program_id(1)
+    local_row = tl.program_id(0) * BR + tl.arange(0, BR)
+    column = i_block * BLOCK + tl.arange(0, BLOCK)
+    in_rows = local_row < rows
+    mask = in_rows[:, None] & (column < columns)[None, :]
+    row = _state_rows(ids_ptr, local_row, in_rows, SPARSE)
+    b_accum = tl.load(accum_ptr + row[:, None] * columns + column[None, :], mask=mask, other=0).to(tl.int32)
+    b_dW = tl.load(dW_ptr + local_row.to(tl.int64)[:, None] * columns + column[None, :], mask=mask, other=0.0)
+    exponent = tl.load(accum_exp_ptr + row * tl.cdiv(columns, BLOCK) + i_block, mask=in_rows, other=0)
+    step = tl.load(power_ptr + 128 + exponent.to(tl.int32))
+    return _momentum(b_accum, step[:, None], BITS) * beta + b_dW * share, local_row, column
+
+
+@jit
+def _fixed_point_scale(absmax):
+    return whole_power_of_two(_fixed_point_shift(absmax))
+
+
+@jit
+def _squares(fixed_point):
+    steps = round_half_even(fixed_point).to(tl.int32)
+    return (steps * steps).to(tl.int64)
+
+
+@jit
+def momentum_squares_kernel(
+    accum_ptr,
+    accum_exp_ptr,
+    dW_ptr,
+    ids_ptr,
+    power_ptr,
+    maxima_ptr,
+    sums_ptr,
+    rows,
+    columns,
+    beta,
+    share,
+    BITS: tl.constexpr,
+    SPARSE: tl.constexpr,
+    BR: tl.constexpr,
+):
+    direction, local_row, column = _direction_tile(
+        accum_ptr, accum_exp_ptr, dW_ptr, ids_ptr, power_ptr, rows, columns, beta, share, BITS, SPARSE, BR
+    )
+    in_rows, in_columns = local_row < rows, column < columns
+    row_scale = _fixed_point_scale(tl.load(maxima_ptr + local_row, mask=in_rows, other=0))
+    column_scale = _fixed_point_scale(tl.load(maxima_ptr + rows + column, mask=in_columns, other=0))
+    of_rows = tl.sum(_squares(direction * row_scale[:, None]), axis=1)
+    of_columns = tl.sum(_squares(direction * column_scale[None, :]), axis=0)
+    tl.atomic_add(sums_ptr + local_row, of_rows, mask=in_rows, sem="relaxed")
+    tl.atomic_add(sums_ptr + rows + column, of_columns, mask=in_columns, sem="relaxed")
+
+
+@jit
+def momentum_row_scales_kernel(maxima_ptr, sums_ptr, scales_ptr, scalars_ptr, rows, B: tl.constexpr):
+    """Row sums -> what the direction is multiplied by along rows, and the sum over all in the largest row's scale."""
+    row = tl.program_id(0) * B + tl.arange(0, B)
+    shift = _fixed_point_shift(tl.load(maxima_ptr + row, mask=row < rows, other=0))
+    row_sum = tl.load(sums_ptr + row, mask=row < rows, other=0)
+    lost_bits = tl.minimum(2 * _octaves_above_least(scalars_ptr, shift, 126), 63)
+    tl.atomic_add(scalars_ptr + _TOTAL, tl.sum(row_sum >> lost_bits.to(tl.int64)), sem="relaxed")
+    tl.store(scales_ptr + row, _over_root(whole_power_of_two(shift), row_sum), mask=row < rows)
+
+
+@jit
+def momentum_column_scales_kernel(maxima_ptr, sums_ptr, scales_ptr, scalars_ptr, columns, B: tl.constexpr):
+    """The same along columns."""
+    column = tl.program_id(0) * B + tl.arange(0, B)
+    shift = _fixed_point_shift(tl.load(maxima_ptr + column, mask=column < columns, other=0))
+    octaves = _octaves_above_least(scalars_ptr, shift, _OCTAVES)
+    root = tl.sqrt_rn(tl.load(scalars_ptr + _TOTAL).to(tl.float32)) + tl.zeros([B], tl.float32)
+    ratio = _over_root(root, tl.load(sums_ptr + column, mask=column < columns, other=0))
+    tl.store(scales_ptr + column, ratio * whole_power_of_two(octaves), mask=column < columns)
+
+
+@jit
+def momentum_power_kernel(
+    accum_ptr,
+    accum_exp_ptr,
+    dW_ptr,
+    ids_ptr,
+    power_ptr,
+    scalars_ptr,
+    row_scale_ptr,
+    column_scale_ptr,
+    rows,
+    columns,
+    beta,
+    share,
+    BITS: tl.constexpr,
+    SPARSE: tl.constexpr,
+    BR: tl.constexpr,
+):
+    direction, local_row, column = _direction_tile(
+        accum_ptr, accum_exp_ptr, dW_ptr, ids_ptr, power_ptr, rows, columns, beta, share, BITS, SPARSE, BR
+    )
+    row_scale = tl.load(row_scale_ptr + local_row, mask=local_row < rows, other=0.0)
+    column_scale = tl.load(column_scale_ptr + column, mask=column < columns, other=0.0)
+    unit = direction * row_scale[:, None] * column_scale[None, :]
+    tl.atomic_add(scalars_ptr + _POWER, tl.sum(_squares(clamp(unit * 1024.0, 31744.0))), sem="relaxed")
+
+
+@jit(do_not_specialize=["key"])
+def momentum_move_kernel(
+    packed_ptr,
+    accum_ptr,
+    accum_exp_ptr,
+    dW_ptr,
+    ids_ptr,
+    power_ptr,
+    scalars_ptr,
+    row_scale_ptr,
+    column_scale_ptr,
+    rows,
+    columns,
+    beta,
+    share,
+    width,
+    key,
+    size_root,
+    max_update,
+    rate,
+    BITS: tl.constexpr,
+    SPARSE: tl.constexpr,
+    BR: tl.constexpr,
+    BB: tl.constexpr,
+):
+    CELL: tl.constexpr = 2**BITS
+    local_row = tl.program_id(0) * BR + tl.arange(0, BR)
+    i_byte = tl.program_id(1) * BB + tl.arange(0, BB)
+    in_rows = local_row < rows
+    row = _state_rows(ids_ptr, local_row, in_rows, SPARSE)
+    p_packed = packed_ptr + row[:, None] * width + i_byte[None, :]
+    byte_mask = in_rows[:, None] & (i_byte < width)[None, :]
+    old_byte = tl.load(p_packed, mask=byte_mask, other=0).to(tl.int32)
+    row_scale = tl.load(row_scale_ptr + local_row, mask=in_rows, other=0.0)
+    inverse_rms = _over_root(tl.full((), 1.0, tl.float32), tl.load(scalars_ptr + _POWER)) * size_root
+
+    new_byte = tl.zeros([BR, BB], tl.int32)
+    flips = tl.zeros([BR, BB], tl.int32)
+    for backwards in tl.static_range(5):
+        plane = 4 - backwards
+        column = plane * width + i_byte
+        in_columns = (column < columns) & (i_byte < width)
+        mask = in_rows[:, None] & in_columns[None, :]
+        p_accum = accum_ptr + row[:, None] * columns + column[None, :]
+        b_accum = tl.load(p_accum, mask=mask, other=0).to(tl.int32)
+        b_dW = tl.load(dW_ptr + local_row.to(tl.int64)[:, None] * columns + column[None, :], mask=mask, other=0.0)
+        p_exp = accum_exp_ptr + row[:, None] * tl.cdiv(columns, BLOCK) + (column // BLOCK)[None, :]
+        step = tl.load(power_ptr + 128 + tl.load(p_exp, mask=mask, other=0).to(tl.int32))
+        direction = _momentum(b_accum, step, BITS) * beta + b_dW * share
+
+        column_scale = tl.load(column_scale_ptr + column, mask=in_columns, other=0.0)
+        unit = direction * row_scale[:, None] * column_scale[None, :]
+        noise = uniform_high(random_words(key, row, column))
+        shift = floor_to_int(clamp(unit * inverse_rms, max_update) * rate + noise)
+        old_trit = digit_of(old_byte, plane)
+        residual = (b_accum << (32 - BITS)) >> (32 - BITS)
+        latent = tl.maximum(shift + old_trit * CELL + residual, -(CELL + CELL // 2))
+        latent = tl.minimum(latent, CELL + CELL // 2 - 1)
+        trit = tl.where(mask, (latent + CELL // 2) >> BITS, 0)
+        b_accum = (b_accum & -CELL) | ((latent - trit * CELL) & (CELL - 1))
+        tl.store(p_accum, b_accum.to(accum_ptr.dtype.element_ty), mask=mask)
+        flips += (mask & (trit != old_trit)).to(tl.int32)
+        new_byte = new_byte * 3 + tl.where(trit < 0, 2, trit)
+    tl.store(p_packed, new_byte.to(tl.uint8), mask=byte_mask)
+    tl.atomic_add(scalars_ptr + _FLIPS, tl.sum(flips).to(tl.int64), sem="relaxed")
+
+
+def triton_momentum_update(
+    packed: torch.Tensor,
+    accum: torch.Tensor,
+    accum_exp: torch.Tensor,
+    dW: torch.Tensor,
+    key: int,
+    lr: float,
+    beta: float = 0.9,
+    bits: int = 4,
+    row_ids: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`momentum_update`: packed uint8 (N, ceil(K/5)), accum uint8 or int16 (N, K), accum_exp int8 (N, blocks), dW
+    float32 (N, K); in place. Returns the number of changed trits, int64 ().
+
+    row_ids: int64 (R,), each row at most once: dW is (R, K) then and belongs to these rows of state, of a matrix of
+    any height; no other row is read or written.
+    """
+    for tensor in (packed, accum, accum_exp, row_ids):
+        assert tensor is None or tensor.is_contiguous()
+    dW = dW.contiguous()
+    rows, columns = dW.shape
+    scalars = torch.zeros(4, dtype=torch.int64, device=dW.device)
+    sums = torch.zeros(rows + columns, dtype=torch.int64, device=dW.device)
+    maxima = torch.zeros(rows + columns, dtype=torch.int32, device=dW.device)
+    state = (accum, accum_exp, dW, accum if row_ids is None else row_ids, power_table(QUARTERS, dW.device))
+    shape_and_direction = (rows, columns, beta, 1 - beta)
+    options = {"BITS": bits, "SPARSE": row_ids is not None, "BR": _TILE_ROWS}
+    grid = (ceil_div(rows, _TILE_ROWS), accum_exp.shape[1])
+    clip = (CLIP_RMS / MomentumFormat(bits).levels) ** 2
+    launch(
+        momentum_fold_kernel,
+        grid,
+        *(*state, maxima, rows, columns, signed_word(key), beta, 1 - beta, clip),
+        **options,
+    )
+    scalars[0] = maxima[:rows].amax()
+    launch(momentum_squares_kernel, grid, *state, maxima, sums, *shape_and_direction, **options)
+    scales = torch.empty(rows + columns, device=dW.device)
+    of_rows, of_columns = ([x[part] for x in (maxima, sums, scales)] for part in (slice(rows), slice(rows, None)))
+    launch(momentum_row_scales_kernel, (ceil_div(rows, _SCALES),), *of_rows, scalars, rows, B=_SCALES)
+    launch(momentum_column_scales_kernel, (ceil_div(columns, _SCALES),), *of_columns, scalars, columns, B=_SCALES)
+    state = (*state, scalars, scales[:rows], scales[rows:])
+    launch(momentum_power_kernel, grid, *state, *shape_and_direction, **options)
+    width = packed.shape[1]
+    launch(
+        momentum_move_kernel,
+        (ceil_div(rows, _MOVE_ROWS), ceil_div(width, _MOVE_BYTES)),
+        *(packed, *state, *shape_and_direction, width, signed_word(key)),
+        *(UPDATE_STEPS * dW.numel() ** 0.5, MAX_UPDATE, -lr * 2.0**bits),
+        **(options | {"BR": _MOVE_ROWS, "BB": _MOVE_BYTES}),
+    )
+    return scalars[-1]

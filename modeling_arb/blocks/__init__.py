@@ -1,0 +1,1 @@
+"""Optional blocks, each built only where the config has settings for it."""

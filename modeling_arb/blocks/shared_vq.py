@@ -1,0 +1,28 @@
+"""Shared VQ: the hidden state through a narrow bridge to the nearest motif of a book, and back (seeds 000, 004)."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from modeling_arb.layers.norm import rms_norm
+from modeling_arb.layers.ternary_linear import TernaryLinear
+
+from .ternary_codebook import Quantised, TernaryCodebook
+
+
+class SharedVQ(nn.Module):
+    """(B, T, D) -> the addition to the residual stream (B, T, D), and what was quantised."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.eps = config.rms_norm_eps
+        dim = config.codebook["dim"]
+        self.bridge_in = TernaryLinear(config.hidden_size, dim, config)
+        self.book = TernaryCodebook(config.codebook, config)
+        self.bridge_out = TernaryLinear(dim, config.hidden_size, config)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Quantised]:
+        narrow = rms_norm(self.bridge_in(rms_norm(x, self.eps)), self.eps)
+        motifs = self.book(narrow)
+        return self.bridge_out(rms_norm(motifs.values, self.eps)), motifs

@@ -1,0 +1,43 @@
+"""TernaryLSTMCell: an LSTM step whose two matrices are ternary; its gates are kernels/blocks/lstm_gates.py."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from arb_kernels.blocks.lstm_gates import lstm_gates
+from modeling_arb.layers.norm import rms_norm
+from modeling_arb.layers.ternary_linear import TernaryLinear
+
+# Each matrix gives variance 1 for its normalised input at first; so does then the sum of the two.
+GATE_SCALE = 0.5**0.5
+
+LSTMState = tuple[torch.Tensor, torch.Tensor]
+
+
+class TernaryLSTMCell(nn.Module):
+    """One step of H units from D inputs. The state is the caller's: hidden (B, H) in the activations' dtype and cell
+    float32 (B, H)."""
+
+    def __init__(self, input_size: int, hidden_size: int, config):
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.eps = config.rms_norm_eps
+        self.input_proj = TernaryLinear(input_size, 4 * hidden_size, config)
+        self.recurrent_proj = TernaryLinear(hidden_size, 4 * hidden_size, config)
+        self.recurrent_proj.shared = self.recurrent_proj.keeps_trits = True  # used once a byte
+
+    def project(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, T, D) -> (B, T, 4H): the inputs' share of the gates, for all steps at once."""
+        return self.input_proj(rms_norm(x, self.eps)) * GATE_SCALE
+
+    def initial_state(self, projected: torch.Tensor) -> LSTMState:
+        """Zeros, for what `project` gave."""
+        hidden = projected.new_zeros(len(projected), self.hidden_size)
+        return hidden, hidden.float()
+
+    def step(self, projected: torch.Tensor, state: LSTMState) -> LSTMState:
+        """projected (B, 4H), one step of what `project` gave -> the state after it."""
+        hidden, cell = state
+        recurrent = self.recurrent_proj(rms_norm(hidden, self.eps))
+        return lstm_gates(torch.add(projected, recurrent, alpha=GATE_SCALE), cell)

@@ -1,0 +1,63 @@
+"""CheckedLoading: `from_pretrained` as transformers', with every checkpoint checked wherever it comes from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from .integrity import (
+    by_loaded_name,
+    check_headers,
+    check_json_files,
+    check_values,
+    read_headers,
+    read_json_object,
+)
+
+LOCATING = ("revision", "subfolder", "cache_dir", "token", "local_files_only")  # what finds a checkpoint on the hub
+
+
+class CheckedLoading:
+    """Stands before PreTrainedModel among a model's bases."""
+
+    def _adjust_missing_and_unexpected_keys(self, loading_info) -> None:
+        """Missing tensors are judged before they are missed, in one line instead of transformers' table of them."""
+        super()._adjust_missing_and_unexpected_keys(loading_info)
+        self.__dict__["_missing_keys"] = set(loading_info.missing_keys)
+        loading_info.missing_keys.clear()
+
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
+        """Where every way to load passes, its files at hand and nothing of them in memory: a folder, a hub name, any
+        format, a state dict. Checks first what is stored, from headers alone, then the values that were loaded."""
+        source = str(load_config.pretrained_model_name_or_path or "state_dict")
+        stored, stored_config = state_dict, model.config.to_dict()
+        if stored is None:
+            stored = {name: tensor for path in checkpoint_files for name, tensor in read_headers(path).items()}
+            beside = Path(checkpoint_files[0]).with_name("config.json")
+            stored_config = read_json_object(beside) if beside.is_file() else stored_config
+        expected = model.state_dict()
+        stored = by_loaded_name(source, stored, expected, model.base_model_prefix, load_config.weight_mapping or [])
+        check_headers(source, stored, expected, stored_config, load_config.ignore_mismatched_sizes)
+        loaded = PreTrainedModel._load_pretrained_model(
+            model, state_dict, checkpoint_files, load_config, *args, **kwargs
+        )
+        check_values(source, model)
+        return loaded
+
+    def _load_and_finalize_distributed_pretrained_model(self, distributed_checkpoint_dir, *args, **kwargs):
+        raise ValueError(
+            f"{distributed_checkpoint_dir}: holds the shards of ranks; save_pretrained writes what is read"
+        )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
+        """As transformers', but refuses a checkpoint whose tensors are missing, mistyped, misshapen or hold values that
+        mean nothing."""
+        if pretrained_model_name_or_path is not None:
+            located = {name: kwargs[name] for name in LOCATING if kwargs.get(name) is not None}
+            check_json_files(str(pretrained_model_name_or_path), kwargs.get("variant"), **located)
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        info["missing_keys"] = model.__dict__.pop("_missing_keys", set())
+        return (model, info) if output_loading_info else model

@@ -1,0 +1,1 @@
+"""What generation needs beside transformers' own: cache layers, contrastive search."""

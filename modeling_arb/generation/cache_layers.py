@@ -1,0 +1,109 @@
+"""What the cache keeps beside latents (the last bytes, the last motif, the sequencer's state), and static layers.
+
+The side layers stand behind the attention layers and do not grow with the text: each is a stock sliding window over the
+last positions. They go back to an earlier byte like any other layer once `activate_past_recording` was called, as
+assisted decoding does.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
+
+from modeling_arb.backbone.byte_embedding import TRIGRAM
+
+
+class PreallocatedLayer(DynamicLayer):
+    """A static layer that hands over what is filled, not its whole allocation: no work on empty positions, and the
+    arithmetic is the dynamic layer's to the last bit."""
+
+    def __init__(self, max_cache_len: int):
+        super().__init__()
+        self.max_cache_len, self.filled = max_cache_len, 0
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys, self.values = (
+            torch.zeros(*states.shape[:2], self.max_cache_len, states.shape[-1], dtype=states.dtype, device=self.device)
+            for states in (key_states, value_states)
+        )
+        self.is_initialized = True
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """(B, 1, T, ...) each -> all there are, (B, 1, P + T, ...). Raises ValueError when they do not fit."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start, self.filled = self.filled, self.filled + key_states.shape[2]
+        if self.filled > self.max_cache_len:
+            raise ValueError(f"max_cache_len={self.max_cache_len}: {self.filled} positions do not fit the static cache")
+        self.keys[:, :, start : self.filled] = key_states
+        self.values[:, :, start : self.filled] = value_states
+        return self.keys[:, :, : self.filled], self.values[:, :, : self.filled]
+
+    def get_seq_length(self) -> int:
+        return self.filled
+
+    def get_max_length(self) -> int:
+        return self.max_cache_len
+
+    def reset(self) -> None:
+        self.filled = 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        self.filled -= abs(tokens_to_remove)
+
+
+class SideLayers:
+    """The layers behind the attention layers of a cache, in a fixed order."""
+
+    def __init__(self, config):
+        self.first = config.num_hidden_layers
+        orders = [TRIGRAM] if config.memgram is None else [TRIGRAM, *config.memgram["orders"]]
+        self.reach = {"ids": max(orders) - 1}  # how many positions back a layer must tell of
+        if config.composite is not None:
+            self.reach["motifs"] = 1
+        if config.text_sequencer is not None:
+            self.reach["sequencer"] = 1
+
+    def add_to(self, cache: Cache) -> None:
+        """Give a cache that has only attention layers the others. Raises ValueError when it is another model's."""
+        while cache.layer_class_to_replicate is not None and len(cache.layers) < self.first:
+            cache.layers.append(cache.layer_class_to_replicate())
+        if len(cache.layers) == self.first:
+            cache.layers = [_in_place(layer) for layer in cache.layers]
+            cache.layers += [DynamicSlidingWindowLayer(back + 1) for back in self.reach.values()]
+        expected = self.first + len(self.reach)
+        if len(cache.layers) != expected:
+            raise ValueError(f"past_key_values has {len(cache.layers)} layers: this model's has {expected}")
+
+    def _index(self, name: str) -> int:
+        return self.first + list(self.reach).index(name)
+
+    def append_tokens(self, cache: Cache | None, name: str, tokens: torch.Tensor) -> torch.Tensor:
+        """tokens int64 (B, T) join what is kept; returns those kept before them, int64 (B, at most its reach)."""
+        if cache is None:
+            return tokens[:, :0]
+        kept = tokens.to(torch.int32)[:, None, :, None]
+        kept, _ = cache.update(kept, kept[..., :0], self._index(name))
+        return kept[:, 0, : -tokens.shape[1], 0].long()
+
+    def read_state(self, cache: Cache | None, name: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Hidden and cell (B, H), or None at the start."""
+        layer = None if cache is None else cache.layers[self._index(name)]
+        if layer is None or not layer.get_seq_length():
+            return None
+        return layer.keys[:, 0, -1], layer.values[:, 0, -1]
+
+    def write_states(self, cache: Cache, name: str, states: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """states: hidden and cell (B, H) after each new position."""
+        hidden, cell = (torch.stack(tensors, dim=1)[:, None] for tensors in zip(*states, strict=True))
+        cache.update(hidden, cell, self._index(name))
+
+
+def _in_place(layer):
+    """The layer itself, or for a stock static one ours of its length."""
+    if not isinstance(layer, StaticLayer):
+        return layer
+    if layer.get_seq_length():
+        raise ValueError("past_key_values: a static cache that another model filled")
+    return PreallocatedLayer(layer.max_cache_len)

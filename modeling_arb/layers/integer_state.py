@@ -1,0 +1,93 @@
+"""Modules whose persistent state is integer buffers: what they share, and those that learn from what they saw."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import torch
+from torch import nn
+from transformers import initialization as init
+
+from arb_kernels.formats.state_layout import StateTensor
+
+ONE_PROCESS_PER_GPU = (
+    "nn.DataParallel copies the model to every GPU, and what the copies of integer state learn is lost; launch one"
+    " process per GPU (torchrun --nproc_per_node N, or accelerate launch --multi_gpu), or let one GPU be seen"
+    " (CUDA_VISIBLE_DEVICES=0)"
+)
+
+
+class IntegerState(nn.Module):
+    """A module that lists its persistent tensors. A subclass says which in `layout` and registers them with
+    `register_state`; audit, checkpoints and loader go by that list."""
+
+    def layout(self) -> dict[str, StateTensor]:
+        """The persistent tensors by name, training state included whether or not it is there."""
+        raise NotImplementedError
+
+    def caches(self) -> dict[str, torch.Tensor]:
+        """What the module keeps in memory beside its state, to be made again at any time, by what it is."""
+        return {}
+
+    def register_state(self, with_training_state: bool) -> None:
+        """Register the buffers, at zero."""
+        for name, spec in self.layout().items():
+            if spec.inference or with_training_state:
+                self.register_buffer(name, torch.zeros(spec.shape, dtype=spec.dtype))
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
+        """torch would cast a tensor of another dtype to the buffer's without a word."""
+        for name, spec in self.layout().items():
+            given = state_dict.get(prefix + name)
+            if given is not None and given.dtype != spec.dtype:
+                errors.append(f"tensor {prefix}{name} has dtype {given.dtype}, expected {spec.dtype}")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+
+    def add_training_state(self) -> None:
+        """Register what an inference checkpoint left out, at zero."""
+        device = next(self.buffers()).device
+        for name, spec in self.layout().items():
+            if not hasattr(self, name):
+                self.register_buffer(name, torch.zeros(spec.shape, dtype=spec.dtype, device=device))
+
+    @property
+    def has_training_state(self) -> bool:
+        return all(hasattr(self, name) for name in self.layout())
+
+    def reset_state(self) -> None:
+        """Bring the registered buffers to their first values."""
+        for name in self.layout():
+            if hasattr(self, name):
+                init.zeros_(getattr(self, name))
+
+    def _replicate_for_data_parallel(self) -> NoReturn:
+        """What nn.DataParallel asks of each module before its forward. Raises ValueError."""
+        raise ValueError(ONE_PROCESS_PER_GPU)
+
+
+class ObservedState(IntegerState):
+    """Integer state that no gradient moves: usage counts, edges, biases.
+
+    A training forward calls `observe`; nothing changes until the attached optimizer's `step()`, which joins what all
+    micro-batches and ranks saw and hands it to `apply_observations`. So a forward never sees what it observed itself,
+    and no position depends on a later one.
+    """
+
+    observing = False  # set by an attached optimizer
+
+    def observe(self, *seen: torch.Tensor) -> None:
+        """Keep tensors until the step ends. Those of later calls are appended to them along their first axis."""
+        if self.observing and self.training and torch.is_grad_enabled():
+            self.__dict__.setdefault("_observations", []).append(tuple(tensor.detach() for tensor in seen))
+
+    def take_observations(self) -> tuple[torch.Tensor, ...] | None:
+        """What was observed since the last call, each argument of `observe` joined along its first axis."""
+        calls = self.__dict__.pop("_observations", [])
+        return tuple(torch.cat(column) for column in zip(*calls, strict=True)) if calls else None
+
+    def apply_observations(self, *seen: torch.Tensor, key: int) -> None:
+        """Move the state, in place, by what the whole step saw; `key` is this step's stream of random bits.
+
+        The result may depend on nothing but the state and the arguments as sets of rows in rank order.
+        """
+        raise NotImplementedError

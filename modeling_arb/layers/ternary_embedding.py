@@ -1,0 +1,56 @@
+"""TernaryEmbedding: rows of a packed table, looked up and updated without a float table."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from arb_kernels.formats.scaled_rows import gather_rows
+
+from .ternary_matrix import ForwardUse, TernaryMatrix
+
+
+class TernaryEmbeddingFunction(torch.autograd.Function):
+    """`anchor` is an empty tensor that requires grad: without a float parameter, nothing else would start autograd."""
+
+    @staticmethod
+    def forward(ctx, ids, anchor, layer, dtype):
+        ctx.save_for_backward(ids)
+        ctx.layer, ctx.use = layer, layer.begin_use()
+        return layer.rows_of(ids, dtype)
+
+    @staticmethod
+    def backward(ctx, grad_y):
+        (ids,) = ctx.saved_tensors
+        ctx.layer.check_use(ctx.use)
+        if ctx.layer.armed:
+            ctx.layer.receive_gradient(ids.flatten(), grad_y.flatten(0, -2).float(), ctx.use)
+        return None, None, None, None
+
+
+def sum_by_row(ids: torch.Tensor, gradient: torch.Tensor, rows: int) -> torch.Tensor:
+    """ids int64 (N,), gradient float32 (N, K) -> float32 (rows, K), in an order that the device does not choose."""
+    return torch.ops.aten.embedding_dense_backward(gradient, ids, rows, -1, False)
+
+
+class TernaryEmbedding(TernaryMatrix):
+    """ids (...) int64 -> (..., columns). Entries have variance 1 at the start."""
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, config):
+        nn.Module.__init__(self)
+        self.setup_state(num_embeddings, embedding_dim, config, init_fan_in=1)
+
+    def rows_of(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Decode only the rows asked for, unless the whole table is smaller."""
+        if ids.numel() >= self.rows:
+            return F.embedding(ids, self.effective_weight(dtype))
+        return gather_rows(self.T_packed, ids, self.columns, self.scale()[ids], self.group_size, dtype)
+
+    def receive_gradient(self, ids: torch.Tensor, gradient: torch.Tensor, use: ForwardUse | None = None) -> None:
+        """ids (N,) and the gradient of what was looked up, float32 (N, columns): hand over their sums by row."""
+        self.hand_over(sum_by_row(ids, gradient, self.rows), use)
+
+    def forward(self, ids: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        anchor = torch.empty(0, device=ids.device, requires_grad=True)
+        return TernaryEmbeddingFunction.apply(ids, anchor, self, dtype)

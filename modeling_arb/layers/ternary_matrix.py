@@ -1,0 +1,216 @@
+"""TernaryMatrix: the integer state of one weight matrix, and what the layers on top of it share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+from weakref import WeakSet
+
+import torch
+from transformers import initialization as init
+from transformers.utils import logging
+
+from arb_kernels.formats.exponents import EIGHTHS, power_of_two
+from arb_kernels.formats.groups import num_groups
+from arb_kernels.formats.packing import TRITS_PER_BYTE, packed_width, unpack_trits
+from arb_kernels.formats.scaled_rows import effective_weight
+from arb_kernels.formats.state_layout import StateTensor, state_layout
+from arb_kernels.formats.two_bit_layout import decoding_form
+from arb_kernels.rules.correlation import correlation_octaves
+
+from .absent_parameters import AbsentWeight
+from .integer_state import IntegerState
+
+logger = logging.get_logger(__name__)
+
+
+SEVERAL_BACKWARDS = "call IntegerOptimizer.begin_micro_batch(last=False) before the forwards of an accumulated step"
+DECODED, ROW_SCALES, UNPACKED = "weights laid out to decode", "row scales", "unpacked trits"
+INIT_CHUNK = 1 << 18  # elements drawn at a time, as int64: a large table must not need eight times its memory
+
+
+def _fill_at_random(tensor: torch.Tensor, below: int, modulo: torch.Tensor | None = None) -> None:
+    """Uniform integers in [0, below), then modulo a number per column, chunk of rows by chunk."""
+    if getattr(tensor, "_is_hf_initialized", False):
+        return
+    for rows in tensor.split(max(1, INIT_CHUNK // max(1, tensor.shape[1]))):
+        drawn = torch.randint(0, below, rows.shape, device=tensor.device)
+        rows.copy_(drawn if modulo is None else drawn % modulo)
+
+
+StateVersions = list[tuple[int, int]]  # of each tensor that a forward reads: its id and its version
+
+
+class ForwardUse:
+    """One forward through a matrix, held by that forward's graph: `versions` is the state that it read."""
+
+    __slots__ = ("__weakref__", "versions")
+
+    def __init__(self, versions: StateVersions):
+        self.versions = versions
+
+
+class DecodedWeight(NamedTuple):
+    """What `inference_weight` made, and from which state; holding the tensors keeps their ids from being reused."""
+
+    versions: StateVersions
+    tensors: list[torch.Tensor]
+    weight: torch.Tensor
+    scale: torch.Tensor
+
+
+class TernaryMatrix(IntegerState):
+    """A (rows, columns) matrix of trits with one scale exponent per group, all of it integer buffers.
+
+    A subclass that learns hands its dW over in backward, when an optimizer has armed it by setting `update_handler`.
+    Its autograd function notes every forward by `begin_use` and gives the note back in backward, first to `check_use`,
+    then to `hand_over`: so a gradient of weights that have moved since is refused, and the optimizer knows whether
+    another backward through this matrix is to come.
+
+    `shared` says that the matrix is used more than once per forward: its dW are then summed and applied in
+    `optimizer.step()` instead of inside backward. `keeps_trits` says that it is used so often, once a byte say, that a
+    transient int8 copy pays.
+    """
+
+    shared = False
+    keeps_trits = False
+    _kept: tuple[tuple[int, int], torch.Tensor, torch.Tensor] | None = None
+    update_handler: Callable[[TernaryMatrix, torch.Tensor], None] | None = None
+    _decoded: DecodedWeight | None = None
+    _uses: WeakSet[ForwardUse] | None = None
+    full_name = "a ternary matrix"  # within the model, for errors; set by an attached optimizer
+
+    def setup_state(self, rows: int, columns: int, config, init_fan_in: int) -> None:
+        """Register the buffers that `config` (an ArbConfig) asks for; weights start with variance 1 / init_fan_in."""
+        self.rows, self.columns = rows, columns
+        self.group_size = config.group_size or columns
+        self.update_rule, self.momentum_bits = config.update_rule, config.momentum_bits
+        self.init_fan_in = init_fan_in
+        self.integer_matmuls = config.compute != "float" and self.group_size == columns
+        if config.compute == "int8" and not self.integer_matmuls:
+            logger.warning_once(
+                f"compute='int8' needs one scale a row: float matmuls, as group_size={config.group_size}"
+            )
+        self.inference_tensors = [name for name, spec in self.layout().items() if spec.inference]
+        self.register_state(config.training_state)
+
+    def layout(self) -> dict[str, StateTensor]:
+        """The matrix's persistent tensors, training state included whether or not it is there."""
+        return state_layout(self.update_rule, self.rows, self.columns, self.group_size, self.momentum_bits)
+
+    @property
+    def weight(self) -> AbsentWeight:
+        return AbsentWeight(self.T_packed, (self.rows, self.columns))
+
+    @property
+    def logical_weights(self) -> int:
+        return self.rows * self.columns
+
+    def reset_state(self) -> None:
+        """Latents uniform over the three cells, S = sqrt(1.5 / fan_in): two thirds of the trits are not zero."""
+        super().reset_state()
+        device = self.T_packed.device
+        width = packed_width(self.columns)
+        digits = torch.arange(TRITS_PER_BYTE, device=device)[:, None] * width + torch.arange(width, device=device)
+        values = 3 ** (digits < self.columns).sum(0)  # of a byte whose padding digits stay zero
+        _fill_at_random(self.T_packed, 3**TRITS_PER_BYTE, values)
+        exponent = torch.log2(torch.tensor(1.5 / self.init_fan_in)) / 2 * EIGHTHS
+        init.constant_(self.E, int(exponent.round().clamp(-128, 127)))
+        if hasattr(self, "accum"):
+            _fill_at_random(self.accum, 2**self.momentum_bits)
+
+    def trits(self) -> torch.Tensor:
+        """int8 (rows, columns) in {-1, 0, 1}; with `keeps_trits` unpacked once until they change, not to be written."""
+        if not self.keeps_trits:
+            return unpack_trits(self.T_packed, self.columns)
+        version = (id(self.T_packed), self.T_packed._version)
+        if self._kept is None or self._kept[0] != version:
+            self._kept = (version, self.T_packed, unpack_trits(self.T_packed, self.columns))
+        return self._kept[2]
+
+    def caches(self) -> dict[str, torch.Tensor]:
+        found = {} if self._kept is None else {UNPACKED: self._kept[2]}
+        if self._decoded is not None:
+            found[DECODED], found[ROW_SCALES] = self._decoded.weight, self._decoded.scale
+        return {name: tensor for name, tensor in found.items() if tensor is not self.T_packed}
+
+    def generation_caches(self, device: torch.device) -> dict[str, int]:
+        """Bytes that `inference_weight` will keep on a device, by what they are; none where it is not used."""
+        return {}
+
+    def scale(self) -> torch.Tensor:
+        """float32 (rows, groups): S = 2^(E / 8), under `correlation` also moved by the votes so far."""
+        scale = power_of_two(self.E, EIGHTHS)
+        if self.update_rule == "correlation":
+            scale = scale * self._correlation_factor(self.corr_accum, self.step_counter)
+        return scale
+
+    def _correlation_factor(self, corr_accum: torch.Tensor, step_counter: torch.Tensor) -> torch.Tensor:
+        octaves = correlation_octaves(corr_accum, step_counter, self.columns, self.group_size)
+        return torch.exp(octaves.double() * math.log(2)).float()  # torch.exp2 rounds by place in the tensor
+
+    def inference_weight(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The trits as the backend multiplies them fastest, and the row scale float32 (rows,).
+
+        Made at the first use and kept until the state changes: a transient like the attention cache, never saved.
+        """
+        versions = self._state_versions()
+        if self._decoded is None or self._decoded.versions != versions:
+            tensors = [getattr(self, name) for name in self.inference_tensors]
+            weight = decoding_form(self.T_packed, self.columns)
+            self._decoded = DecodedWeight(versions, tensors, weight, self.scale().flatten())
+        return self._decoded.weight, self._decoded.scale
+
+    def effective_weight(self, dtype: torch.dtype) -> torch.Tensor:
+        """(rows, columns): W_eff = S * T, a transient made for one matmul."""
+        return effective_weight(self.T_packed, self.columns, self.scale(), self.group_size, dtype)
+
+    def _state_versions(self) -> StateVersions:
+        return [(id(tensor), tensor._version) for tensor in (getattr(self, name) for name in self.inference_tensors)]
+
+    def begin_use(self) -> ForwardUse | None:
+        """A note of this forward, for its graph to hold; None where no optimizer waits for gradients."""
+        if not self.armed:
+            return None
+        use = ForwardUse(self._state_versions())
+        if not self.shared:
+            if self._uses is None:
+                self._uses = WeakSet()
+            self._uses.add(use)
+        return use
+
+    def check_use(self, use: ForwardUse | None) -> None:
+        """Raises RuntimeError in the backward of a forward that read other weights than there are now."""
+        if self.armed and use is not None and use.versions != self._state_versions():
+            raise RuntimeError(
+                f"{self.full_name}: its weights moved between a forward and its backward: use each forward's graph"
+                f" once, before step(), or {SEVERAL_BACKWARDS}"
+            )
+
+    def is_used_ahead(self) -> bool:
+        """Whether a graph is alive that went through the weights as they are and has not come back yet."""
+        if not self._uses:
+            return False
+        versions = self._state_versions()
+        return any(use.versions == versions for use in self._uses)
+
+    @torch.no_grad()
+    def hand_over(self, dW: torch.Tensor, use: ForwardUse | None = None) -> None:
+        """Give the transient weight gradient (rows, columns) of a forward to the attached optimizer."""
+        self.end_use(use)
+        self.update_handler(self, dW)
+
+    def end_use(self, use: ForwardUse | None) -> None:
+        """The backward of that forward has come."""
+        if self._uses and use is not None:
+            self._uses.discard(use)
+
+    @property
+    def armed(self) -> bool:
+        """Whether an optimizer waits for this matrix's gradients."""
+        return self.update_handler is not None
+
+    def extra_repr(self) -> str:
+        groups = num_groups(self.columns, self.group_size)
+        return f"rows={self.rows}, columns={self.columns}, groups_per_row={groups}, update_rule={self.update_rule}"

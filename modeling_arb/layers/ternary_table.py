@@ -1,0 +1,70 @@
+"""TernaryTable: a packed table of which a step reads and updates few rows, at a cost that its size does not set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from arb_kernels.formats.exponents import EIGHTHS, power_of_two
+from arb_kernels.formats.groups import group_lengths, split_groups
+from arb_kernels.formats.packing import pack_trits
+from arb_kernels.formats.scaled_rows import gather_rows
+from arb_kernels.formats.state_layout import StateTensor, rule_of_tables, state_layout
+
+from .ternary_embedding import TernaryEmbedding, sum_by_row
+from .ternary_matrix import ForwardUse
+
+THRESHOLD, SMALLEST_SCALE = 0.7, 2.0**-16
+
+
+class TernaryTable(TernaryEmbedding):
+    """ids (...) int64 -> (..., columns). Entries have variance 1 at the start.
+
+    Backward hands over the touched rows and their gradients, (R,) int64 in ascending order and float32 (R, columns);
+    an optimizer applies them in `step()`. Rows that were not touched are neither read nor written.
+    """
+
+    update_handler: Callable[[TernaryTable, torch.Tensor, torch.Tensor], None] | None = None
+
+    def setup_state(self, rows: int, columns: int, config, init_fan_in: int) -> None:
+        self.table_rule = rule_of_tables(config.update_rule, config.table_rule)
+        super().setup_state(rows, columns, config, init_fan_in)
+
+    def layout(self) -> dict[str, StateTensor]:
+        return state_layout(
+            self.table_rule, self.rows, self.columns, self.group_size, self.momentum_bits, votes_by_row=True
+        )
+
+    def rows_of(self, ids: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Decode the rows asked for, without autograd: (..., columns)."""
+        scale = power_of_two(self.E[ids], EIGHTHS)
+        if self.update_rule == "correlation":
+            votes, counts = self.corr_accum[ids].flatten(0, -2), self.step_counter[ids].flatten(0, -2)
+            scale = scale * self._correlation_factor(votes, counts).view(scale.shape)
+        return gather_rows(self.T_packed, ids, self.columns, scale, self.group_size, dtype)
+
+    @torch.no_grad()
+    def write_rows(self, ids: torch.Tensor, values: torch.Tensor) -> None:
+        """Let rows ids (R,), each named once, stand for values (R, columns), their accumulators at zero.
+
+        Trits by the threshold of Ternary Weight Networks (Li & Liu 2016, eq. 6): 0.7 of a group's mean magnitude.
+        """
+        groups = split_groups(values, self.group_size)  # (R, groups, group_size)
+        magnitude = groups.abs()
+        lengths = group_lengths(self.columns, self.group_size, values.device)
+        kept = magnitude > THRESHOLD * (magnitude.sum(-1) / lengths).unsqueeze(-1)
+        scale = (magnitude * kept).sum(-1) / kept.sum(-1).clamp(min=1)
+        exponent = torch.log2(scale.clamp(min=SMALLEST_SCALE)) * EIGHTHS
+        trits = (groups.sign() * kept).flatten(1)[:, : self.columns]
+        self.T_packed[ids] = pack_trits(trits.to(torch.int8))
+        self.E[ids] = exponent.round().clamp(-128, 127).to(torch.int8)
+        for name, spec in self.layout().items():
+            if name not in ("T_packed", "E"):
+                getattr(self, name)[ids] = torch.zeros((), dtype=spec.dtype, device=ids.device)
+
+    def receive_gradient(self, ids: torch.Tensor, gradient: torch.Tensor, use: ForwardUse | None = None) -> None:
+        """Hand over the touched rows alone."""
+        self.end_use(use)
+        row_ids, place = ids.unique(return_inverse=True)
+        self.update_handler(self, row_ids, sum_by_row(place, gradient, len(row_ids)))

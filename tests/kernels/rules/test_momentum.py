@@ -1,0 +1,398 @@
+"""The momentum rule: bit for bit against a slow numpy statement of it, then by its properties."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from arb_kernels.formats.momentum_format import MAX_UPDATE, MomentumFormat
+from arb_kernels.formats.packing import packed_width, unpack_trits
+from arb_kernels.random_bits import stream_key
+from arb_kernels.rules.momentum import (
+    move_weights,
+    naive_momentum_update,
+    normalise,
+)
+from support.tensors import assert_same, random_gradient, random_momentum_state, random_trits, shapes
+
+BETA = 0.9
+SHAPES = shapes((1, 1), (3, 5), (33, 100), (64, 128), (47, 257), (128, 64))
+f32 = np.float32
+
+
+def hash_words(x):
+    """lowbias32 on uint32 arrays, which wrap around by themselves."""
+    x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
+    return x ^ (x >> 16)
+
+
+def uniforms(key, rows, columns):
+    """Two float32 (rows, columns): from the low and the high half of each word."""
+    row_keys = hash_words(np.arange(rows, dtype=np.uint32) ^ np.uint32(key))
+    steps = np.arange(columns, dtype=np.uint32) * np.uint32(0x9E3779B9)
+    words = hash_words(row_keys[:, None] + steps)
+    return (words % 2**16).astype(f32) / f32(2**16), (words // 2**16).astype(f32) / f32(2**16)
+
+
+class NaiveMomentum:
+    """Trits, residuals, momentum codes and exponents of a matrix, unpacked, each an array of wide integers."""
+
+    def __init__(self, trits, residual, bits):
+        self.T, self.residual = trits.astype(np.int64), residual.astype(np.int64)
+        self.codes = np.zeros_like(self.T)
+        self.blocks = [range(start, min(start + 64, self.T.shape[1])) for start in range(0, self.T.shape[1], 64)]
+        self.exponents = np.zeros((len(self.T), len(self.blocks)), dtype=np.int64)
+        self.cell, self.levels = 2**bits, 2 ** (bits - 1) - 1
+
+    def momentum(self):
+        decoded = np.zeros(self.T.shape, dtype=f32)
+        for i, block in enumerate(self.blocks):
+            step = (2.0 ** (self.exponents[:, i] / 4)).astype(f32)
+            decoded[:, block] = self.codes[:, block].astype(f32) * step[:, None]
+        return decoded
+
+    def fold(self, dW, noise):
+        m = self.momentum() * f32(BETA) + dW * f32(1 - BETA)
+        for i, block in enumerate(self.blocks):
+            squares = np.zeros((len(m), 64), dtype=f32)
+            squares[:, : len(block)] = m[:, block] * m[:, block]
+            while squares.shape[1] > 1:
+                left, right = np.split(squares, 2, axis=1)
+                squares = left + right
+            target = squares[:, 0] / f32(len(block)) * f32((2.5 / self.levels) ** 2)
+            # the least e with 2^(e/2) >= target: no float32 lies between 2^(e/2) and its float64 rounding
+            thresholds = 2.0 ** (np.arange(-127, 127) / 2)
+            exponent = np.searchsorted(thresholds, target.astype(np.float64)) - 127
+            steps_per_unit = (2.0 ** (-exponent / 4)).astype(f32)
+            rounded = np.floor(m[:, block] * steps_per_unit[:, None] + noise[:, block])
+            self.codes[:, block] = np.clip(rounded, -self.levels, self.levels)
+            self.exponents[:, i] = exponent
+
+    def update(self, dW, key, lr):
+        low, high = uniforms(key, *dW.shape)
+        self.fold(dW, low)
+        d = self.momentum() * f32(BETA) + dW * f32(1 - BETA)
+        shift = np.floor(self.normalised(d) * f32(-lr * self.cell) + high).astype(np.int64)
+        latent = np.clip(self.cell * self.T + self.residual + shift, -3 * self.cell // 2, 3 * self.cell // 2 - 1)
+        before = self.T
+        self.T = (latent + self.cell // 2) // self.cell
+        self.residual = latent - self.cell * self.T
+        return int((before != self.T).sum())
+
+    @staticmethod
+    def normalised(d):
+        """Statistics over 15-bit fixed point of each row and column, in Python's integers: in any order."""
+        rows, columns = d.shape
+        if not d.any():
+            return d
+        row_sums, row_shifts = zip(*(sum_of_squares(d[r]) for r in range(rows)), strict=True)
+        column_sums, column_shifts = zip(*(sum_of_squares(d[:, c]) for c in range(columns)), strict=True)
+        least = min(shift for row_sum, shift in zip(row_sums, row_shifts, strict=True) if row_sum)
+        total = sum(s // 4 ** max(shift - least, 0) for s, shift in zip(row_sums, row_shifts, strict=True))
+        u = d.copy()
+        for r, (row_sum, shift) in enumerate(zip(row_sums, row_shifts, strict=True)):
+            u[r] = u[r] * (f32(2.0**shift) / np.sqrt(f32(row_sum)) if row_sum else f32(0))
+        for c, (column_sum, shift) in enumerate(zip(column_sums, column_shifts, strict=True)):
+            octaves = f32(2.0 ** min(shift - least, 64))
+            u[:, c] = u[:, c] * (np.sqrt(f32(total)) / np.sqrt(f32(column_sum)) * octaves if column_sum else f32(0))
+        power = (np.rint(np.clip(u * f32(1024), -31 * 1024, 31 * 1024)).astype(np.int64) ** 2).sum()
+        inverse_rms = f32(1) / np.sqrt(f32(power)) * f32(1024 * (rows * columns) ** 0.5)
+        return np.clip(u * inverse_rms, f32(-2), f32(2))
+
+
+def sum_of_squares(line):
+    """(sum, shift): of the numbers times 2^shift, rounded, where shift brings the largest below 2^15."""
+    shift = 15 - math.frexp(float(np.abs(line).max()))[1]
+    return sum(int(x) ** 2 for x in np.rint(line * f32(2.0**shift))), shift
+
+
+def random_signs(rows, columns):
+    return torch.randint(0, 2, (rows, columns)) * 2.0 - 1
+
+
+def assert_valid(packed, accum, accum_exp, columns, bits=4):
+    form = MomentumFormat(bits)
+    residual, codes = form.split(accum)
+    assert (packed <= 242).all() and unpack_trits(packed, columns).abs().max() <= 1
+    assert residual.min() >= -form.cell // 2 and residual.max() < form.cell // 2
+    assert codes.abs().max() <= form.levels
+    assert (accum_exp >= -127).all()
+
+
+def latent_of(state, columns):
+    return 16 * unpack_trits(state[0], columns).int() + MomentumFormat(4).split(state[1])[0]
+
+
+def fold(accum, accum_exp, dW, key):
+    """New accum, accum_exp after an update that moves no weight."""
+    packed = torch.zeros(len(dW), packed_width(dW.shape[1]), dtype=torch.uint8)
+    return naive_momentum_update(packed, accum, accum_exp, dW, key, lr=0.0, beta=BETA)[1:3]
+
+
+@pytest.mark.parametrize("columns", [64, 50, 7])
+def test_block_sums_follow_one_tree(columns):
+    """Blocks whose RMS lies within a few ulps of where the exponent changes: another order of summation shows."""
+    dW = torch.randn(3000, columns)
+    full_scale = (0.1 * dW.double()).square().mean(1, keepdim=True).sqrt() * 2.5 / 7
+    dW = (dW / full_scale).float()
+    accum, accum_exp = torch.zeros(3000, columns, dtype=torch.uint8), torch.zeros(3000, 1, dtype=torch.int8)
+    naive = NaiveMomentum(np.zeros(dW.shape), np.zeros(dW.shape), 4)
+    naive.fold(dW.numpy(), uniforms(1, *dW.shape)[0])
+    exponents = fold(accum, accum_exp, dW, 1)[1]
+    assert {0, 1} == {*exponents.flatten().tolist()}
+    assert_same("exponents", torch.from_numpy(naive.exponents), exponents.long())
+
+
+@pytest.mark.parametrize("rows, columns", SHAPES)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_momentum_update(rows, columns, bits):
+    """Fifty steps, of which every fifth moves no weight; every tensor equal after each."""
+    packed, accum, accum_exp = random_momentum_state(rows, columns, bits)
+    residual, _ = MomentumFormat(bits).split(accum)
+    naive = NaiveMomentum(unpack_trits(packed, columns).numpy(), residual.numpy(), bits)
+    for step in range(50):
+        lr = 0.3 * (1 - step / 50) if step % 5 else 0.0
+        dW, key = random_gradient(rows, columns, 0.01), stream_key(7, step, 0, 1)
+        packed, accum, accum_exp, flips = naive_momentum_update(packed, accum, accum_exp, dW, key, lr, BETA, bits)
+        expected_flips = naive.update(dW.numpy(), key, lr)
+        residual, codes = MomentumFormat(bits).split(accum)
+        assert_same(f"exponents, step {step}", torch.from_numpy(naive.exponents), accum_exp.long())
+        assert_same(f"codes, step {step}", torch.from_numpy(naive.codes), codes.long())
+        assert_same(f"trits, step {step}", torch.from_numpy(naive.T), unpack_trits(packed, columns).long())
+        assert_same(f"residuals, step {step}", torch.from_numpy(naive.residual), residual.long())
+        assert flips.dtype == torch.int64 and flips.item() == expected_flips
+
+
+@pytest.mark.parametrize("rows, columns", SHAPES)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_state_stays_valid(rows, columns, bits):
+    state = random_momentum_state(rows, columns, bits)
+    for step in range(30):
+        scale = 10.0 ** torch.randint(-9, 9, ()).item()
+        *state, _ = naive_momentum_update(*state, random_gradient(rows, columns, scale), step, 0.9, BETA, bits)
+        assert_valid(*state, columns, bits)
+        assert state[1].dtype == MomentumFormat(bits).dtype and state[2].dtype == torch.int8
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_format_round_trip(bits):
+    """Every pair of residual and code; zero means zero."""
+    form = MomentumFormat(bits)
+    levels = torch.arange(-form.cell // 2, form.cell // 2).to(torch.int8 if bits == 4 else torch.int16)
+    residual, codes = torch.meshgrid(levels, levels, indexing="ij")
+    split = form.split(form.join(residual, codes))
+    assert_same("residual", residual, split[0])
+    assert_same("codes", codes, split[1])
+    assert form.join(residual, codes).unique().numel() == form.cell**2
+    zero = torch.zeros(1, dtype=levels.dtype)
+    assert form.join(zero, zero).item() == 0
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_recovers_a_planted_matrix(bits):
+    """From noisy gradients, as research/momentum_reference.py does."""
+    rows, columns, steps = 64, 128, 400
+    target = random_trits(rows, columns).float()
+    state = random_momentum_state(rows, columns, bits)
+    for step in range(steps):
+        x = torch.randn(32, columns)
+        error = unpack_trits(state[0], columns, torch.float32) - target
+        dW = (x @ error.T).T @ x / 32 + 0.5 * torch.randn(rows, columns)
+        *state, _ = naive_momentum_update(*state, dW, stream_key(0, step), 0.05 * (1 - step / steps), BETA, bits)
+    assert (unpack_trits(state[0], columns) == target).float().mean() > 0.95
+
+
+@pytest.mark.parametrize("rows, columns", SHAPES)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_zero_gradient_changes_nothing(rows, columns, bits):
+    packed, accum, accum_exp = random_momentum_state(rows, columns, bits)
+    moved = naive_momentum_update(packed, accum, accum_exp, torch.zeros(rows, columns), 3, 0.9, BETA, bits)
+    assert_same("trits", packed, moved[0])
+    assert_same("accum", accum, moved[1])
+    assert moved[3].item() == 0
+
+
+def test_same_key_same_bits_other_key_other_bits():
+    state, dW = random_momentum_state(33, 100), random_gradient(33, 100)
+    first, again, other = (naive_momentum_update(*state, dW, key, 0.5) for key in (5, 5, 6))
+    for name, a, b in zip(("packed", "accum", "accum_exp", "flips"), first, again, strict=True):
+        assert_same(name, a, b)
+    codes, other_codes = (MomentumFormat(4).split(accum)[1] for accum in (first[1], other[1]))
+    assert 0.01 < (codes != other_codes).float().mean() < 0.9
+    assert (first[0] != other[0]).any()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_scale_invariance(bits):
+    """1024 times the gradient: exponents 40 quarter octaves higher, everything else equal."""
+    small = large = random_momentum_state(47, 257, bits)
+    for step in range(20):
+        dW = random_gradient(47, 257) + 1e-3
+        *small, flips = naive_momentum_update(*small, dW, step, 0.1, BETA, bits)
+        *large, large_flips = naive_momentum_update(*large, dW * 1024, step, 0.1, BETA, bits)
+        assert_same("packed", small[0], large[0])
+        assert_same("accum", small[1], large[1])
+        assert_same("flips", flips, large_flips)
+        assert small[2].min() > -127 and large[2].max() < 127, "the setting saturates"
+        assert_same("accum_exp", small[2] + 40, large[2])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_update_is_pure(bits):
+    inputs = (*random_momentum_state(33, 100, bits), random_gradient(33, 100))
+    before = [tensor.clone() for tensor in inputs]
+    naive_momentum_update(*inputs, 1, 0.5, BETA, bits)
+    for name, kept, tensor in zip(("packed", "accum", "accum_exp", "dW"), before, inputs, strict=True):
+        assert_same(name, kept, tensor)
+
+
+def test_fold_is_unbiased():
+    """The mean over keys of the decoded momentum is beta * m + (1 - beta) * dW, where nothing clips."""
+    rows, columns, keys = 8, 100, 600
+    accum, accum_exp = torch.zeros(rows, columns, dtype=torch.uint8), torch.zeros(rows, 2, dtype=torch.int8)
+    flat = torch.rand(rows, columns) * 2 - 1
+    accum, accum_exp = fold(accum, accum_exp, flat, 99)
+    dW = torch.rand(rows, columns) * 2 - 1
+
+    def decoded(accum, accum_exp):
+        step = torch.exp2(accum_exp.double() / 4).repeat_interleave(64, 1)[:, :columns]
+        return MomentumFormat(4).split(accum)[1] * step, step
+
+    expected = decoded(accum, accum_exp)[0] * BETA + (1 - BETA) * dW
+    folded = [decoded(*fold(accum, accum_exp, dW, key)) for key in range(keys)]
+    step = folded[0][1]
+    error = (torch.stack([m for m, _ in folded]).mean(0) - expected) / step
+    assert error.abs().max() < 5.5 * 0.5 / math.sqrt(keys)
+    assert error.mean().abs() < 5 * 0.5 / math.sqrt(keys * error.numel())
+
+
+def test_move_is_unbiased():
+    """A direction of +-1 is its own normalisation: 0.8 of a residual step against it, on average."""
+    rows, columns, keys = 16, 32, 300
+    direction = random_signs(rows, columns)
+    trits = torch.zeros(rows, columns, dtype=torch.int8)
+    residual = torch.randint(-8, 8, (rows, columns), dtype=torch.int8)
+    total = torch.zeros(rows, columns)
+    for _ in range(keys):
+        new_trits, new_residual = move_weights(
+            trits, residual, normalise(direction), torch.rand(rows, columns), 0.05, 16
+        )
+        total += 16 * new_trits + new_residual - residual
+    assert (total / keys + 0.8 * direction).abs().max() < 5.5 * 0.5 / math.sqrt(keys)
+    assert (total / keys + 0.8 * direction).mean().abs() < 5 * 0.5 / math.sqrt(keys * rows * columns)
+
+
+@pytest.mark.parametrize("rows, columns", shapes((5, 7), (33, 100), (64, 128)))
+def test_direction_is_normalised_by_rows_and_columns(rows, columns):
+    """Against the formula of DESIGN in float64, with a cell so fine that rounding takes half a step of 4096."""
+    d = torch.randn(rows, columns) * (0.3 * torch.randn(rows, 1)).exp() * (0.3 * torch.randn(columns)).exp()
+    d64 = d.double()
+    r, c = d64.square().mean(1, keepdim=True), d64.square().mean(0, keepdim=True)
+    u = d64 / (r * c / r.mean()).sqrt()
+    u = (u / u.square().mean().sqrt()).clamp(-2, 2)
+    zeros = torch.zeros(rows, columns, dtype=torch.int16)
+    trits, residual = move_weights(zeros, zeros, normalise(d), torch.full((rows, columns), 0.5), 0.4, 4096)
+    latent = 4096.0 * trits + residual
+    assert (latent / (0.4 * 4096) + u).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_normalisation_does_not_depend_on_order(bits):
+    """Rows and columns in another order: the same result, in that order."""
+    rows, columns, cell = 47, 257, 2**bits
+    row_order, column_order = torch.randperm(rows), torch.randperm(columns)
+    packed, accum, _ = random_momentum_state(rows, columns, bits)
+    trits, (residual, _) = unpack_trits(packed, columns), MomentumFormat(bits).split(accum)
+    direction, noise = random_gradient(rows, columns), torch.rand(rows, columns)
+    plain = move_weights(trits, residual, normalise(direction), noise, 0.7, cell)
+    trits_, residual_, direction_, noise_ = (a[row_order][:, column_order] for a in (trits, residual, direction, noise))
+    permuted = move_weights(trits_, residual_, normalise(direction_), noise_, 0.7, cell)
+    assert (plain[0] != trits).float().mean() > 0.05
+    for name, a, b in zip(("trits", "residual"), plain, permuted, strict=True):
+        assert_same(name, a[row_order][:, column_order], b)
+
+
+@pytest.mark.parametrize("small, least_distance", [("rows", 0.8), ("blocks", 0.8), ("columns", 0.25)])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_small_rows_and_columns_move_like_large_ones(small, least_distance, bits):
+    """Gradients of 1, 1e-4, 1e-6 and 1e-9 of the largest: as many latents move, and about as far. (Less far where small
+    columns share their momentum's block, and so its step, with large ones: they have no momentum to speak of.)"""
+    sizes = torch.tensor([1, 1e-4, 1e-6, 1e-9])
+    scale = {
+        "rows": sizes.repeat(12)[:, None].expand(48, 96),
+        "blocks": sizes.repeat_interleave(64).expand(48, 256),
+        "columns": sizes.repeat(24).expand(48, 96),
+    }[small]
+    state, form = list(random_momentum_state(*scale.shape, bits)), MomentumFormat(bits)
+
+    def latents():
+        return form.cell * unpack_trits(state[0], scale.shape[1]).int() + form.split(state[1])[0]
+
+    before = latents()
+    for step in range(20):
+        *state, _ = naive_momentum_update(*state, torch.randn(scale.shape) * scale, stream_key(step), 0.05, bits=bits)
+    distance = (latents() - before).abs().float()
+    moved, far = (torch.stack([x[scale == size].mean() for size in sizes]) for x in ((distance > 0).float(), distance))
+    assert moved.min() > 0.9 * moved.max() and moved.min() > 0.8, moved
+    assert far.min() > least_distance * far.max(), far
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e-18], ids=str)
+def test_unit_rms_at_any_scale(scale):
+    """Each row and column of about unit RMS, columns down to 2^-60 of the largest; lines of zeros stay."""
+    small_rows = torch.randn(40, 64) * torch.tensor([1, scale]).repeat(20)[:, None]
+    small_columns = torch.randn(64, 40) * torch.tensor([1, max(scale, 2.0**-60)]).repeat(20)
+    for direction in (small_rows, small_columns):
+        direction[3] = direction[:, 3] = 0
+        update = normalise(direction)
+        assert update[3].eq(0).all() and update[:, 3].eq(0).all()
+        kept = torch.arange(len(direction)) != 3, torch.arange(direction.shape[1]) != 3
+        for line_rms in (update[kept[0]].square().mean(1).sqrt(), update[:, kept[1]].square().mean(0).sqrt()):
+            assert (line_rms > 0.6).all() and (line_rms < 1.5).all()
+
+
+def test_a_column_that_only_a_small_row_touches():
+    """Its u would be 1e20 before the clip: it moves by the clip, and nothing overflows."""
+    direction = torch.randn(40, 64)
+    direction[5], direction[:, 7] = 1e-20, 0
+    direction[5, 7] = 1e-20
+    update = normalise(direction)
+    assert update.isfinite().all() and update[5, 7] == MAX_UPDATE
+    others = update[torch.arange(40) != 5]
+    assert 0.5 < others.square().mean() < 1.1
+
+
+def test_momentum_keeps_moving_weights_after_the_gradient_stops():
+    state = [torch.zeros(8, width, dtype=dtype) for width, dtype in ((13, torch.uint8), (64, torch.uint8))]
+    state.append(torch.zeros(8, 1, dtype=torch.int8))
+    for step in range(5):
+        *state, _ = naive_momentum_update(*state, torch.ones(8, 64), stream_key(step), 0.1)
+    before = latent_of(state, 64)
+    *state, _ = naive_momentum_update(*state, torch.zeros(8, 64), stream_key(5), 0.1)
+    moved = latent_of(state, 64) - before
+    assert moved.max() <= 0 and -2 < moved.float().mean() < -1
+
+
+@pytest.mark.parametrize("rows, columns", shapes((1, 1), (3, 5), (33, 100)))
+@pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e-12, 1e-6, 1e12, 1e30, 1e38], ids=str)
+def test_extreme_gradients_keep_the_state_valid(rows, columns, scale):
+    """Then, and one ordinary step later. Above the momentum's least step, every weight also moves the right way."""
+    state = random_momentum_state(rows, columns)
+    dW = random_signs(rows, columns) * scale
+    before = latent_of(state, columns)
+    *state, _ = naive_momentum_update(*state, dW, stream_key(1), 0.9)
+    assert_valid(*state, columns)
+    after = latent_of(state, columns)
+    if scale > 1e-9:
+        at_the_end = (after == -24) | (after == 23)
+        assert (((before - after) * dW.sign() > 0) | at_the_end).all()
+    *state, _ = naive_momentum_update(*state, random_gradient(rows, columns), stream_key(2), 0.9)
+    assert_valid(*state, columns)
+
+
+@pytest.mark.parametrize("scale, exponent", [(1e-30, -127), (1e-11, -127), (1e12, 127), (1e30, 127)], ids=str)
+def test_exponents_saturate(scale, exponent):
+    _, accum, accum_exp = random_momentum_state(3, 100)
+    assert fold(accum, accum_exp, torch.full((3, 100), scale), 1)[1].eq(exponent).all()

@@ -1,0 +1,1 @@
+"""Text generation and chat in a terminal."""

@@ -1,0 +1,1 @@
+"""A run's checkpoints: files, checksums, where they come from, starting a run from one."""

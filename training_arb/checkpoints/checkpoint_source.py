@@ -1,0 +1,51 @@
+"""Where a checkpoint comes from: a folder, or a repository on the hub at a revision. No code, no pickle is fetched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from huggingface_hub import snapshot_download
+
+from modeling_arb.checkpoints.integrity import read_json_object
+from training_arb.common.hub_errors import hub_errors
+
+FETCHED = ("*.json", "*.safetensors")
+MODEL_TYPE = "arb"
+
+
+class CheckpointSource(NamedTuple):
+    """A checkpoint's folder on this machine; commit: the hash that a hub name and revision stood for, else None."""
+
+    folder: Path
+    commit: str | None
+
+
+def find_checkpoint(name: str, revision: str | None = None, option: str = "model") -> CheckpointSource:
+    """The folder `name`, or what the hub has under it, downloaded into its cache.
+
+    Raises ValueError, which begins with `option` and the name, when there is none, or it is another type of model.
+    """
+    folder, asked = Path(name), f"{option}={name!r}"
+    if folder.is_dir():
+        if revision is not None:
+            raise ValueError(f"revision={revision!r}: {name} is a folder here; only the hub has revisions")
+        source = CheckpointSource(folder, None)
+    elif folder.is_absolute() or name.count("/") != 1 or name.startswith("."):
+        raise ValueError(f"{asked}: no such folder")
+    else:
+        with hub_errors(f"{asked}, no folder here" if revision is None else f"{asked}, revision={revision!r}"):
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=list(FETCHED)))
+        source = CheckpointSource(folder, folder.name)
+    _check_folder(source.folder, asked)
+    return source
+
+
+def _check_folder(folder: Path, asked: str) -> None:
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{asked}: no config.json there")
+    model_type = read_json_object(folder / "config.json").get("model_type")
+    if model_type != MODEL_TYPE:
+        raise ValueError(f"{asked}: model_type={model_type!r} in its config.json, this is for {MODEL_TYPE!r}")
+    if not list(folder.glob("model*.safetensors")):
+        raise ValueError(f"{asked}: no model.safetensors there")

@@ -1,0 +1,1 @@
+"""What every script does with its arguments and errors."""

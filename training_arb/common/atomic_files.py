@@ -1,0 +1,93 @@
+"""Files and folders that appear whole or not at all: written under a temporary name, synced, then renamed."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from modeling_arb.checkpoints.file_modes import follow_umask
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# how libraries that write by themselves put it: the system's words, or torch's zip writer's file
+FULL_IN_WORDS = (*map(os.strerror, FULL), "inline_container")
+
+
+def out_of_space(error: BaseException) -> bool:
+    """Whether an error met while writing files means that there is no room for them."""
+    if isinstance(error, OSError):
+        return error.errno in FULL
+    return any(words in str(error) for words in FULL_IN_WORDS)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_tree(folder: Path) -> None:
+    """Let others read what safetensors wrote below `folder`, as the umask does; fsync every file and folder, and
+    itself."""
+    follow_umask(folder.rglob("*.safetensors"))
+    for path in [*folder.rglob("*"), folder]:
+        _sync(path)
+
+
+def move_into_place(staged: Path, target: Path) -> None:
+    """Rename a finished, synced folder or file to its name, replacing what stood there."""
+    replaced = target.with_name(f".{target.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if target.is_dir():
+        os.replace(target, replaced)
+        try:
+            os.replace(staged, target)
+        except OSError:
+            os.replace(replaced, target)
+            raise
+        shutil.rmtree(replaced)
+    else:
+        os.replace(staged, target)
+    _sync(target.parent)
+
+
+@contextmanager
+def new_folder(target: str | Path) -> Iterator[Path]:
+    """A staging folder to fill; it takes the place of `target` when the block ends well and vanishes when it raises."""
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = target.with_name(f".{target.name}.writing")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    try:
+        yield staging
+        sync_tree(staging)
+        move_into_place(staging, target)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def write_bytes(path: str | Path, data: bytes) -> None:
+    """Write a file whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_name(f".{path.name}.writing")
+    try:
+        staged.write_bytes(data)
+        _sync(staged)
+    except OSError:
+        staged.unlink(missing_ok=True)
+        raise
+    move_into_place(staged, path)
+
+
+def write_json(path: str | Path, value: object) -> None:
+    """Write JSON whole or not at all."""
+    write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())

@@ -1,0 +1,1 @@
+"""Text files, documents, streams, mixtures and conversations as blocks of bytes."""

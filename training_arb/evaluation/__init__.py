@@ -1,0 +1,1 @@
+"""Bits per byte of any causal model, and lm-evaluation-harness tasks."""

@@ -1,0 +1,86 @@
+"""lm-evaluation-harness on a model, with ARB's own tasks beside the harness's: they need no download.
+
+The tasks are the YAML files in `lm_eval_tasks`; from a shell:
+`lm_eval --include_path training_arb/evaluation/lm_eval_tasks`.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+TASKS_FOLDER = Path(__file__).parent / "lm_eval_tasks"
+
+
+def own_tasks() -> list[str]:
+    """The names of ARB's tasks."""
+    return sorted(path.stem for path in TASKS_FOLDER.glob("*.yaml"))
+
+
+@contextmanager
+def no_script_named_evaluate() -> Iterator[None]:
+    """Without folders that hold an evaluate.py on sys.path, as a running script's is: the harness's metrics import a
+    library of that name."""
+    before = sys.path[:]
+    sys.path[:] = [entry for entry in before if not (Path(entry) / "evaluate.py").is_file()]
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+
+
+@no_script_named_evaluate()
+def harness_scores(
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str],
+    *,
+    device: str,
+    batch_size: int,
+    max_length: int,
+    prefix_token_id: int | None,
+    trust_remote_code: bool,
+) -> dict[str, dict[str, float]]:
+    """{task: {metric: value}} of lm-eval's `hf` model, loaded by folder or hub name.
+
+    max_length: ids that a window predicts. prefix_token_id: what stands before a document; None: BOS, or EOS.
+    Raises ValueError where lm-eval is not installed or knows no such task.
+    """
+    try:
+        import lm_eval
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ValueError(
+            f"lm_eval={','.join(tasks)!r}: lm-eval is not installed: pip install 'arb[eval]' ({error})"
+        ) from error
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    # the harness reads thousands of files for the names of its own tasks
+    manager = TaskManager(include_path=str(TASKS_FOLDER), include_defaults=not {*tasks} <= {*own_tasks()})
+    for task in tasks:
+        if not manager.match_tasks([task]):
+            raise ValueError(f"lm_eval={task!r} is no task; ARB's own are {', '.join(own_tasks())}")
+    results = lm_eval.simple_evaluate(
+        model="hf",
+        model_args={
+            "pretrained": name,
+            "tokenizer": tokenizer,
+            "trust_remote_code": trust_remote_code,
+            "max_length": max_length,
+            "prefix_token_id": prefix_token_id,
+        },
+        tasks=list(tasks),
+        task_manager=manager,
+        batch_size=batch_size,
+        device=device,
+        log_samples=False,
+        bootstrap_iters=0,
+    )
+    return {
+        task: {metric.removesuffix(",none"): value for metric, value in row.items() if isinstance(value, float)}
+        for task, row in results["results"].items()
+    }

@@ -1,0 +1,1 @@
+"""Export to the hub: files, model card, upload."""

@@ -1,0 +1,194 @@
+"""The model card of an exported folder, every figure in it read from the run's record or counted in the files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from string import Template
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from configuration_arb import ArbConfig
+from configuration_arb.block_options import BLOCK_OPTIONS
+from training_arb.memory.state_audit import StateAudit, audit_config
+from training_arb.report.run_facts import RunFacts, without_folders
+
+TEMPLATE_FILE = Path(__file__).with_name("model_card.md")
+LICENCE = "apache-2.0"
+TAGS = ["arb", "ternary", "byte-level", "integer-training"]
+METRIC = "bits_per_byte"
+SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "head_layers", "group_size")
+SETTINGS = (
+    "update_rule",
+    "table_rule",
+    "momentum_bits",
+    "learning_rate",
+    "per_device_train_batch_size",
+    "batch",
+    "warmup_steps",
+    "seed",
+)
+UNKNOWN_RUN = "No record of its run lies beside the checkpoint that this was exported from."
+
+
+def fill_card(config: ArbConfig, audit: StateAudit, file_bytes: int, facts: RunFacts, repo_id: str | None) -> str:
+    """The card as README.md is to hold it. audit: of the exported files. repo_id: where it will be on the hub."""
+    title = repo_id.rpartition("/")[2] if repo_id else "ARB model"
+    return Template(TEMPLATE_FILE.read_text(encoding="utf-8")).substitute(
+        metadata=card_metadata(facts, title).to_yaml(),
+        title=title,
+        name=repo_id or "path/to/this/folder",
+        prompt=json.dumps(facts.settings.get("prompt", "def ")),
+        weights=f"{audit.logical_weights:,}",
+        file_bytes=f"{file_bytes:,}",
+        bytes_per_weight=f"{file_bytes / audit.logical_weights:.3f}",
+        training=_training(config, facts),
+        shape=_table(("field", "value"), _shape(config)),
+        float_tensors=len(audit.float_tensors),
+        state=_state_table(config, audit),
+        state_note=_state_note(config, audit),
+        commands=_commands(facts, repo_id),
+        limit_of_figures=_limit_of_figures(facts),
+    )
+
+
+def card_metadata(facts: RunFacts, model_name: str) -> ModelCardData:
+    """What the hub reads: licence, tags, the data and base model where they are on the hub, the held-out score."""
+    results = None
+    if facts.bits_per_byte is not None:
+        results = [
+            EvalResult(
+                task_type="text-generation",
+                task_name="Text generation",
+                dataset_type=facts.dataset or "text",
+                dataset_name=f"held-out part of {facts.data}",
+                metric_type=METRIC,
+                metric_name="Bits per byte",
+                metric_value=round(facts.bits_per_byte, 4),
+            )
+        ]
+    origin = facts.init_from or {}
+    on_hub = {"base_model": origin["source"], "base_model_relation": "finetune"} if origin.get("commit") else {}
+    return ModelCardData(
+        license=LICENCE,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=TAGS,
+        datasets=[facts.dataset] if facts.dataset else None,
+        model_name=model_name,
+        eval_results=results,
+        **on_hub,
+    )
+
+
+def _training(config: ArbConfig, facts: RunFacts) -> str:
+    if facts.steps is None:
+        return UNKNOWN_RUN
+    rows = [
+        ("data", facts.data),
+        ("started from", _origin(facts)),
+        ("steps", f"{facts.steps:,}"),
+        ("bytes trained on", facts.trained_bytes and f"{facts.trained_bytes:,}"),
+        ("context, bytes", facts.ctx),
+        *((name, facts.settings.get(name, getattr(config, name, None))) for name in SETTINGS),
+        ("held-out bits per byte", _score(facts)),
+        ("wall time, seconds", facts.seconds and f"{facts.seconds:,.0f}"),
+    ]
+    parts = [
+        _table(("", ""), ((f"`{key}`" if key in SETTINGS else key, value) for key, value in rows if value is not None))
+    ]
+    if facts.picture:
+        parts.append(f"![loss, bits per byte and flips over the steps]({facts.picture.name})")
+    if facts.sample:
+        parts.append(f"A sample from the end of the run, not chosen among others:\n\n{_fenced(facts.sample)}")
+    return "\n\n".join(parts)
+
+
+def _score(facts: RunFacts) -> str | None:
+    if facts.bits_per_byte is None:
+        return None
+    over = f" over {facts.measured_bytes:,} bytes never trained on" if facts.measured_bytes else ""
+    return f"**{facts.bits_per_byte:.4f}**{over}{f', in windows of {facts.ctx}' if facts.ctx else ''}"
+
+
+def _origin(facts: RunFacts) -> str | None:
+    if not facts.init_from:
+        return None
+    source = without_folders(facts.init_from["source"])
+    commit = facts.init_from.get("commit")
+    hashed = (
+        f", weights sha256 {facts.init_from['weights_sha256'][:16]}" if facts.init_from.get("weights_sha256") else ""
+    )
+    return f"{source}{f' at {commit}' if commit else ''}{hashed}"
+
+
+def _shape(config: ArbConfig) -> Iterable[tuple[str, object]]:
+    yield from ((f"`{name}`", getattr(config, name)) for name in SHAPE)
+    for name in BLOCK_OPTIONS:
+        if getattr(config, name):
+            yield f"`{name}`", f"`{json.dumps(getattr(config, name))}`"
+
+
+def _state_table(config: ArbConfig, audit: StateAudit) -> str:
+    """Roles of the exported tensors and, of an inference export, of those that training adds."""
+    there = {(row.role, row.dtype) for row in audit.tensors}
+    training = audit_config(ArbConfig.from_dict({**config.to_dict(), "training_state": True}))
+    rows = []
+    for kept, source in (("yes", audit), ("training only", training)):
+        for role, dtype in sorted({(row.role, row.dtype) for row in source.tensors}):
+            if kept == "yes" or (role, dtype) not in there:
+                size = sum(row.bytes for row in source.tensors if (row.role, row.dtype) == (role, dtype))
+                rows.append((role, dtype, f"{size:,}", f"{size / audit.logical_weights:.4f}", kept))
+    total = (
+        "**in these files**",
+        "",
+        f"**{audit.state_bytes:,}**",
+        f"**{audit.state_bytes / audit.logical_weights:.4f}**",
+        "",
+    )
+    return _table(("state", "dtype", "bytes", "bytes per weight", "in these files"), [*rows, total])
+
+
+def _state_note(config: ArbConfig, audit: StateAudit) -> str:
+    if config.training_state:
+        return "The training state is here: a run can take it up as it is."
+    training = audit_config(ArbConfig.from_dict({**config.to_dict(), "training_state": True}))
+    per_weight = training.state_bytes / training.logical_weights
+    return (
+        f"Training kept {training.state_bytes:,} bytes, {per_weight:.3f} a weight, optimizer included. What is not here"
+        " starts at zero in a finetuning."
+    )
+
+
+def _commands(facts: RunFacts, repo_id: str | None) -> str:
+    name = repo_id or "path/to/this/folder"
+    lines = ["# with the ARB repository checked out"]
+    if facts.command:
+        lines += ["# how this model was made", facts.command]
+    lines += [
+        "# its bits per byte on other text",
+        f"python scripts/evaluate.py {name} --data FILE",
+        "# finetune it, all weights, on integer state",
+        f"python scripts/pretrain.py --init_from {name} --data FILES --output_dir runs/tuned",
+    ]
+    return _fenced("\n".join(lines), "sh")
+
+
+def _limit_of_figures(facts: RunFacts) -> str:
+    if facts.bits_per_byte is None:
+        return "Judge it by its bits per byte on your own text."
+    return "The bits per byte above are of text like its training text: on yours, measure it with the command above."
+
+
+def _fenced(text: str, language: str = "") -> str:
+    """A code block whose fence is longer than any in the text."""
+    fence = "```"
+    while fence in text:
+        fence += "`"
+    return f"{fence}{language}\n{text}\n{fence}"
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in line)} |" for line in lines)

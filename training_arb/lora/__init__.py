@@ -1,0 +1,1 @@
+"""LoRA adapters over ternary weights: training, saving, merging."""

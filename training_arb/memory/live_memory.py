@@ -1,0 +1,79 @@
+"""How much memory is in use at a moment, as opposed to kept by the allocator, and the most that was resident."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import sys
+
+import torch
+
+from training_arb.common.cpu_allocator import return_freed_memory
+
+MEGABYTE = 2**20
+
+
+class _Mallinfo2(ctypes.Structure):
+    """malloc.h; arena bytes in use, and bytes in blocks that malloc mapped on their own."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd"),
+            *("usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"),
+        )
+    ]
+
+
+def live_memory_mb(device: torch.device) -> float:
+    """Allocated memory in MB: of the device; on the CPU of the process's heap, or, without glibc, what is resident."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        return torch.cuda.memory_allocated(device) / MEGABYTE
+    describe = getattr(ctypes.CDLL(None), "mallinfo2", None) if sys.platform.startswith("linux") else None
+    if describe is None:
+        return resident_mb()
+    describe.restype, describe.argtypes = _Mallinfo2, []
+    heap = describe()
+    return (heap.uordblks + heap.hblkhd) / MEGABYTE
+
+
+def peak_device_mb(device: torch.device) -> float:
+    """The most that was ever allocated on an accelerator, in MB; 0 on the CPU, whose peak is the process's."""
+    return torch.cuda.max_memory_allocated(device) / MEGABYTE if device.type == "cuda" else 0.0
+
+
+def reset_device_peak(device: torch.device) -> None:
+    """Start measuring an accelerator's peak anew; on the CPU do nothing."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def resident_mb() -> float:
+    """What the process has resident at this moment, in MB."""
+    import psutil  # where /proc tells as much, a machine may do without it
+
+    return psutil.Process().memory_info().rss / MEGABYTE
+
+
+def reset_peak_memory() -> None:
+    """Start measuring the process's peak memory anew, where the system can (Linux)."""
+    gc.collect()
+    return_freed_memory()
+    try:
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")
+    except OSError:
+        pass
+
+
+def peak_memory_mb() -> float:
+    """Peak resident memory in MB since the last reset; on other systems, the current one."""
+    try:
+        with open("/proc/self/status") as file:
+            peak = next(line for line in file if line.startswith("VmHWM"))
+        return int(peak.split()[1]) / 1024
+    except (OSError, StopIteration):
+        return resident_mb()

@@ -1,0 +1,289 @@
+"""The audit: every persistent tensor of a model and its optimizer, held against the closed list of integer state."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from arb_kernels.formats.packing import unpack_trits
+from configuration_arb import ArbConfig
+from modeling_arb import ArbForCausalLM
+from modeling_arb.checkpoints.integrity import describe_illegal, load_pickle, open_tensor_file, read_config
+from modeling_arb.layers.ternary_matrix import TernaryMatrix
+
+OTHER_HEADS = "video/talker heads"
+AREAS = {
+    "byte_embedding": "embedding + sequencer",
+    "text_sequencer": "embedding + sequencer",
+    "memgram": "MemGram",
+    "blocks": "MLA attention",  # with the block's MLP
+    "shared_vq": "shared VQ + bridge",
+    "moe_graph": "MoEGraph",
+    "composite": "KG VQ + composite",
+    "output_router": "router",
+    "byte_head": "ByteHead",
+    "video_head": OTHER_HEADS,
+    "talker_head": OTHER_HEADS,
+}
+
+
+OPTIMIZER_FILE = "optimizer.pt"
+COUNTED_WEIGHTS = 1 << 22  # at a time
+
+
+@dataclass(frozen=True)
+class TensorRow:
+    """One persistent tensor."""
+
+    name: str
+    role: str
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+    area: str
+
+
+@dataclass(frozen=True)
+class CacheRow:
+    """What a module keeps in memory beside its state, never saved."""
+
+    name: str
+    kind: str
+    bytes: int
+    area: str
+
+
+@dataclass
+class StateAudit:
+    """What an audit found. `areas` counts logical ternary weights.
+
+    caches: what a live model holds beside its state; of a shape or a checkpoint (caches_are_held False) what generation
+    on the CPU will make at its first use, at most. They are no part of state_bytes.
+    """
+
+    areas: dict[str, int] = field(default_factory=dict)
+    tensors: list[TensorRow] = field(default_factory=list)
+    float_tensors: list[str] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+    caches: list[CacheRow] = field(default_factory=list)
+    caches_are_held: bool = False
+
+    @property
+    def cache_bytes(self) -> int:
+        return sum(row.bytes for row in self.caches)
+
+    @property
+    def logical_weights(self) -> int:
+        return sum(self.areas.values())
+
+    @property
+    def state_bytes(self) -> int:
+        return sum(row.bytes for row in self.tensors)
+
+    @property
+    def clean(self) -> bool:
+        return not self.float_tensors and not self.faults
+
+    def to_dict(self) -> dict:
+        return {
+            "areas": self.areas,
+            "logical_weights": self.logical_weights,
+            "state_bytes": self.state_bytes,
+            "state_bytes_per_weight": self.state_bytes / self.logical_weights,
+            "float_tensors": self.float_tensors,
+            "faults": self.faults,
+            "caches": [asdict(row) for row in self.caches],
+            "cache_bytes": self.cache_bytes,
+            "caches_are_held": self.caches_are_held,
+            "tensors": [asdict(row) for row in self.tensors],
+        }
+
+    def table(self) -> str:
+        """The audit for people: areas, roles, verdict."""
+        areas = [f"{'area':<24}{'weights':>14}{'bytes':>14}{'bytes/weight':>14}"]
+        for area, weights in self.areas.items():
+            size = sum(row.bytes for row in self.tensors if row.area == area)
+            areas.append(f"{area:<24}{weights:>14,}{size:>14,}{size / weights:>14.3f}")
+        per_weight = self.state_bytes / self.logical_weights
+        areas.append(f"{'total':<24}{self.logical_weights:>14,}{self.state_bytes:>14,}{per_weight:>14.3f}")
+        roles = [f"{'role':<24}{'dtype':>14}{'bytes':>14}{'bytes/weight':>14}"]
+        for role, dtype in sorted({(row.role, row.dtype) for row in self.tensors}):
+            size = sum(row.bytes for row in self.tensors if (row.role, row.dtype) == (role, dtype))
+            roles.append(f"{role:<24}{dtype:>14}{size:>14,}{size / self.logical_weights:>14.3f}")
+        held = "held beside the state" if self.caches_are_held else "generation will hold"
+        caches = [f"{'cache, ' + held:<38}{'bytes':>14}{'bytes/weight':>14}"]
+        for kind in [*sorted({row.kind for row in self.caches}), None]:
+            size = sum(row.bytes for row in self.caches if kind in (row.kind, None))
+            caches.append(f"{kind or 'total':<38}{size:>14,}{size / self.logical_weights:>14.3f}")
+        verdict = [f"float tensors: {len(self.float_tensors)}"]
+        verdict += [f"  float: {name}" for name in self.float_tensors] + [f"  fault: {fault}" for fault in self.faults]
+        return "\n".join([*areas, "", *roles, "", *caches, "", *verdict])
+
+
+def area_of(name: str) -> str:
+    """The area that a module or tensor of this name belongs to; other: none of them."""
+    return next((area for part, area in AREAS.items() if part in name.split(".")), "other")
+
+
+def _audit_tensors(model: ArbForCausalLM, tensors: dict[str, torch.Tensor]) -> StateAudit:
+    """Hold tensors, by name, against what the model's config lists. Tensors may be on the meta device."""
+    audit = StateAudit()
+    listed = {}
+    for name, module in model.integer_states().items():
+        if isinstance(module, TernaryMatrix):
+            audit.areas[area_of(name)] = audit.areas.get(area_of(name), 0) + module.logical_weights
+        for key, spec in module.layout().items():
+            if spec.inference or model.config.training_state:
+                listed[f"{name}.{key}"] = spec
+    for name, tensor in tensors.items():
+        spec = listed.get(name)
+        role = spec.role if spec else "unlisted"
+        size = tensor.numel() * tensor.element_size()
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        audit.tensors.append(TensorRow(name, role, dtype, tuple(tensor.shape), size, area_of(name)))
+        if tensor.is_floating_point() or tensor.is_complex():
+            audit.float_tensors.append(name)
+        if spec is None:
+            audit.faults.append(f"{name} is not on the list of persistent state")
+        elif (tensor.dtype, tuple(tensor.shape)) != (spec.dtype, spec.shape):
+            audit.faults.append(f"{name} is {dtype} {tuple(tensor.shape)}, listed as {spec.dtype} {spec.shape}")
+        elif not tensor.is_meta and (illegal := spec.count_illegal(tensor)):
+            audit.faults.append(f"{name} {describe_illegal(spec, illegal)}")
+    audit.faults += [f"{name} is missing" for name in listed if name not in tensors]
+    return audit
+
+
+def _tensors_in(value: object, name: str) -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(value, torch.Tensor):
+        yield name, value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _tensors_in(item, f"{name}.{key}")
+    elif isinstance(value, (list, tuple)):
+        for i, item in enumerate(value):
+            yield from _tensors_in(item, f"{name}.{i}")
+
+
+def audit_model(model: ArbForCausalLM, optimizer: torch.optim.Optimizer | None = None) -> StateAudit:
+    """Audit a live model: parameters, every buffer (persistent or not), the optimizer's state, and the caches held."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    if optimizer is not None:
+        tensors |= dict(_tensors_in(optimizer.state_dict(), "optimizer"))
+    audit = _audit_tensors(model, tensors)
+    audit.caches, audit.caches_are_held = held_caches(model), True
+    return audit
+
+
+def held_caches(model: ArbForCausalLM) -> list[CacheRow]:
+    """What a model's modules keep in memory beside their state at this moment."""
+    return [
+        CacheRow(name, kind, tensor.nbytes, area_of(name))
+        for name, module in model.integer_states().items()
+        for kind, tensor in module.caches().items()
+    ]
+
+
+def generation_caches(model: ArbForCausalLM, device: str = "cpu") -> list[CacheRow]:
+    """What the model will keep beside its state once it has generated on a device, every expert used: at most. Heads of
+    other modalities than text are left out."""
+    return [
+        CacheRow(name, kind, size, area_of(name))
+        for name, matrix in model.ternary_matrices().items()
+        if area_of(name) != OTHER_HEADS
+        for kind, size in matrix.generation_caches(torch.device(device)).items()
+    ]
+
+
+def unallocated_model(config: ArbConfig) -> ArbForCausalLM:
+    """A model whose tensors have shapes and dtypes alone, on the meta device."""
+    with torch.device("meta"):
+        return ArbForCausalLM(config)
+
+
+def audit_config(config: ArbConfig) -> StateAudit:
+    """Audit a shape without allocating it."""
+    return forecast_caches(audit_model(model := unallocated_model(config)), model)
+
+
+def forecast_caches(audit: StateAudit, model: ArbForCausalLM) -> StateAudit:
+    """The same audit, with what generation will keep instead of what is held."""
+    audit.caches, audit.caches_are_held = generation_caches(model), False
+    return audit
+
+
+def weight_files(folder: str | Path) -> list[Path]:
+    """The safetensors files of a local checkpoint. Raises ValueError when there are none."""
+    files = sorted(Path(folder).glob("model*.safetensors"))
+    if not files:
+        raise ValueError(f"{folder}: no model.safetensors there")
+    return files
+
+
+def audit_folder(folder: str | Path) -> StateAudit:
+    """Audit a checkpoint as it lies on disk: weight files and, in a training checkpoint, the optimizer's file.
+
+    Raises ValueError or OSError, naming the file, when the config, a weight file or the optimizer's cannot be read.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder}: no config.json there")
+    config = read_config(folder / "config.json")
+    tensors: dict[str, torch.Tensor] = {}
+    for path in weight_files(folder):
+        with open_tensor_file(path) as file:
+            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if os.path.lexists(folder / OPTIMIZER_FILE):
+        tensors |= _optimizer_tensors(folder / OPTIMIZER_FILE)
+    model = unallocated_model(config)
+    return forecast_caches(_audit_tensors(model, tensors), model)
+
+
+def _optimizer_tensors(path: Path) -> dict[str, torch.Tensor]:
+    state = load_pickle(path)
+    try:
+        return dict(_tensors_in(state, "optimizer"))
+    except RecursionError as error:
+        raise ValueError(f"{path}: damaged, its lists hold themselves") from error
+
+
+def state_hash(model: nn.Module) -> str:
+    """sha256 over every tensor of the state dict, names included: equal hashes mean equal state bit for bit."""
+    return _hash_tensors(model.state_dict())
+
+
+def inference_hash(model: ArbForCausalLM) -> str:
+    """As `state_hash`, over what inference needs alone: the same whether or not there is training state."""
+    kept = {
+        f"{name}.{key}"
+        for name, module in model.integer_states().items()
+        for key, spec in module.layout().items()
+        if spec.inference
+    }
+    return _hash_tensors({name: tensor for name, tensor in model.state_dict().items() if name in kept})
+
+
+def _hash_tensors(tensors: dict[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def zero_share(model: ArbForCausalLM) -> float:
+    """Share of the weights that are zero."""
+    matrices = model.ternary_matrices().values()
+    zeros = sum(_count_zeros(matrix) for matrix in matrices)
+    return zeros / sum(matrix.logical_weights for matrix in matrices)
+
+
+def _count_zeros(matrix: TernaryMatrix) -> int:
+    """Piece by piece: a large table is not unpacked whole."""
+    pieces = matrix.T_packed.split(max(1, COUNTED_WEIGHTS // matrix.columns))
+    return sum((unpack_trits(rows, matrix.columns) == 0).sum().item() for rows in pieces)

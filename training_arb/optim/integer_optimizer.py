@@ -1,0 +1,295 @@
+"""IntegerOptimizer: hands each ternary matrix's transient dW to its update rule, inside backward.
+
+It holds no tensor: all persistent state lives in the model's integer buffers, and `state_dict` is a step counter.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import deque
+from typing import NamedTuple
+
+import torch
+
+from arb_kernels.random_bits import stream_key
+from arb_kernels.rules.gradient_sum import GradientSum, add_gradient, add_sum, zero_sum
+from modeling_arb.layers.integer_state import IntegerState, ObservedState
+from modeling_arb.layers.ternary_embedding import sum_by_row
+from modeling_arb.layers.ternary_matrix import SEVERAL_BACKWARDS, TernaryMatrix
+from modeling_arb.layers.ternary_table import TernaryTable
+from modeling_arb.pretrained import ArbPreTrainedModel
+from training_arb.ranks.rank_exchange import (
+    AveragedGradient,
+    SentState,
+    check_ranks_agree,
+    join_ranks,
+    num_ranks,
+    share_out,
+    sum_over_ranks,
+    this_rank,
+    used_on_any_rank,
+)
+
+from .integer_rules import CorrelationRule, FlipRule, Moment, MomentumRule, TableRule, UpdateRule
+
+IN_FLIGHT = 2  # gradients on their way between ranks: more of them hide more of a rank's being late, and hold memory
+
+
+class SentGradient(NamedTuple):
+    """A matrix's gradient of the whole step, its mean over ranks under way."""
+
+    matrix: TernaryMatrix
+    average: AveragedGradient
+
+
+class IntegerOptimizer(torch.optim.Optimizer):
+    """Arms every ternary matrix of `model`; `step()` applies the shared ones, the touched rows of tables and what
+    blocks observed, and counts.
+
+    lr: cells per step, read from the one (empty) parameter group, so that any scheduler drives it.
+
+    A matrix moves inside backward, at the last backward of a step that goes through it. What comes earlier is added to
+    an int8 sum, one transient byte a weight, which joins the last dW: micro-batches of an accumulated step learn as one
+    batch does. Call `begin_micro_batch` before each of their forwards; their losses come divided by their number, as
+    Trainer and accelerate do. Several forwards before one backward need no call. `step()` applies the sums that no last
+    backward took. A second backward through a matrix that has moved in this step raises RuntimeError, naming it.
+
+    Ranks share the work: each owns some matrices. A layer's dW is averaged at its owner while backward goes on with the
+    layer before it; the owner applies it, and the new state travels to the others.
+
+    rank_check_steps: compare all ranks' states every so many steps; 0: never. Raises ValueError on impossible settings,
+    FloatingPointError, naming the matrix, on a dW that is not finite, and RuntimeError when ranks differ.
+    """
+
+    def __init__(
+        self,
+        model: ArbPreTrainedModel,
+        lr: float = 0.035,
+        beta: float = 0.9,
+        flip_threshold: int = 32,
+        table_threshold: int = 8,
+        scale_update_interval: int = 1,
+        seed: int = 0,
+        rank_check_steps: int = 200,
+    ):
+        if not 0 <= lr < 1:
+            raise ValueError(f"learning_rate={lr} must be in [0, 1): it is in cells of the latent line per step")
+        if not 0 <= beta < 1:
+            raise ValueError(f"momentum_beta={beta} must be in [0, 1)")
+        for name, threshold in (("flip_threshold", flip_threshold), ("table_threshold", table_threshold)):
+            if not 1 <= threshold <= 127:
+                raise ValueError(f"{name}={threshold} must be in 1..127: votes are int8")
+        for name, steps in (("scale_update_interval", scale_update_interval), ("rank_check_steps", rank_check_steps)):
+            if steps < 0:
+                raise ValueError(f"{name}={steps} must not be negative")
+        if not 0 <= seed < 1 << 64:
+            raise ValueError(f"seed={seed} must be in [0, 2^64)")
+        super().__init__([{"params": []}], {"lr": lr})
+        rules: dict[str, UpdateRule] = {
+            "momentum": MomentumRule(beta),
+            "flip": FlipRule(flip_threshold, scale_update_interval),
+            "correlation": CorrelationRule(),
+        }
+        table_rules: dict[str, TableRule] = {
+            "momentum": MomentumRule(beta),
+            "flip": FlipRule(table_threshold, scale_update_interval),
+            "correlation": CorrelationRule(),
+        }
+        self.rule = rules[model.config.update_rule]
+        self.table_rules = table_rules
+        self.seed = seed
+        self.steps = 0
+        self.rank_check_steps = rank_check_steps
+        self.last_checkpoint: str | None = None
+        self._names = {module: name for name, module in model.integer_states().items()}
+        self._matrices = [module for module in self._names if isinstance(module, TernaryMatrix)]
+        self._observers = [module for module in self._names if isinstance(module, ObservedState)]
+        self._touched: dict[TernaryTable, list[tuple[torch.Tensor, torch.Tensor]]] = {
+            module: [] for module in self._matrices if isinstance(module, TernaryTable)
+        }
+        backward = self._matrices[::-1]
+        work = [0 if matrix in self._touched else matrix.logical_weights for matrix in backward]  # all move the tables
+        self._owner = dict(zip(backward, share_out(work), strict=True))
+        self._last_micro_batch = True
+        self._sums: dict[TernaryMatrix, GradientSum] = {}
+        self._additions: dict[TernaryMatrix, int] = {}  # to a matrix's sum in this step
+        self._moved: set[TernaryMatrix] = set()  # inside this step's backward
+        self._shared: dict[TernaryMatrix, torch.Tensor] = {}
+        self._travelling: deque[SentGradient] = deque()
+        self._arriving: list[SentState] = []
+        self._not_finite: set[TernaryMatrix] = set()
+        self._model = model
+        self._flips = torch.zeros((), dtype=torch.int64, device=model.device)
+        self._moved_weights = 0
+        if not model.config.training_state:
+            model.add_training_state()
+        for matrix in self._matrices:
+            matrix.full_name = self._names[matrix]
+            matrix.update_handler = self._receive_rows if isinstance(matrix, TernaryTable) else self._receive
+        for observer in self._observers:
+            observer.observing = True
+
+    def detach(self) -> None:
+        """Disarm the model: later backwards change nothing."""
+        for matrix in self._matrices:
+            matrix.update_handler = None
+        for observer in self._observers:
+            observer.observing = False
+            observer.take_observations()
+        self.zero_grad()
+
+    @torch.no_grad()
+    def begin_micro_batch(self, last: bool = True) -> None:
+        """Before a forward: whether its backward is the step's last. Waits for the weights that other ranks moved."""
+        self._settle()
+        self._last_micro_batch = last
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        """Apply what shared matrices, sums, tables and observers collected and advance the step counter."""
+        assert closure is None, "integer updates happen in backward: there is no loss to evaluate again"
+        self._settle()
+        self._update_collected()
+        self._settle()
+        self._raise_not_finite()
+        for table, touched in self._touched.items():
+            self._update_rows(table, touched)
+            touched.clear()
+        for observer in self._observers:
+            device = next(observer.buffers()).device
+            seen = join_ranks(observer.take_observations(), device)
+            if seen is not None:
+                observer.apply_observations(*(tensor.to(device) for tensor in seen), key=self._key(observer))
+        self._additions.clear()
+        self._moved.clear()
+        self.steps += 1
+        if self.rank_check_steps and self.steps % self.rank_check_steps == 0:
+            check_ranks_agree(self._model, self.steps)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop what this step has summed so far. What moved inside backward has moved."""
+        self._sums.clear()
+        self._shared.clear()
+        for touched in self._touched.values():
+            touched.clear()
+
+    def state_dict(self) -> dict:
+        return {**super().state_dict(), "steps": self.steps}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        state_dict = dict(state_dict)
+        self.steps = state_dict.pop("steps")
+        super().load_state_dict(state_dict)
+
+    def take_flip_rate(self) -> float:
+        """Share of weights whose trit changed, per step, since the last call. Every rank must call it."""
+        flips, weights = sum_over_ranks([int(self._flips), self._moved_weights], self._flips.device)
+        self._flips.zero_()
+        self._moved_weights = 0
+        return flips / weights if weights else 0.0
+
+    def _is_finite(self, matrix: TernaryMatrix, dW: torch.Tensor) -> bool:
+        """Of several ranks none stops alone: they tell each other at the end of the step."""
+        finite = bool(torch.isfinite(dW.sum()))
+        if not finite:
+            self._not_finite.add(matrix)
+            if num_ranks() == 1:
+                self._raise_not_finite()
+        return finite
+
+    def _raise_not_finite(self) -> None:
+        anywhere = used_on_any_rank([matrix in self._not_finite for matrix in self._matrices], self._flips.device)
+        if any(anywhere):
+            resume = f"; resume from {self.last_checkpoint}" if self.last_checkpoint else ""
+            name = self._names[self._matrices[anywhere.index(True)]]
+            raise FloatingPointError(f"step {self.steps}: the gradient of {name} is not finite{resume}")
+
+    def _receive(self, matrix: TernaryMatrix, dW: torch.Tensor) -> None:
+        if matrix.shared:
+            if self._is_finite(matrix, dW):
+                self._shared[matrix] = self._shared[matrix].add_(dW) if matrix in self._shared else dW.clone()
+            return
+        if matrix in self._moved:
+            raise RuntimeError(
+                f"{self._names[matrix]}: a second backward in step {self.steps}, after its weights moved: call step()"
+                f" after every backward, or {SEVERAL_BACKWARDS}"
+            )
+        if not self._last_micro_batch or matrix.is_used_ahead():
+            if self._is_finite(matrix, dW):
+                self._add_to_sum(matrix, dW)
+            return
+        if matrix in self._sums:
+            add_sum(dW, self._sums.pop(matrix))
+        self._moved.add(matrix)
+        self._send_gradient(matrix, dW)
+
+    def _add_to_sum(self, matrix: TernaryMatrix, dW: torch.Tensor) -> None:
+        if matrix not in self._sums:
+            self._sums[matrix] = zero_sum(matrix.rows, matrix.columns, dW.device)
+        self._additions[matrix] = self._additions.get(matrix, 0) + 1
+        add_gradient(self._sums[matrix], dW, self._key(matrix, self._additions[matrix]))
+
+    def _send_gradient(self, matrix: TernaryMatrix, dW: torch.Tensor) -> None:
+        self._travelling.append(SentGradient(matrix, AveragedGradient(dW, self._owner[matrix])))
+        self._apply_travelling(but=IN_FLIGHT if num_ranks() > 1 else 0)
+
+    def _apply_travelling(self, but: int = 0) -> None:
+        while len(self._travelling) > but:
+            self._apply(self._travelling.popleft())
+
+    def _apply(self, sent: SentGradient) -> None:
+        """The owner moves its matrix; every rank sends or receives what that changed."""
+        matrix, dW = sent.matrix, sent.average.result()
+        if self._owner[matrix] == this_rank() and self._is_finite(matrix, dW):
+            self._count(self.rule.update(matrix, dW, self._moment(matrix)), matrix.logical_weights)
+        if num_ranks() > 1:
+            state = [getattr(matrix, name) for name in matrix.layout()]
+            self._arriving.append(SentState(state, self._owner[matrix]))
+
+    def _settle(self) -> None:
+        self._apply_travelling()
+        for state in self._arriving:
+            state.wait()
+        self._arriving.clear()
+
+    def _update_collected(self) -> None:
+        """Shared matrices, and those whose last backward did not come in this step's last micro-batch.
+
+        A rank that did not use a matrix, an expert say, takes part with zeros.
+        """
+        matrices = [matrix for matrix in self._matrices if matrix not in self._touched]
+        collected = [matrix in self._shared or matrix in self._sums for matrix in matrices]
+        used = used_on_any_rank(collected, self._flips.device)
+        for matrix in (matrix for matrix, is_used in zip(matrices, used, strict=True) if is_used):
+            dW = self._shared.pop(matrix, None)
+            if dW is None:
+                dW = torch.zeros(matrix.rows, matrix.columns, device=matrix.T_packed.device)
+            if matrix in self._sums:
+                add_sum(dW, self._sums.pop(matrix))
+            self._apply(SentGradient(matrix, AveragedGradient(dW, self._owner[matrix])))
+
+    def _receive_rows(self, table: TernaryTable, row_ids: torch.Tensor, dW: torch.Tensor) -> None:
+        if self._is_finite(table, dW):
+            self._touched[table].append((row_ids, dW))
+
+    def _update_rows(self, table: TernaryTable, touched: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        mine = tuple(torch.cat(column) for column in zip(*touched, strict=True)) if touched else None
+        everyone = join_ranks(mine, table.T_packed.device)
+        if everyone is None:
+            return
+        row_ids, place = everyone[0].unique(return_inverse=True)
+        dW = sum_by_row(place, everyone[1] / num_ranks(), len(row_ids))
+        flips = self.table_rules[table.table_rule].update_rows(table, row_ids, dW, self._moment(table))
+        if self._owner[table] == this_rank():  # all ranks move all rows: one of them counts
+            self._count(flips, dW.numel())
+
+    def _count(self, flips: torch.Tensor, weights: int) -> None:
+        self._flips = self._flips.to(flips.device).add_(flips)
+        self._moved_weights += weights
+
+    def _key(self, module: IntegerState, addition: int = 0) -> int:
+        """Of the random bits of one use in this step: an addition to the matrix's sum, from 1, or its update, 0."""
+        return stream_key(self.seed, self.steps, addition, zlib.crc32(self._names[module].encode()))
+
+    def _moment(self, module: IntegerState) -> Moment:
+        return Moment(self.steps, self._key(module), self.param_groups[0]["lr"])

@@ -1,0 +1,1 @@
+"""Facts and curves of a run, as JSON, plots and HTML."""

@@ -1,0 +1,1 @@
+"""Trainer and its arguments, signals, divergence, progress."""
