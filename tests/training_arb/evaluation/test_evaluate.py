@@ -232,7 +232,7 @@ def test_what_is_no_utf8_is_replaced_for_every_model_and_said(folders, tmp_path,
     assert run_script("evaluate", folders["arb"], *arguments) == 0
     assert json.loads(out.read_text())["bytes"] == 14 and "UTF-8" not in capsys.readouterr().out
     assert run_script("evaluate", folders["arb"], folders["gpt2"], *arguments) == 0
-    assert "1 of 1 documents are no UTF-8" in capsys.readouterr().out
+    assert "1 of 1 documents are not UTF-8" in capsys.readouterr().out
     scores = json.loads(out.read_text())
     assert [row["bytes"] for row in scores["models"]] == [18, 18] and scores["replaced_documents"] == 1
 
