@@ -248,7 +248,7 @@ def run_stage(args: argparse.Namespace) -> int:
 
 
 def environment_stage(args: argparse.Namespace) -> dict:
-    """Raises ValueError where there is no such device, or one that the kernels do not know."""
+    """Raises ValueError where the device is not found, or is not one that the kernels support."""
     try:
         import torch
     except ImportError as error:

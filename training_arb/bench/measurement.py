@@ -91,7 +91,7 @@ def rotating(call: Callable[[int], object], copies: int) -> Callable[[], object]
 
 @dataclass(frozen=True)
 class Limits:
-    """What the machine can do, with the threads that torch has; None where there is no native kernel to ask."""
+    """What the machine can do, with the threads that torch has; None without the native kernels."""
 
     dram_gb_per_s: float | None = None
     int8_gops: float | None = None

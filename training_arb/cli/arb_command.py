@@ -1,6 +1,7 @@
-"""Every script under one name: `arb NAME ...` does what `python scripts/NAME.py ...` does, with the same exit code.
+"""Runs every script under one name: `arb NAME ...` does what `python scripts/NAME.py ...` does.
 
-A name can be cut as long as one script alone begins with it: `arb audit` is `arb audit_state`.
+The exit code is the same. A name can be cut as long as only one script begins with it: `arb audit` is `arb
+audit_state`.
 
 examples:
   arb pretrain --help

@@ -47,7 +47,7 @@ def add_adapter(
     for wanted in target_modules:
         if wanted != ALL_LINEAR and not any(name == wanted or name.endswith(f".{wanted}") for name in names):
             known = sorted({name.rpartition(".")[2] for name in names})
-            raise ValueError(f"target_modules={wanted!r}: no such linear layer; there are {', '.join(known)}")
+            raise ValueError(f"target_modules={wanted!r}: no such linear layer; the layers are {', '.join(known)}")
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=r,
