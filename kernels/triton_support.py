@@ -11,6 +11,8 @@ from functools import cache
 
 import torch
 
+from .random_bits import GOLDEN_STEP, MIX_MULTIPLIERS
+
 try:
     import triton
     import triton.language as tl
@@ -28,8 +30,8 @@ def _leave_uncompiled(function=None, **options):
 jit = triton.jit if triton is not None else _leave_uncompiled
 constexpr = tl.constexpr if triton is not None else int  # a global that a kernel may read
 
-_MULTIPLIER_1, _MULTIPLIER_2 = constexpr(0x7FEB352D), constexpr(0x846CA68B)
-_GOLDEN = constexpr(0x9E3779B9)
+_MULTIPLIER_1, _MULTIPLIER_2 = map(constexpr, MIX_MULTIPLIERS)
+_GOLDEN = constexpr(GOLDEN_STEP)
 
 
 def triton_runs_on(device: torch.device) -> bool:

@@ -11,13 +11,13 @@ import torch
 from transformers import initialization as init
 from transformers.utils import logging
 
+from arb_kernels.formats.correlation_scale import correlation_octaves
 from arb_kernels.formats.exponents import EIGHTHS, power_of_two
 from arb_kernels.formats.groups import num_groups
 from arb_kernels.formats.packing import TRITS_PER_BYTE, packed_width, unpack_trits
 from arb_kernels.formats.scaled_rows import effective_weight
 from arb_kernels.formats.state_layout import StateTensor, state_layout
 from arb_kernels.formats.two_bit_layout import decoding_form
-from arb_kernels.rules.correlation import correlation_octaves
 
 from .absent_parameters import AbsentWeight
 from .integer_state import IntegerState
