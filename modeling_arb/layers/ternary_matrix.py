@@ -22,9 +22,6 @@ from arb_kernels.formats.two_bit_layout import decoding_form
 from .absent_parameters import AbsentWeight
 from .integer_state import IntegerState
 
-logger = logging.get_logger(__name__)
-
-
 SEVERAL_BACKWARDS = "call IntegerOptimizer.begin_micro_batch(last=False) before the forwards of an accumulated step"
 DECODED, ROW_SCALES, UNPACKED = "weights laid out to decode", "row scales", "unpacked trits"
 INIT_CHUNK = 1 << 18  # elements drawn at a time, as int64: a large table must not need eight times its memory
@@ -89,7 +86,7 @@ class TernaryMatrix(IntegerState):
         self.init_fan_in = init_fan_in
         self.integer_matmuls = config.compute != "float" and self.group_size == columns
         if config.compute == "int8" and not self.integer_matmuls:
-            logger.warning_once(
+            logging.get_logger(__name__).warning_once(
                 f"compute='int8' needs one scale a row: float matmuls, as group_size={config.group_size}"
             )
         self.inference_tensors = [name for name, spec in self.layout().items() if spec.inference]
