@@ -85,15 +85,14 @@ def _all_contiguous(tensors: tuple[torch.Tensor | None, ...]) -> bool:
     return all([tensor is None or tensor.is_contiguous() for tensor in tensors])  # noqa: C419
 
 
-def uses_native(*tensors: torch.Tensor | None) -> bool:
+def uses_native(first: torch.Tensor, *others: torch.Tensor | None) -> bool:
     """Whether the native kernels take these tensors: on the CPU, and contiguous where they are given."""
-    return tensors[0].is_cpu and backend_for(CPU) == "native" and _all_contiguous(tensors)
+    return first.is_cpu and backend_for(CPU) == "native" and _all_contiguous((first, *others))
 
 
-def uses_triton(*tensors: torch.Tensor | None) -> bool:
+def uses_triton(first: torch.Tensor, *others: torch.Tensor | None) -> bool:
     """Whether the Triton kernels take these tensors: where Triton runs, and contiguous where they are given."""
-    device = tensors[0].device
-    return backend_for(device) == "triton" and _all_contiguous(tensors)
+    return backend_for(first.device) == "triton" and _all_contiguous((first, *others))
 
 
 def instruction_set() -> int:

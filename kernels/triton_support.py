@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,10 +17,12 @@ from .random_bits import GOLDEN_STEP, MIX_MULTIPLIERS
 try:
     import triton
     import triton.language as tl
+    from triton import knobs
 except ImportError:
-    triton = tl = None
+    if not TYPE_CHECKING:
+        triton = tl = knobs = None
 
-INTERPRETED = triton is not None and triton.knobs.runtime.interpret
+INTERPRETED = triton is not None and knobs.runtime.interpret
 _LEAST_CAPABILITY = (8, 0)  # int8 tensor cores as the kernels use them
 
 
@@ -125,7 +128,7 @@ def clamp(x, limit):
 
 
 @jit
-def cast_float(x, dtype: tl.constexpr):
+def cast_float(x, dtype: tl.constexpr):  # pyright: ignore[reportInvalidTypeForm]
     """float32 -> dtype, to nearest even. The interpreter truncates to bfloat16, so it gets nothing to cut off."""
     if dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)

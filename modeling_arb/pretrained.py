@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from configuration_arb.configuration_arb import ArbConfig
 from modeling_arb.checkpoints.checked_loading import CheckedLoading
@@ -19,15 +19,22 @@ from modeling_arb.layers.integer_state import IntegerState
 from modeling_arb.layers.ternary_matrix import TernaryMatrix
 
 
-class ArbPreTrainedModel(SavesItsCode, CheckedLoading, PreTrainedModel):
+class ArbPreTrainedModel(SavesItsCode, CheckedLoading):
     """What ARB models share: no parameter at all, so device, dtype and counts come from buffers and config."""
 
+    config: ArbConfig
     config_class = ArbConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["ContextBlock"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
+
+    if TYPE_CHECKING:
+
+        def to(self, *args, **kwargs) -> Self:
+            """nn.Module.to, whose signature PreTrainedModel hides from type checkers."""
+            ...
 
     @property
     def device(self) -> torch.device:

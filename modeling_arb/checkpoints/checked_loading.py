@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, Literal, Self, overload
 
 from transformers import PreTrainedModel
 
@@ -18,8 +19,8 @@ from .integrity import (
 LOCATING = ("revision", "subfolder", "cache_dir", "token", "local_files_only")  # what finds a checkpoint on the hub
 
 
-class CheckedLoading:
-    """Stands before PreTrainedModel among a model's bases."""
+class CheckedLoading(PreTrainedModel):
+    """PreTrainedModel that checks a checkpoint's tensors before and after they are loaded."""
 
     def _adjust_missing_and_unexpected_keys(self, loading_info) -> None:
         """Missing tensors are judged before they are missed, in one line instead of transformers' table of them."""
@@ -50,6 +51,18 @@ class CheckedLoading:
         raise ValueError(
             f"{distributed_checkpoint_dir}: holds the shards of ranks; save_pretrained writes what is read"
         )
+
+    @overload
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path, *args, output_loading_info: Literal[False] = False, **kwargs
+    ) -> Self: ...
+
+    @overload
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path, *args, output_loading_info: Literal[True], **kwargs
+    ) -> tuple[Self, dict[str, Any]]: ...
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):

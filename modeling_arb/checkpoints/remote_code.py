@@ -12,6 +12,8 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
+from transformers import PreTrainedModel
+
 from .code_bundle import CodeFile, SourceModule, bundle
 
 ENTRY_MODULES = ("configuration_arb.configuration_arb", "modeling_arb.modeling_arb")
@@ -23,8 +25,8 @@ FILES = [
 ]
 
 
-class SavesItsCode:
-    """Stands before PreTrainedModel among a model's bases: `save_pretrained` writes the code, too."""
+class SavesItsCode(PreTrainedModel):
+    """PreTrainedModel whose `save_pretrained` also writes the model's code."""
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs) -> None:
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)

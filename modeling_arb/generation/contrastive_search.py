@@ -13,7 +13,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 def contrastive_search(
     model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs
-) -> torch.LongTensor | GenerateDecoderOnlyOutput:
+) -> torch.Tensor | GenerateDecoderOnlyOutput:
     """Each new byte is the one of the `top_k` likeliest that has the best (1 - penalty_alpha) * probability -
     penalty_alpha * the greatest cosine of its hidden state with one before it. input_ids (B, T) -> ids (B, T + new).
 

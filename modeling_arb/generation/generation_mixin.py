@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from transformers import GenerationMixin
+from transformers.generation.utils import GenerationMixin
 
 
 class ArbGenerationMixin(GenerationMixin):
