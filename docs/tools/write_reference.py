@@ -20,9 +20,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 
-from arb_scripts.pretrain import PretrainArguments
 from transformers import TrainingArguments
 
+from arb_scripts.pretrain import PretrainArguments
 from configuration_arb import PRESETS, ArbConfig, preset_config
 from configuration_arb.block_options import BLOCK_OPTIONS, REQUIRED
 from training_arb.cli.arb_command import script_files, scripts_folder, summaries

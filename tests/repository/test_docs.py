@@ -194,7 +194,9 @@ def test_the_8_bit_benchmark_names_the_package_that_it_needs():
         done = run_tool("measure_adam_8bit.py")
         assert (done.returncode, done.stderr) == (2, "error: torchao is not installed: pip install torchao\n")
     else:
-        done = run_tool("measure_adam_8bit.py", *"--preset arb-tiny --steps 2 --batch 2 --ctx 32 --rates 3e-3".split())
+        done = run_tool(
+            "measure_adam_8bit.py", "--preset=arb-tiny", "--steps=2", "--batch=2", "--ctx=32", "--rates=3e-3"
+        )
         assert done.returncode == 0 and "bytes of state a weight" in done.stdout
 
 
