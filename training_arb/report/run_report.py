@@ -46,7 +46,7 @@ def write_report(run_dir: str | Path, html: str | Path | None = None, png: str |
 def _picture(record: RunRecord) -> bytes:
     height = 4 + max(3.5, 0.16 * len(record.flips_by_layer))
     figure = Figure(figsize=(13, height), constrained_layout=True)
-    upper, lower = figure.subfigures(2, 1, height_ratios=[4, height - 4])
+    upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=[4, height - 4])[:, 0]
     for panel, curve in zip(upper.subplots(1, len(CURVES)), CURVES, strict=True):
         draw_curve(panel, record.history, *curve)
     layers, areas = lower.subplots(1, 2)
