@@ -51,6 +51,7 @@ class LoraTrainingArguments(CheckedTrainingArguments):
 class LoraTrainer(SavingTrainer):
     """Trains an adapter. run_description: what a resumed run must have in common with the one that it continues."""
 
+    model: PeftModel
     args: LoraTrainingArguments
     arguments_class = LoraTrainingArguments
     shown = ("loss", "learning_rate", "grad_norm", "bytes_per_second", "seconds_left")

@@ -34,6 +34,7 @@ class ArbTrainer(HubTrainer):
     ValueError on any other optimizer, which could move nothing.
     """
 
+    model: ArbForCausalLM
     args: ArbTrainingArguments
     arguments_class = ArbTrainingArguments
     shown = ("loss", "bits_per_byte", "learning_rate", "flip_rate", "bytes_per_second", "seconds_left")
