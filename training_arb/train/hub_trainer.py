@@ -34,7 +34,7 @@ class HubTrainer(SavingTrainer):
     last push, and faults that show before training, raise ValueError.
     """
 
-    set_aside_in_save: ClassVar[dict[str, object]] = {"push_to_hub": False}  # it would upload the checkpoint's pickles
+    set_in_save: ClassVar[dict[str, object]] = {"push_to_hub": False}  # it would upload the checkpoint's pickles
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Create the repository. Raises ValueError when the hub refuses, or when the strategy would push pickles."""
