@@ -9,6 +9,8 @@ from torch import nn
 from arb_kernels.formats.packing import unpack_trits
 from arb_kernels.formats.state_layout import StateTensor
 from arb_kernels.matmul.quantise import quantise_tokens
+from configuration_arb.configuration_arb import ArbConfig
+from modeling_arb.layers.host_copy import HostCopy
 from modeling_arb.layers.integer_state import ObservedState
 from modeling_arb.layers.norm import rms_norm
 from modeling_arb.layers.ternary_embedding import TernaryEmbedding
@@ -34,6 +36,7 @@ class GroupedLinearFunction(torch.autograd.Function):
         codes, token_scale = quantise_tokens(x.float().contiguous())
         ctx.save_for_backward(codes, token_scale, expert, ends)
         ctx.layers, ctx.uses = layers, [layer.begin_use() for layer in layers]
+        ctx.visits = HostCopy(ends.diff(prepend=ends.new_zeros(1)))  # for the backward, which it reaches in time
         trits, scale = stacked_weights(layers)
         sums = F.grouped_mm(codes.float(), trits.transpose(1, 2), offs=ends)
         return (sums * token_scale[:, None] * scale[expert]).to(x.dtype)
@@ -49,8 +52,7 @@ class GroupedLinearFunction(torch.autograd.Function):
         if any(layer.armed for layer in ctx.layers):
             by_token = gradient * token_scale[:, None]
             dW = F.grouped_mm(by_token.T, codes.float(), offs=ends)
-            visits = ends.diff(prepend=ends.new_zeros(1)).tolist()
-            for layer, count, layer_dW in zip(ctx.layers, visits, dW, strict=True):
+            for layer, count, layer_dW in zip(ctx.layers, ctx.visits.read(), dW, strict=True):
                 if count and layer.armed:  # as in the loop, where an expert without tokens does not run
                     layer.hand_over(layer_dW)
         return grad_x.to(grad_y.dtype), None, None, None
@@ -79,9 +81,9 @@ class TernaryExperts(ObservedState):
 
     grouped: bool | None = None
 
-    def __init__(self, config):
+    def __init__(self, config: ArbConfig):
         nn.Module.__init__(self)
-        options, width = config.moe_graph, config.hidden_size
+        options, width = config.block("moe_graph"), config.hidden_size
         self.num_experts, self.top_k, self.eps = options["num_experts"], options["top_k"], config.rms_norm_eps
         size = options["expert_size"] or 2 * width
         self.centroids = TernaryEmbedding(self.num_experts, width, config)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from configuration_arb import PRESETS, ArbConfig, preset_config
-from configuration_arb.block_options import BLOCK_OPTIONS
+from configuration_arb.optional_blocks import OPTIONAL_BLOCKS
 
 POSITIVE = (
     "hidden_size",
@@ -83,7 +83,7 @@ def test_blocks_are_completed_and_survive_a_checkpoint(tmp_path):
     assert config.moe_graph["top_k"] == 2 and config.memgram["orders"] == [2, 4]
     config.save_pretrained(tmp_path)
     stored = ArbConfig.from_pretrained(tmp_path)
-    assert all(getattr(stored, name) == getattr(config, name) for name in BLOCK_OPTIONS)
+    assert all(getattr(stored, name) == getattr(config, name) for name in OPTIONAL_BLOCKS)
 
 
 @pytest.mark.parametrize("group_size", [0, 4, 6, 8, 16, 32, 64, 96, 128])
@@ -100,7 +100,7 @@ def test_defaults():
     assert (config.pad_token_id, config.eos_token_id, config.bos_token_id) == (256, 257, 258)
     assert str(config.dtype) in ("float32", "torch.float32")
     assert config.training_state and not config.tie_word_embeddings
-    assert all(getattr(config, name) is None for name in BLOCK_OPTIONS)
+    assert all(getattr(config, name) is None for name in OPTIONAL_BLOCKS)
 
 
 @pytest.mark.parametrize(
