@@ -171,3 +171,9 @@ def test_loading_a_foreign_packing_version(tmp_path):
     path.write_text(json.dumps({**json.loads(path.read_text()), "packing_version": 99}))
     with pytest.raises(ValueError, match="packing_version=99"):
         ArbConfig.from_pretrained(tmp_path)
+
+
+def test_every_declared_block_is_a_field_and_every_such_field_declared():
+    fields = [name for name, kind in ArbConfig.__annotations__.items() if "dict" in str(kind)]
+    assert fields == list(OPTIONAL_BLOCKS)
+    assert all(block.about and bool(block.part) == bool(block.area) for block in OPTIONAL_BLOCKS.values())
