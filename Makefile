@@ -41,8 +41,10 @@ bench: venv
 	$(BIN)/python scripts/bench_generate.py --json runs/bench_generate.json
 
 docs: venv
-	$(BIN)/python docs/draw_figures.py
-	$(BIN)/python docs/build_api.py
+	$(BIN)/python docs/tools/draw_figures.py
+	$(BIN)/python docs/tools/draw_comparison.py
+	$(BIN)/python docs/tools/write_reference.py
+	$(BIN)/python docs/tools/build_api.py
 
 # with the machine's own Python and torch: the pinned build has no GPU
 gpu:

@@ -23,8 +23,9 @@ LONGEST_NGRAM = 16
 
 
 class Option(NamedTuple):
-    """A key of a block: its default, whether a value is legal, and how to say what is."""
+    """A key of a block: what it means, its default, whether a value is legal, and which values are."""
 
+    meaning: str
     default: Any
     holds: Callable[[Any], bool]
     expected: str
@@ -39,13 +40,13 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _count(default: Any = REQUIRED, least: int = 1, most: int = LARGEST_WIDTH) -> Option:
+def _count(meaning: str, default: Any = REQUIRED, least: int = 1, most: int = LARGEST_WIDTH) -> Option:
     expected = f"an integer of at least {least} and at most {most:,}"
-    return Option(default, lambda value: is_int(value) and least <= value <= most, expected)
+    return Option(meaning, default, lambda value: is_int(value) and least <= value <= most, expected)
 
 
-def _number(default: float, low: float, high: float) -> Option:
-    return Option(default, lambda value: _is_number(value) and low < value < high, f"between {low} and {high}")
+def _number(meaning: str, default: float, low: float, high: float) -> Option:
+    return Option(meaning, default, lambda value: _is_number(value) and low < value < high, f"between {low} and {high}")
 
 
 def _orders(value: object) -> bool:
@@ -104,87 +105,106 @@ def _composite_fault(settings: Settings, config: Any) -> str | None:
 EMBEDDING_AREA, OTHER_HEADS_AREA = "embedding + sequencer", "video/talker heads"
 OPTIONAL_BLOCKS = {  # in the order of the data
     "text_sequencer": OptionalBlock(
-        about="an LSTM over the embedding",
+        about="ternary LSTM over the byte embedding",
         part="model.text_sequencer",
         area=EMBEDDING_AREA,
-        options={"hidden_size": _count(0, 0)},
+        options={"hidden_size": _count("width of the LSTM; 0: `hidden_size` of the model", 0, 0)},
         cached=lambda settings: {"sequencer": 1},
     ),
     "memgram": OptionalBlock(
-        about="a hashed n-gram memory",
+        about="table of hashed byte n-grams",
         part="model.memgram",
         area="MemGram",
         options={
-            "slots": _count(most=MOST_ROWS),
-            "dim": _count(),
-            "orders": Option([3, 4, 5], _orders, f"a list of n-gram lengths from 1 to {LONGEST_NGRAM}"),
+            "slots": _count("rows of the table", most=MOST_ROWS),
+            "dim": _count("width of a row"),
+            "orders": Option(
+                "n-gram lengths in bytes", [3, 4, 5], _orders, f"a list of n-gram lengths from 1 to {LONGEST_NGRAM}"
+            ),
         },
         cached=lambda settings: {"ids": max(settings["orders"]) - 1},
     ),
     "windowed_attention": OptionalBlock(
-        about="attention to the last bytes, to older ones by the block",
-        options={"window": _count(), "stride": _count(0, 0)},
+        about="attention to the last bytes one by one and to older bytes in blocks",
+        options={
+            "window": _count("last bytes that are attended to one by one"),
+            "stride": _count("bytes in a block of older context; 0: older context is not seen", 0, 0),
+        },
         fault=_window_fault,
     ),
     "codebook": OptionalBlock(
-        about="shared vector quantisation: the nearest motif of a book",
+        about="shared vector quantisation",
         part="model.shared_vq",
         area="shared VQ + bridge",
         options={
-            "size": _count(most=MOST_ROWS),
-            "dim": _count(),
-            "commitment": _number(0.25, 0, 100),
-            "hashes": _count(4, most=MOST_REPEATS),
-            "probes": _count(4, most=MOST_REPEATS),
+            "size": _count("entries", most=MOST_ROWS),
+            "dim": _count("width of an entry"),
+            "commitment": _number("weight of the commitment loss", 0.25, 0, 100),
+            "hashes": _count("hash functions of the candidate search in large codebooks", 4, most=MOST_REPEATS),
+            "probes": _count("buckets that are searched per hash", 4, most=MOST_REPEATS),
         },
     ),
     "moe_graph": OptionalBlock(
-        about="looped experts, with messages along the edges between motifs",
+        about="looped top-k experts with messages along a graph of codebook entries",
         part="model.moe_graph",
         area="MoEGraph",
         options={
-            "num_experts": _count(most=MOST_MODULES),
-            "top_k": _count(2),
-            "expert_size": _count(0, 0),
-            "max_iterations": _count(4, most=MOST_REPEATS),
-            "halt_threshold": _number(0.99, 0, 1),
-            "ponder_cost": Option(0.01, lambda value: _is_number(value) and value >= 0, "a non-negative number"),
-            "lti_decay": _number(0.9, 0, 1),
-            "active_edges": _count(0, 0, MOST_ROWS),
-            "neighbours": _count(8),
+            "num_experts": _count("number of experts", most=MOST_MODULES),
+            "top_k": _count("experts per position", 2),
+            "expert_size": _count("width of an expert; 0: 2 x `hidden_size`", 0, 0),
+            "max_iterations": _count("most iterations of the loop", 4, most=MOST_REPEATS),
+            "halt_threshold": _number("halting probability at which a position stops", 0.99, 0, 1),
+            "ponder_cost": Option(
+                "weight of the mean number of iterations in the loss",
+                0.01,
+                lambda value: _is_number(value) and value >= 0,
+                "a non-negative number",
+            ),
+            "lti_decay": _number("share of the state that an iteration keeps", 0.9, 0, 1),
+            "active_edges": _count("edges kept in the graph; 0: no graph; needs `codebook`", 0, 0, MOST_ROWS),
+            "neighbours": _count("edges read per entry", 8),
         },
         fault=_graph_fault,
     ),
     "composite": OptionalBlock(
-        about="a second book, of pairs of motifs",
+        about="second codebook, of pairs of codebook entries",
         part="model.composite",
         area="KG VQ + composite",
         options={
-            "size": _count(most=MOST_ROWS),
-            "dim": _count(),
-            "hidden_size": _count(0, 0),
-            "hashes": _count(4, most=MOST_REPEATS),
+            "size": _count("entries; needs `codebook`", most=MOST_ROWS),
+            "dim": _count("width of an entry"),
+            "hidden_size": _count("width of the projection to the head; 0: `hidden_size` of the model", 0, 0),
+            "hashes": _count("hash functions of the candidate search", 4, most=MOST_REPEATS),
         },
         cached=lambda settings: {"motifs": 1},
         fault=_composite_fault,
     ),
     "output_router": OptionalBlock(
-        about="several projections before the head, mixed by gates",
+        about="several gated output projections",
         part="output_router",
         area="router",
-        options={"num_heads": _count(most=MOST_MODULES), "gate_size": _count(128)},
+        options={
+            "num_heads": _count("output projections", most=MOST_MODULES),
+            "gate_size": _count("width of the gate", 128),
+        },
     ),
     "video_head": OptionalBlock(
-        about="a head for the next video latent",
+        about="head for video latents",
         part="video_head",
         area=OTHER_HEADS_AREA,
-        options={"latent_dim": _count(), "hidden_size": _count(0, 0)},
+        options={
+            "latent_dim": _count("width of a video latent"),
+            "hidden_size": _count("width of the head's MLP; 0: 4 x `hidden_size` of the model", 0, 0),
+        },
     ),
     "talker_head": OptionalBlock(
-        about="a head for the next audio code",
+        about="head for audio codes",
         part="talker_head",
         area=OTHER_HEADS_AREA,
-        options={"num_codes": _count(), "hidden_size": _count(0, 0)},
+        options={
+            "num_codes": _count("size of the audio code vocabulary"),
+            "hidden_size": _count("width of the head's MLP; 0: 4 x `hidden_size` of the model", 0, 0),
+        },
     ),
 }
 

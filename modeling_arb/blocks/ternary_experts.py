@@ -10,7 +10,6 @@ from arb_kernels.formats.packing import unpack_trits
 from arb_kernels.formats.state_layout import StateTensor
 from arb_kernels.matmul.quantise import quantise_tokens
 from configuration_arb.configuration_arb import ArbConfig
-from modeling_arb.layers.host_copy import HostCopy
 from modeling_arb.layers.integer_state import ObservedState
 from modeling_arb.layers.norm import rms_norm
 from modeling_arb.layers.ternary_embedding import TernaryEmbedding
@@ -36,7 +35,6 @@ class GroupedLinearFunction(torch.autograd.Function):
         codes, token_scale = quantise_tokens(x.float().contiguous())
         ctx.save_for_backward(codes, token_scale, expert, ends)
         ctx.layers, ctx.uses = layers, [layer.begin_use() for layer in layers]
-        ctx.visits = HostCopy(ends.diff(prepend=ends.new_zeros(1)))  # for the backward, which it reaches in time
         trits, scale = stacked_weights(layers)
         sums = F.grouped_mm(codes.float(), trits.transpose(1, 2), offs=ends)
         return (sums * token_scale[:, None] * scale[expert]).to(x.dtype)
@@ -45,16 +43,17 @@ class GroupedLinearFunction(torch.autograd.Function):
     def backward(ctx, grad_y):
         codes, token_scale, expert, ends = ctx.saved_tensors
         for layer, use in zip(ctx.layers, ctx.uses, strict=True):
-            layer.check_use(use)
+            layer.end_use(use)
         trits, scale = stacked_weights(ctx.layers)
         gradient = grad_y.float()
         grad_x = F.grouped_mm(gradient * scale[expert], trits, offs=ends)
         if any(layer.armed for layer in ctx.layers):
             by_token = gradient * token_scale[:, None]
             dW = F.grouped_mm(by_token.T, codes.float(), offs=ends)
-            for layer, count, layer_dW in zip(ctx.layers, ctx.visits.read(), dW, strict=True):
-                if count and layer.armed:  # as in the loop, where an expert without tokens does not run
-                    layer.hand_over(layer_dW)
+            visited = ends.diff(prepend=ends.new_zeros(1)) > 0  # stays on the device: backward must not wait for it
+            for layer, layer_dW, used in zip(ctx.layers, dW, visited, strict=True):
+                if layer.armed:
+                    layer.gradient_sink.dense(layer, layer_dW, used)
         return grad_x.to(grad_y.dtype), None, None, None
 
 

@@ -71,6 +71,7 @@ class CheckedLoading(PreTrainedModel):
         if pretrained_model_name_or_path is not None:
             located = {name: kwargs[name] for name in LOCATING if kwargs.get(name) is not None}
             check_json_files(str(pretrained_model_name_or_path), kwargs.get("variant"), **located)
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        load: Any = super().from_pretrained
+        model, info = load(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         info["missing_keys"] = model.__dict__.pop("_missing_keys", set())
         return (model, info) if output_loading_info else model

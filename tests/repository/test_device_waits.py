@@ -6,7 +6,7 @@ import pytest
 
 from support.scripting import ROOT
 
-FOLDERS = ("kernels", "modeling_arb")
+FOLDERS = ("kernels", "modeling_arb", "training_arb/optim")
 READS = {"item", "tolist", "nonzero", "unique", "cpu", "numpy", "masked_select"}  # methods, and functions of torch
 REDUCTIONS = {"all", "any", "amax", "amin", "argmax", "clamp", "equal", "isfinite", "max", "mean", "min", "sum"}
 CASTS = {"bool", "float", "int"}
@@ -20,7 +20,6 @@ ALLOWED = {
     "modeling_arb/blocks/ternary_codebook.py:TernaryCodebook.apply_observations": "once a step, in optimizer.step()",
     "modeling_arb/blocks/ternary_experts.py:TernaryExperts._visit": "large experts run one by one, each on its rows",
     "modeling_arb/generation/contrastive_search.py:contrastive_search": "once a byte, to end; so does transformers",
-    "modeling_arb/layers/host_copy.py:HostCopy.read": "waits for a copy that was queued long before",
     "modeling_arb/layers/ternary_matrix.py:TernaryMatrix.reset_state": "a number made on the CPU, at initialisation",
     "modeling_arb/layers/ternary_table.py:TernaryTable.receive_gradient": "the touched rows are the work of the update",
 }
