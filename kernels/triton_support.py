@@ -11,6 +11,8 @@ from functools import cache
 
 import torch
 
+from .random_bits import GOLDEN, MULTIPLIERS
+
 try:
     import triton
     import triton.language as tl
@@ -28,8 +30,8 @@ def _leave_uncompiled(function=None, **options):
 jit = triton.jit if triton is not None else _leave_uncompiled
 constexpr = tl.constexpr if triton is not None else int  # a global that a kernel may read
 
-_MULTIPLIER_1, _MULTIPLIER_2 = constexpr(0x7FEB352D), constexpr(0x846CA68B)
-_GOLDEN = constexpr(0x9E3779B9)
+_MULTIPLIER_1, _MULTIPLIER_2 = map(constexpr, MULTIPLIERS)
+_GOLDEN = constexpr(GOLDEN)
 
 
 def triton_runs_on(device: torch.device) -> bool:
@@ -61,8 +63,12 @@ def signed_word(word: int) -> int:
 
 
 def launch(kernel, grid: tuple[int, ...], *arguments, **options) -> None:
-    """Run a kernel on the device of its first argument, a tensor, with every float operation rounded by itself."""
-    device = arguments[0].device
+    """Run a kernel on the device of its first argument, with every float operation rounded by itself.
+
+    An argument may be a NamedTuple of tensors and numbers, whose fields the kernel reads by name.
+    """
+    first = arguments[0][0] if isinstance(arguments[0], tuple) else arguments[0]
+    device = first.device
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[grid](*arguments, enable_fp_fusion=False, **options)
 

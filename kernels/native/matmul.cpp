@@ -18,7 +18,7 @@
 
 namespace {
 
-constexpr int64_t LANES = 16, PANEL = 2 * LANES, DEPTH = 4, TILE_ROWS = 12, TILES_PER_TASK = 40;
+constexpr int64_t LANES = two_bit_layout::ROWS, PANEL = 2 * LANES, DEPTH = 4, TILE_ROWS = 12, TILES_PER_TASK = 40;
 constexpr int64_t WORDS = DEPTH / 2;  // depths in a step of 16-bit numbers
 constexpr int TRITS = 1;              // the offset that stands for them
 constexpr int64_t PREFETCH = 1024;    // bytes ahead in a panel, which streams from the second-level cache

@@ -20,6 +20,7 @@ from arb_kernels.formats.packing_triton import (
     triton_pack_trits,
     triton_unpack_trits,
 )
+from arb_kernels.formats.rule_states import CorrelationState, FlipState, MomentumState
 from arb_kernels.matmul.matvec_triton import triton_packed_matvec
 from arb_kernels.matmul.quantise_triton import triton_quantise_gradient, triton_quantise_tokens, triton_scale_sums
 from arb_kernels.rules.correlation_triton import triton_correlation_update, triton_correlation_update_from_factors
@@ -54,11 +55,10 @@ def call_everything():
     packed, dW = torch.zeros(ROWS, WIDTH, dtype=uint8), torch.zeros(ROWS, COLUMNS)
     ids, scale = torch.zeros(4, dtype=torch.int64), torch.ones(ROWS, GROUPS)
     codes = torch.zeros(ROWS, COLUMNS, dtype=int8)
-    for bits, dtype in ((4, uint8), (8, torch.int16)):
+    for dtype in (torch.int16, uint8):
         accum, accum_exp = torch.zeros(ROWS, COLUMNS, dtype=dtype), torch.zeros(ROWS, BLOCKS, dtype=int8)
-        triton_momentum_update(packed, accum, accum_exp, dW, 1, 0.1, bits=bits)
-    accum = torch.zeros(ROWS, COLUMNS, dtype=uint8)
-    triton_momentum_update(packed, accum, accum_exp, dW[:4], 1, 0.1, row_ids=ids)
+        triton_momentum_update(MomentumState(packed, accum, accum_exp), dW, 1, 0.1)
+    triton_momentum_update(MomentumState(packed, accum, accum_exp), dW[:4], 1, 0.1, row_ids=ids)
     triton_add_gradient(codes, accum_exp, dW, 1)
     triton_add_sum(dW, codes, accum_exp)
     triton_quantise_tokens(dW)
@@ -71,12 +71,12 @@ def call_everything():
     triton_pack_trits(codes)
     triton_packed_matvec(codes[:3], packed, torch.ones(3), torch.ones(ROWS))
     E_accum = torch.zeros(ROWS, GROUPS, dtype=int8)
-    triton_flip_update(packed, E_accum, codes, E_accum, dW, GROUP)
-    corr, steps = torch.zeros(ROWS, GROUPS, dtype=torch.int64), torch.zeros((), dtype=torch.int64)
-    triton_correlation_update(packed, corr, steps, dW, GROUP)
+    triton_flip_update(FlipState(packed, E_accum, codes, E_accum), dW, GROUP)
+    state = CorrelationState(packed, torch.zeros(ROWS, GROUPS, dtype=torch.int64), torch.zeros((), dtype=torch.int64))
+    triton_correlation_update(state, dW, GROUP)
     for dtype in (torch.float32, torch.bfloat16):
         grad_y, x = torch.zeros(8, ROWS, dtype=dtype), torch.zeros(8, COLUMNS, dtype=dtype)
-        triton_correlation_update_from_factors(packed, corr, steps, grad_y, x, GROUP)
+        triton_correlation_update_from_factors(state, grad_y, x, GROUP)
     cell = torch.zeros(8, ROWS // 4)
     for dtype in (torch.float32, torch.bfloat16):
         gates, hidden = torch.zeros(8, ROWS, dtype=dtype), cell.to(dtype)
@@ -87,8 +87,9 @@ def call_everything():
 def all_kernels():
     """Names of the kernels in our Triton modules."""
     names = set()
-    for path in Path(arb_kernels.triton_support.__file__).parent.glob("*_triton.py"):
-        module = __import__(f"arb_kernels.{path.stem}", fromlist=["_"])
+    folder = Path(arb_kernels.triton_support.__file__).parent
+    for path in folder.glob("*/*_triton.py"):
+        module = __import__(f"arb_kernels.{path.parent.name}.{path.stem}", fromlist=["_"])
         names |= {name for name, value in vars(module).items() if isinstance(value, JITFunction)}
     return sorted(name for name in names if name.endswith("_kernel"))
 
