@@ -288,7 +288,7 @@ def draw_update(path: Path) -> None:
     residual, codes = FORM.split(matrix.accum)
     old_step = power_of_two(matrix.accum_exp, QUARTERS)
     dW, noise = matrix.gradient(), random_bits(matrix.key(), 8, 16)
-    new_codes, exponent = fold_momentum(codes, matrix.accum_exp, dW, uniform_from_low_bits(noise), BETA, FORM.levels)
+    new_codes, exponent = fold_momentum(codes, matrix.accum_exp, dW, uniform_from_low_bits(noise), BETA, FORM)
     step = power_of_two(exponent, QUARTERS)
     direction = BETA * new_codes * step + (1 - BETA) * dW
     update = normalise(direction.clone())

@@ -1,9 +1,9 @@
-"""Which implementation of a kernel runs: decided here, overridden by ARB_BACKEND or, in tests, by `use_backend`.
+"""Chooses the implementation of each kernel; ARB_BACKEND or, in tests, `use_backend` overrides the choice.
 
-All of them give the same integers, so the choice is one of speed only. A backend asked for by name runs or fails: the
-first kernel called on tensors of a device that the backend has no kernels for raises ValueError. `native` has them for
-the CPU, `triton` for GPUs (and for the CPU under TRITON_INTERPRET=1), `torch` for every device. Where a backend lacks
-one kernel, or cannot take strided tensors, torch runs that call.
+All backends give the same integers, so the choice affects speed only. `native` has kernels for the CPU, `triton` for
+GPUs (and for the CPU under TRITON_INTERPRET=1), `torch` for every device. A backend that is named runs or fails: it
+raises ValueError at the first kernel called on a device that it has no kernels for. Where a backend lacks one kernel,
+or cannot take strided tensors, torch runs that call.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def _check_runs_on(name: str, device: torch.device) -> None:
 
 
 def backend_for(device: torch.device) -> str:
-    """The fastest backend there is for tensors on `device`, or the one asked for. Raises ValueError where that one
-    does not run on the device."""
+    """The fastest backend available for tensors on `device`, or the one that is named. Raises ValueError where that
+    one does not run on the device."""
     wanted = _override or os.environ.get("ARB_BACKEND")
     if wanted:
         _check_runs_on(wanted, device)

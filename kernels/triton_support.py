@@ -1,7 +1,7 @@
-"""Triton where it is installed: the guard every kernel file uses, how kernels are launched, and what several share.
+"""Import guard, launcher and shared device functions of the Triton kernels; importable without Triton.
 
 The kernels give the same bits as the torch reference. That needs float operations that round one by one: no
-contraction into FMAs (pinned in `launch`), and division and square root correctly rounded (tl.div_rn, tl.sqrt_rn).
+contraction into FMAs (set in `launch`), and division and square root correctly rounded (tl.div_rn, tl.sqrt_rn).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def triton_runs_on(device: torch.device) -> bool:
 
 @cache
 def _is_capable(device: torch.device) -> bool:
-    """Asked once a device: every operation of every layer wants to know."""
+    """Cached: every operation of every layer needs it."""
     return torch.cuda.get_device_capability(device) >= _LEAST_CAPABILITY
 
 

@@ -12,7 +12,7 @@ MAX_UPDATE = 2.0  # in RMS of the update
 STATISTIC_BITS = 15  # of a row's or column's largest element in fixed point
 STATISTIC_OCTAVES = 64  # a column's scale is at most so far from the largest row's
 UPDATE_STEPS = 1024.0  # fixed point of the update before it is set to unit RMS
-UPDATE_LIMIT = 31.0  # largest magnitude in it
+UPDATE_LIMIT = 31.0 * UPDATE_STEPS  # largest magnitude in it
 
 
 @dataclass(frozen=True)
@@ -20,11 +20,6 @@ class MomentumFormat:
     """How residual and momentum share one integer per weight."""
 
     bits: int = 4
-
-    @staticmethod
-    def of(accum: torch.Tensor) -> MomentumFormat:
-        """The format of an accum tensor, by its dtype."""
-        return MomentumFormat({torch.uint8: 4, torch.int16: 8}[accum.dtype])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -39,6 +34,11 @@ class MomentumFormat:
     def levels(self) -> int:
         """Largest momentum code."""
         return 2 ** (self.bits - 1) - 1
+
+    @property
+    def clip(self) -> float:
+        """A block's mean square times this is the square of its momentum step."""
+        return (CLIP_RMS / self.levels) ** 2
 
     @property
     def legal(self) -> tuple[tuple[int, int], ...]:

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+from .momentum_format import MomentumFormat
+
 
 class MomentumState(NamedTuple):
     """Of a matrix (N, K). accum holds residual and momentum code, accum_exp the step of a block of codes."""
@@ -13,6 +15,11 @@ class MomentumState(NamedTuple):
     T_packed: torch.Tensor  # uint8 (N, ceil(K / 5)) trits
     accum: torch.Tensor  # uint8 (N, K), or int16 with momentum_bits 8
     accum_exp: torch.Tensor  # int8 (N, blocks)
+
+    @property
+    def form(self) -> MomentumFormat:
+        """How accum holds two numbers a weight."""
+        return MomentumFormat({torch.uint8: 4, torch.int16: 8}[self.accum.dtype])
 
 
 class FlipState(NamedTuple):
@@ -30,3 +37,9 @@ class CorrelationState(NamedTuple):
     T_packed: torch.Tensor  # uint8 (N, ceil(K / 5)) trits
     corr_accum: torch.Tensor  # int64 (N, groups): minus the sum of sign(dW) * T over the group and over all votes
     step_counter: torch.Tensor  # int64 (), or (N, 1) in a table: how many votes there were
+
+
+def overwrite(state: tuple[torch.Tensor, ...], new: tuple[torch.Tensor, ...]) -> None:
+    """Copy the tensors of a new state over those of a state, in place."""
+    for tensor, value in zip(state, new, strict=True):
+        tensor.copy_(value)

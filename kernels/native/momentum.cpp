@@ -11,7 +11,7 @@ using namespace momentum_format;
 
 constexpr int LOW_HALF = CELL - 1;  // of accum: the residual; the momentum code lies above it
 constexpr float CLIP = (float)((CLIP_RMS / LEVELS) * (CLIP_RMS / LEVELS));
-constexpr float STEPS = (float)UPDATE_STEPS, LIMIT = (float)(UPDATE_LIMIT * UPDATE_STEPS);
+constexpr float STEPS = (float)UPDATE_STEPS, LIMIT = (float)UPDATE_LIMIT;
 
 struct Rule {
     int64_t columns;
@@ -47,6 +47,16 @@ inline __attribute__((always_inline)) void direction_of(const Rule& rule, const 
                                                         const float* dW, int length, float* direction) {
     for (int i = 0; i < length; ++i)
         direction[i] = (float)((int8_t)accum[i] >> BITS) * step * rule.beta + dW[i] * rule.share;
+}
+
+// The update of a block before it is set to unit RMS; returns the block's length.
+inline __attribute__((always_inline)) int unit_of(const Rule& rule, int64_t start, const uint8_t* accum,
+                                                  const int8_t* exponents, const float* dW, float row_scale,
+                                                  const float* column_scale, float* unit) {
+    const int length = rule.columns - start < BLOCK ? (int)(rule.columns - start) : BLOCK;
+    direction_of(rule, accum + start, rule.power[exponents[start / BLOCK] + 128], dW + start, length, unit);
+    for (int i = 0; i < length; ++i) unit[i] = unit[i] * row_scale * column_scale[start + i];
+    return length;
 }
 
 // Folds one row.
@@ -121,12 +131,10 @@ ARB_CLONES int64_t power_row(const Rule& rule, const uint8_t* accum, const int8_
                              float row_scale, const float* column_scale) {
     int64_t total = 0;
     for (int64_t start = 0; start < rule.columns; start += BLOCK) {
-        const int length = rule.columns - start < BLOCK ? (int)(rule.columns - start) : BLOCK;
-        float direction[BLOCK];
-        direction_of(rule, accum + start, rule.power[exponents[start / BLOCK] + 128], dW + start, length, direction);
+        float unit[BLOCK];
+        const int length = unit_of(rule, start, accum, exponents, dW, row_scale, column_scale, unit);
         for (int i = 0; i < length; ++i) {
-            const float unit = direction[i] * row_scale * column_scale[start + i];
-            const int32_t steps = (int32_t)std::nearbyint(clamp(unit * STEPS, LIMIT));
+            const int32_t steps = (int32_t)std::nearbyint(clamp(unit[i] * STEPS, LIMIT));
             total += (int64_t)(steps * steps);
         }
     }
@@ -142,12 +150,10 @@ ARB_CLONES int64_t move_row(const Rule& rule, int64_t row, uint8_t* accum, const
     unpack_row(packed, width, trits);
     int32_t flips = 0;
     for (int64_t start = 0; start < rule.columns; start += BLOCK) {
-        const int length = rule.columns - start < BLOCK ? (int)(rule.columns - start) : BLOCK;
-        float direction[BLOCK];
-        direction_of(rule, accum + start, rule.power[exponents[start / BLOCK] + 128], dW + start, length, direction);
+        float unit[BLOCK];
+        const int length = unit_of(rule, start, accum, exponents, dW, row_scale, column_scale, unit);
         for (int i = 0; i < length; ++i) {
-            const float unit = direction[i] * row_scale * column_scale[start + i];
-            const float update = clamp(unit * inverse_rms, max_update);
+            const float update = clamp(unit[i] * inverse_rms, max_update);
             const uint32_t bits = mix(row_key + (uint32_t)(start + i) * GOLDEN);
             const int32_t shift = (int32_t)std::floor(update * rate + uniform_high(bits));
             const int32_t old_trit = trits[start + i];

@@ -9,12 +9,11 @@ besides its packed trits and exponents E (N, groups) int8, both fixed after init
 from __future__ import annotations
 
 import torch
-from torch.autograd.graph import increment_version
 
 from arb_kernels.backend import uses_triton
 from arb_kernels.formats.groups import group_lengths, split_groups
 from arb_kernels.formats.packing import unpack_trits
-from arb_kernels.formats.rule_states import CorrelationState
+from arb_kernels.formats.rule_states import CorrelationState, overwrite
 
 from .correlation_triton import triton_correlation_update
 
@@ -32,11 +31,8 @@ def correlation_update(state: CorrelationState, dW: torch.Tensor, group_size: in
     """Count one vote of every weight, in place. dW: float32 (N, K), the step's mean gradient."""
     if uses_triton(*state, dW):
         triton_correlation_update(state, dW, group_size)
-        increment_version(state.corr_accum)
-        return
-    new = naive_correlation_update(state, dW, group_size)
-    state.corr_accum.copy_(new.corr_accum)
-    state.step_counter.copy_(new.step_counter)
+    else:
+        overwrite(state[1:], naive_correlation_update(state, dW, group_size)[1:])
 
 
 def correlation_octaves(corr_accum: torch.Tensor, step_counter: torch.Tensor, columns: int, group_size: int):

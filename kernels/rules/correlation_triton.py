@@ -8,6 +8,7 @@ another matmul's dW; where the sums are exact, the votes are equal.
 from __future__ import annotations
 
 import torch
+from torch.autograd.graph import increment_version
 
 from arb_kernels.formats.rule_states import CorrelationState
 from arb_kernels.triton_support import ceil_div, jit, launch, power_of_two_from, tl
@@ -78,6 +79,7 @@ def triton_correlation_update(state: CorrelationState, dW: torch.Tensor, group_s
     assert all(tensor.is_contiguous() for tensor in state)
     votes = (state.T_packed, state.corr_accum)
     launch_votes(correlation_votes_kernel, votes, dW.contiguous(), state.corr_accum.shape[1], group_size)
+    increment_version(state.corr_accum)
     state.step_counter.add_(1)
 
 
@@ -102,4 +104,5 @@ def triton_correlation_update_from_factors(
         GROUPS=tile_groups,
         PLACES=places,
     )
+    increment_version(state.corr_accum)
     state.step_counter.add_(1)

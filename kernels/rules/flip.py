@@ -8,12 +8,11 @@ State of a matrix (N, K), besides its packed trits and group exponents E (N, gro
 from __future__ import annotations
 
 import torch
-from torch.autograd.graph import increment_version
 
 from arb_kernels.backend import uses_triton
 from arb_kernels.formats.groups import split_groups
 from arb_kernels.formats.packing import pack_trits, unpack_trits
-from arb_kernels.formats.rule_states import FlipState
+from arb_kernels.formats.rule_states import FlipState, overwrite
 
 from .flip_triton import triton_flip_update
 
@@ -48,10 +47,7 @@ def flip_update(
     changed trits, int64 ().
     """
     if uses_triton(*state, dW):
-        flips = triton_flip_update(state, dW, group_size, threshold, scale_votes)
-        increment_version(tuple(state))
-        return flips
+        return triton_flip_update(state, dW, group_size, threshold, scale_votes)
     new, flips = naive_flip_update(state, dW, group_size, threshold, scale_votes)
-    for tensor, value in zip(state, new, strict=True):
-        tensor.copy_(value)
+    overwrite(state, new)
     return flips

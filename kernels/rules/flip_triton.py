@@ -8,6 +8,7 @@ columns, the bytes in planes, hence two kernels.
 from __future__ import annotations
 
 import torch
+from torch.autograd.graph import increment_version
 
 from arb_kernels.formats.rule_states import FlipState
 from arb_kernels.triton_support import ceil_div, clamp, digit_of, jit, launch, tl
@@ -95,4 +96,5 @@ def triton_flip_update(
         BR=_MOVE_ROWS,
         BB=_MOVE_BYTES,
     )
+    increment_version(tuple(state))
     return flips

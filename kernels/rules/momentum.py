@@ -28,7 +28,6 @@ from arb_kernels.formats.exponents import (
 from arb_kernels.formats.groups import group_lengths, split_groups, spread_groups
 from arb_kernels.formats.momentum_format import (
     BLOCK,
-    CLIP_RMS,
     MAX_UPDATE,
     STATISTIC_BITS,
     STATISTIC_OCTAVES,
@@ -37,7 +36,7 @@ from arb_kernels.formats.momentum_format import (
     MomentumFormat,
 )
 from arb_kernels.formats.packing import pack_trits, unpack_trits
-from arb_kernels.formats.rule_states import MomentumState
+from arb_kernels.formats.rule_states import MomentumState, overwrite
 from arb_kernels.native_library import native_library, pointer
 from arb_kernels.random_bits import random_bits, random_bits_of_rows, uniform_from_high_bits, uniform_from_low_bits
 
@@ -63,7 +62,7 @@ def fold_momentum(
     dW: torch.Tensor,
     uniform: torch.Tensor,
     beta: float,
-    levels: int,
+    form: MomentumFormat,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """m <- beta * m + (1 - beta) * dW, requantised.
 
@@ -74,9 +73,9 @@ def fold_momentum(
     momentum = _dequantise(codes, exponent).mul_(beta).add_(dW * (1 - beta))
     square_sum = _sum_in_tree(split_groups(momentum * momentum, BLOCK)).squeeze(-1)
     mean_square = square_sum / group_lengths(columns, BLOCK, dW.device)
-    new_exponent = quarter_octaves_covering(mean_square * (CLIP_RMS / levels) ** 2)
+    new_exponent = quarter_octaves_covering(mean_square * form.clip)
     inverse = spread_groups(power_of_two(-new_exponent, QUARTERS), BLOCK, columns)
-    scaled = momentum.mul_(inverse).add_(uniform).floor_().clamp_(-levels, levels)
+    scaled = momentum.mul_(inverse).add_(uniform).floor_().clamp_(-form.levels, form.levels)
     return scaled.to(codes.dtype), new_exponent
 
 
@@ -116,7 +115,7 @@ def normalise(direction: torch.Tensor) -> torch.Tensor:
     ratio = torch.where(column_sum > 0, root / _square_root(column_sum), 0)
     column_scale = ratio * whole_power_of_two(column_octaves.clamp(max=STATISTIC_OCTAVES))
     unit = (direction * row_scale[:, None]).mul_(column_scale)
-    steps = (unit * UPDATE_STEPS).clamp_(-UPDATE_LIMIT * UPDATE_STEPS, UPDATE_LIMIT * UPDATE_STEPS).round_().int()
+    steps = (unit * UPDATE_STEPS).clamp_(-UPDATE_LIMIT, UPDATE_LIMIT).round_().int()
     power = (steps * steps).sum(dtype=torch.int64)
     inverse_rms = torch.where(power > 0, UPDATE_STEPS * unit.numel() ** 0.5 / _square_root(power), 0)
     return unit.mul_(inverse_rms).clamp_(-MAX_UPDATE, MAX_UPDATE)
@@ -137,21 +136,16 @@ def move_weights(
 
 
 def naive_momentum_update(
-    state: MomentumState,
-    dW: torch.Tensor,
-    key: int,
-    lr: float,
-    beta: float = 0.9,
-    row_ids: torch.Tensor | None = None,
+    state: MomentumState, dW: torch.Tensor, key: int, lr: float, beta: float = 0.9, row_ids: torch.Tensor | None = None
 ) -> tuple[MomentumState, torch.Tensor]:
     """`momentum_update` as a pure function: returns the new state and the number of changed trits.
 
     row_ids: int64 (N,): the rows' places in a larger table, which select their random bits. None: 0 to N - 1.
     """
-    form, columns = MomentumFormat.of(state.accum), dW.shape[1]
+    form, columns = state.form, dW.shape[1]
     residual, codes = form.split(state.accum)
     noise = random_bits(key, *dW.shape, dW.device) if row_ids is None else random_bits_of_rows(key, row_ids, columns)
-    codes, exponent = fold_momentum(codes, state.accum_exp, dW, uniform_from_low_bits(noise), beta, form.levels)
+    codes, exponent = fold_momentum(codes, state.accum_exp, dW, uniform_from_low_bits(noise), beta, form)
     update = normalise(_dequantise(codes, exponent).mul_(beta) + dW * (1 - beta))
     trits = unpack_trits(state.T_packed, columns)
     new_trits, residual = move_weights(trits, residual, update, uniform_from_high_bits(noise), lr, form.cell)
@@ -173,15 +167,12 @@ def momentum_update(state: MomentumState, dW: torch.Tensor, key: int, lr: float,
             beta,
             1 - beta,
             MAX_UPDATE,
-            -lr * MomentumFormat.of(state.accum).cell,
+            -lr * state.form.cell,
         )
         increment_version(tuple(state))
         return torch.tensor(flips)
     if uses_triton(*state, dW):
-        flips = triton_momentum_update(state, dW, key, lr, beta)
-        increment_version(tuple(state))
-        return flips
+        return triton_momentum_update(state, dW, key, lr, beta)
     new, flips = naive_momentum_update(state, dW, key, lr, beta)
-    for tensor, value in zip(state, new, strict=True):
-        tensor.copy_(value)
+    overwrite(state, new)
     return flips

@@ -14,17 +14,16 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch.autograd.graph import increment_version
 
 from arb_kernels.formats.exponents import HALF_OCTAVE_FRACTION, QUARTERS, power_table
 from arb_kernels.formats.momentum_format import BLOCK as _BLOCK
 from arb_kernels.formats.momentum_format import (
-    CLIP_RMS,
     MAX_UPDATE,
     STATISTIC_BITS,
     STATISTIC_OCTAVES,
     UPDATE_LIMIT,
     UPDATE_STEPS,
-    MomentumFormat,
 )
 from arb_kernels.formats.rule_states import MomentumState
 from arb_kernels.triton_support import (
@@ -47,7 +46,7 @@ from arb_kernels.triton_support import (
 
 BLOCK = constexpr(_BLOCK)
 _BITS, _OCTAVES, _HALF_OCTAVE = map(constexpr, (STATISTIC_BITS, STATISTIC_OCTAVES, HALF_OCTAVE_FRACTION))
-_STEPS, _LIMIT = constexpr(UPDATE_STEPS), constexpr(UPDATE_LIMIT * UPDATE_STEPS)
+_STEPS, _LIMIT = constexpr(UPDATE_STEPS), constexpr(UPDATE_LIMIT)
 _ABSMAX, _TOTAL, _POWER, _FLIPS = map(constexpr, range(4))  # places in the int64 scalars
 _TILE_ROWS, _MOVE_ROWS, _MOVE_BYTES, _SCALES = 32, 8, 64, 1024
 
@@ -292,12 +291,7 @@ def momentum_move_kernel(
 
 
 def triton_momentum_update(
-    state: MomentumState,
-    dW: torch.Tensor,
-    key: int,
-    lr: float,
-    beta: float = 0.9,
-    row_ids: torch.Tensor | None = None,
+    state: MomentumState, dW: torch.Tensor, key: int, lr: float, beta: float = 0.9, row_ids: torch.Tensor | None = None
 ) -> torch.Tensor:
     """`momentum_update`, in place; dW float32 (N, K). Returns the number of changed trits, int64 ().
 
@@ -307,7 +301,7 @@ def triton_momentum_update(
     for tensor in (*state, row_ids):
         assert tensor is None or tensor.is_contiguous()
     dW = dW.contiguous()
-    (rows, columns), form = dW.shape, MomentumFormat.of(state.accum)
+    (rows, columns), form = dW.shape, state.form
     scalars = torch.zeros(4, dtype=torch.int64, device=dW.device)
     sums = torch.zeros(rows + columns, dtype=torch.int64, device=dW.device)
     maxima = torch.zeros(rows + columns, dtype=torch.int32, device=dW.device)
@@ -316,8 +310,7 @@ def triton_momentum_update(
     of = _Operands(state.accum, state.accum_exp, dW, ids, power, rows, columns, beta, 1 - beta)
     options = {"BITS": form.bits, "SPARSE": row_ids is not None, "BR": _TILE_ROWS}
     grid = (ceil_div(rows, _TILE_ROWS), state.accum_exp.shape[1])
-    clip = (CLIP_RMS / form.levels) ** 2
-    launch(momentum_fold_kernel, grid, of, maxima, signed_word(key), clip, **options)
+    launch(momentum_fold_kernel, grid, of, maxima, signed_word(key), form.clip, **options)
     scalars[0] = maxima[:rows].amax()
     launch(momentum_squares_kernel, grid, of, maxima, sums, **options)
     of_rows, of_columns = ([x[part] for x in (maxima, sums, scales)] for part in (slice(rows), slice(rows, None)))
@@ -332,4 +325,5 @@ def triton_momentum_update(
         *(UPDATE_STEPS * dW.numel() ** 0.5, MAX_UPDATE, -lr * float(form.cell)),
         **(options | {"BR": _MOVE_ROWS, "BB": _MOVE_BYTES}),
     )
+    increment_version(tuple(state))
     return scalars[-1]

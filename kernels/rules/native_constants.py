@@ -68,20 +68,24 @@ TOP = """\
 """
 
 
-def _declaration(name: str, value: int | float) -> str:
-    if isinstance(value, float):
-        return f"constexpr double {name} = {value!r};"
-    kind = "uint32_t" if value >= 1 << 31 else "int"
-    return f"constexpr {kind} {name} = {value if value < 1 << 16 else f'{value:#X}'.replace('X', 'x')};"
+def _type_of(value: int | float) -> str:
+    return "double" if isinstance(value, float) else "int" if value < 1 << 31 else "uint32_t"
+
+
+def _literal(value: int | float) -> str:
+    return repr(value) if value < 1 << 16 else f"0x{value:X}"
 
 
 def header() -> str:
-    """The text of native/constants.h."""
-    parts = [TOP]
+    """The text of native/constants.h: one declaration for each module and C++ type."""
+    lines = [TOP]
     for module, constants in CONSTANTS.items():
-        lines = [_declaration(name, value) for name, value in constants.items()]
-        parts.append("\n".join([f"namespace {module} {{", *lines, f"}}  // namespace {module}\n"]))
-    return "\n".join(parts)
+        lines.append(f"namespace {module} {{")
+        for kind in ("int", "uint32_t", "double"):
+            of_kind = [f"{name} = {_literal(value)}" for name, value in constants.items() if _type_of(value) == kind]
+            lines += [f"constexpr {kind} {', '.join(of_kind)};"] if of_kind else []
+        lines.append("}\n")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ The gradients of micro-batches are summed by row and applied once per step.
 from __future__ import annotations
 
 import torch
-from torch.autograd.graph import increment_version
 
 from arb_kernels.backend import uses_triton
 from arb_kernels.formats.rule_states import MomentumState
@@ -40,9 +39,7 @@ def sparse_momentum_update(
     if not row_ids.numel():
         return torch.zeros((), dtype=torch.int64, device=dW.device)
     if uses_triton(*state, dW):
-        flips = triton_momentum_update(state, dW, key, lr, beta, row_ids.contiguous())
-        increment_version(tuple(state))
-        return flips
+        return triton_momentum_update(state, dW, key, lr, beta, row_ids.contiguous())
     rows, flips = naive_sparse_momentum_update(state, row_ids, dW, key, lr, beta)
     for tensor, new in zip(state, rows, strict=True):
         tensor[row_ids] = new

@@ -17,7 +17,6 @@ from arb_kernels.blocks.lstm_gates_triton import triton_lstm_gates, triton_lstm_
 from arb_kernels.formats.packing_triton import (
     triton_effective_weight,
     triton_gather_rows,
-    triton_pack_trits,
     triton_unpack_trits,
 )
 from arb_kernels.formats.rule_states import CorrelationState, FlipState, MomentumState
@@ -68,7 +67,6 @@ def call_everything():
     triton_unpack_trits(packed, COLUMNS)
     triton_effective_weight(packed, COLUMNS, scale, GROUP, torch.bfloat16)
     triton_gather_rows(packed, ids, COLUMNS, scale[ids], GROUP)
-    triton_pack_trits(codes)
     triton_packed_matvec(codes[:3], packed, torch.ones(3), torch.ones(ROWS))
     E_accum = torch.zeros(ROWS, GROUPS, dtype=int8)
     triton_flip_update(FlipState(packed, E_accum, codes, E_accum), dW, GROUP)

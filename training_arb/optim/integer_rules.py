@@ -18,7 +18,7 @@ from modeling_arb.layers.ternary_table import TernaryTable
 
 @dataclass(frozen=True)
 class UpdateContext:
-    """What a rule needs to know beside the matrix and its gradient."""
+    """What a rule needs besides the matrix and its gradient."""
 
     step: int
     key: int  # of the random bits of this matrix in this step
