@@ -23,7 +23,7 @@ constexpr int AVX2_ONLY = native_library::AVX2, AVX512_VNNI = native_library::AV
 // Below this many elements a second thread costs more than it brings.
 constexpr int64_t PARALLEL_FROM = 1 << 15;
 
-using random_bits::GOLDEN;
+constexpr uint32_t GOLDEN = random_bits::GOLDEN_STEP;
 
 // lowbias32 of random_bits.py
 static inline __attribute__((always_inline)) uint32_t mix(uint32_t word) {

@@ -9,7 +9,7 @@ constexpr int ABI_VERSION = 4, AVX2 = 1, AVX512_VNNI = 2;
 
 namespace random_bits {
 constexpr int MULTIPLIER_1 = 0x7FEB352D;
-constexpr uint32_t MULTIPLIER_2 = 0x846CA68B, GOLDEN = 0x9E3779B9;
+constexpr uint32_t MULTIPLIER_2 = 0x846CA68B, GOLDEN_STEP = 0x9E3779B9;
 }
 
 namespace packing {

@@ -11,13 +11,11 @@ from __future__ import annotations
 import torch
 
 from arb_kernels.backend import uses_triton
-from arb_kernels.formats.groups import group_lengths, split_groups
+from arb_kernels.formats.groups import split_groups
 from arb_kernels.formats.packing import unpack_trits
 from arb_kernels.formats.rule_states import CorrelationState, overwrite
 
 from .correlation_triton import triton_correlation_update
-
-STRENGTH = 4.0
 
 
 def naive_correlation_update(state: CorrelationState, dW: torch.Tensor, group_size: int) -> CorrelationState:
@@ -33,9 +31,3 @@ def correlation_update(state: CorrelationState, dW: torch.Tensor, group_size: in
         triton_correlation_update(state, dW, group_size)
     else:
         overwrite(state[1:], naive_correlation_update(state, dW, group_size)[1:])
-
-
-def correlation_octaves(corr_accum: torch.Tensor, step_counter: torch.Tensor, columns: int, group_size: int):
-    """float32 (N, groups): STRENGTH * the mean correlation of all votes, which is added to log2 of the scale."""
-    votes = step_counter.clamp(min=1) * group_lengths(columns, group_size, corr_accum.device)
-    return (STRENGTH * corr_accum.double() / votes).float()

@@ -26,9 +26,9 @@ CONSTANTS: dict[str, dict[str, int | float]] = {
         "AVX512_VNNI": native_library.AVX512_VNNI,
     },
     "random_bits": {
-        "MULTIPLIER_1": random_bits.MULTIPLIERS[0],
-        "MULTIPLIER_2": random_bits.MULTIPLIERS[1],
-        "GOLDEN": random_bits.GOLDEN,
+        "MULTIPLIER_1": random_bits.MIX_MULTIPLIERS[0],
+        "MULTIPLIER_2": random_bits.MIX_MULTIPLIERS[1],
+        "GOLDEN_STEP": random_bits.GOLDEN_STEP,
     },
     "packing": {
         "TRITS_PER_BYTE": packing.TRITS_PER_BYTE,

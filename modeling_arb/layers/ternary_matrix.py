@@ -10,19 +10,16 @@ import torch
 from transformers import initialization as init
 from transformers.utils import logging
 
+from arb_kernels.formats.correlation_scale import correlation_octaves
 from arb_kernels.formats.exponents import EIGHTHS, power_of_two
 from arb_kernels.formats.groups import num_groups
 from arb_kernels.formats.packing import TRITS_PER_BYTE, packed_width, unpack_trits
 from arb_kernels.formats.scaled_rows import effective_weight
 from arb_kernels.formats.state_layout import StateTensor, state_layout
 from arb_kernels.formats.two_bit_layout import decoding_form
-from arb_kernels.rules.correlation import correlation_octaves
 
 from .absent_parameters import AbsentWeight
 from .integer_state import IntegerState
-
-logger = logging.get_logger(__name__)
-
 
 SEVERAL_BACKWARDS = "call IntegerOptimizer.begin_micro_batch(last=False) before the forwards of an accumulated step"
 DECODED, ROW_SCALES, UNPACKED = "weights laid out to decode", "row scales", "unpacked trits"
@@ -87,6 +84,15 @@ class TernaryMatrix(IntegerState):
     are called once per byte.
     """
 
+    T_packed: torch.Tensor
+    E: torch.Tensor
+    accum: torch.Tensor  # this and what follows: where the update rule has it
+    accum_exp: torch.Tensor
+    T_accum: torch.Tensor
+    E_accum: torch.Tensor
+    corr_accum: torch.Tensor
+    step_counter: torch.Tensor
+
     shared = False
     keeps_trits = False
     _kept: tuple[tuple[int, int], torch.Tensor, torch.Tensor] | None = None
@@ -103,7 +109,7 @@ class TernaryMatrix(IntegerState):
         self.init_fan_in = init_fan_in
         self.integer_matmuls = config.compute != "float" and self.group_size == columns
         if config.compute == "int8" and not self.integer_matmuls:
-            logger.warning_once(
+            logging.get_logger(__name__).warning_once(
                 f"compute='int8' needs one scale a row: float matmuls, as group_size={config.group_size}"
             )
         self.inference_tensors = [name for name, spec in self.layout().items() if spec.inference]

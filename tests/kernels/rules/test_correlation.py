@@ -3,14 +3,10 @@
 import pytest
 import torch
 
+from arb_kernels.formats.correlation_scale import STRENGTH, correlation_octaves
 from arb_kernels.formats.packing import pack_trits, unpack_trits
 from arb_kernels.formats.rule_states import CorrelationState
-from arb_kernels.rules.correlation import (
-    STRENGTH,
-    correlation_octaves,
-    correlation_update,
-    naive_correlation_update,
-)
+from arb_kernels.rules.correlation import correlation_update, naive_correlation_update
 from support.tensors import assert_same, copied, random_trits
 
 CASES = [

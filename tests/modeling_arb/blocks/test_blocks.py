@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from arb_kernels.blocks.ngram_hash import hash_tokens, mix, ngram_slots, to_slot
+from arb_kernels.blocks.ngram_hash import hash_tokens, mix_bits, ngram_slots, to_slot
 from configuration_arb import preset_config
 from configuration_arb.block_options import BLOCK_OPTIONS
 from modeling_arb import ArbForCausalLM
@@ -235,7 +235,7 @@ def test_hashes_spread_and_keep_order():
     slots = to_slot(hash_tokens(pairs, 0), 100)
     counts = torch.bincount(slots, minlength=100)
     assert slots.min() >= 0 and len(counts) == 100 and counts.max() < 3 * counts.float().mean()
-    flipped = (mix(torch.arange(1000)) ^ mix(torch.arange(1000) ^ 1)) & 0xFFFFFFFF
+    flipped = (mix_bits(torch.arange(1000)) ^ mix_bits(torch.arange(1000) ^ 1)) & 0xFFFFFFFF
     share = sum((flipped >> bit & 1).float().mean() for bit in range(32)) / 32
     assert 0.4 < share < 0.6
 

@@ -1,8 +1,8 @@
 """Draw the figures of docs/concepts.md from what the kernels really compute, into docs/figures/.
 
 examples:
-  python docs/draw_figures.py
-  python docs/draw_figures.py elsewhere/
+  python docs/tools/draw_figures.py
+  python docs/tools/draw_figures.py elsewhere/
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from arb_kernels.formats.rule_states import MomentumState
 from arb_kernels.random_bits import random_bits, stream_key, uniform_from_high_bits, uniform_from_low_bits
 from arb_kernels.rules.momentum import fold_momentum, momentum_update, move_weights, normalise
 
-FOLDER = Path(__file__).resolve().parent / "figures"
+FOLDER = Path(__file__).resolve().parent.parent / "figures"
 DPI = 130
 MINUS, ZERO, PLUS, INK, FAINT, MARK = "#d1495b", "#f0eee9", "#1b6ca8", "#222222", "#8a8a8a", "#e08e45"
 TRIT_COLOURS = ListedColormap([MINUS, ZERO, PLUS])
