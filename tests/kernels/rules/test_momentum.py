@@ -10,11 +10,7 @@ from arb_kernels.formats.momentum_format import MAX_UPDATE, MomentumFormat
 from arb_kernels.formats.packing import packed_width, unpack_trits
 from arb_kernels.formats.rule_states import MomentumState
 from arb_kernels.random_bits import stream_key
-from arb_kernels.rules.momentum import (
-    move_weights,
-    naive_momentum_update,
-    normalise,
-)
+from arb_kernels.rules.momentum import move_weights, naive_momentum_update, normalise
 from support.tensors import assert_same, copied, random_gradient, random_momentum_state, random_trits, shapes
 
 BETA = 0.9
