@@ -13,6 +13,9 @@ $(STAMP): setup.py setup.cfg pyproject.toml constraints.txt $(wildcard kernels/n
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	mkdir -p $(VENV)/links
+	ln -sfn ../../kernels $(VENV)/links/arb_kernels
+	ln -sfn ../../scripts $(VENV)/links/arb_scripts
 	touch $(STAMP)
 
 pretrain: venv
@@ -29,6 +32,7 @@ settings: venv
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
 
 bench: venv
 	$(BIN)/python scripts/benchmark_true_ternary.py --json runs/benchmark_true_ternary.json

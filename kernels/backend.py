@@ -8,6 +8,7 @@ one kernel, or cannot take strided tensors, torch runs that call.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,10 +16,11 @@ from functools import cache
 
 import torch
 
-from .native_library import AVX2, AVX512_VNNI, native_library
+from .native_library import AVX2, AVX512_VNNI, find_native_library, native_library
 from .triton_support import triton, triton_runs_on
 
 BACKENDS = ("torch", "native", "triton")
+INSTALL = "run `pip install PATH`, PATH being a checkout of the ARB repository (it needs a C++ compiler)"
 INSTRUCTION_SETS = ("best", "avx2")
 CPU = torch.device("cpu")
 _override: str | None = None
@@ -40,7 +42,7 @@ def _check_installed(name: str) -> None:
     if name not in BACKENDS:
         raise ValueError(f"ARB_BACKEND={name!r} is not one of {', '.join(BACKENDS)}")
     if name == "native" and native_library() is None:
-        raise ValueError("ARB_BACKEND='native', but the native kernels are not built: reinstall with a C++ compiler")
+        raise ValueError(f"ARB_BACKEND='native': {find_native_library().fault}; {INSTALL}")
     if name == "triton" and triton is None:
         raise ValueError("ARB_BACKEND='triton', but triton is not installed: pip install triton")
 
@@ -55,15 +57,27 @@ def _check_runs_on(name: str, device: torch.device) -> None:
 
 
 def backend_for(device: torch.device) -> str:
-    """The fastest backend there is for tensors on `device`, or the one asked for. Raises ValueError where that one
-    does not run on the device."""
+    """The fastest backend for tensors on `device`, or the one asked for. Raises ValueError where that one does not run
+    on the device. Warns once where the native kernels are not found on a CPU."""
     wanted = _override or os.environ.get("ARB_BACKEND")
     if wanted:
         _check_runs_on(wanted, device)
         return wanted
+    if device.type == "cpu" and native_library() is not None:
+        return "native"
     if device.type == "cpu":
-        return "native" if native_library() is not None else "torch"
+        _warn_of_slow_kernels()
+        return "torch"
     return "triton" if triton_runs_on(device) else "torch"
+
+
+@cache
+def _warn_of_slow_kernels() -> None:
+    """Once a process: without this line nobody would know that the same code can be faster."""
+    logging.getLogger(__name__).warning(
+        f"ARB runs on torch's CPU kernels, the native ones are faster: {find_native_library().fault}; {INSTALL}, or set"
+        " ARB_BACKEND=torch to keep torch's"
+    )
 
 
 def _all_contiguous(tensors: tuple[torch.Tensor | None, ...]) -> bool:
@@ -71,15 +85,14 @@ def _all_contiguous(tensors: tuple[torch.Tensor | None, ...]) -> bool:
     return all([tensor is None or tensor.is_contiguous() for tensor in tensors])  # noqa: C419
 
 
-def uses_native(*tensors: torch.Tensor | None) -> bool:
+def uses_native(first: torch.Tensor, *others: torch.Tensor | None) -> bool:
     """Whether the native kernels take these tensors: on the CPU, and contiguous where they are given."""
-    return tensors[0].is_cpu and backend_for(CPU) == "native" and _all_contiguous(tensors)
+    return first.is_cpu and backend_for(CPU) == "native" and _all_contiguous((first, *others))
 
 
-def uses_triton(*tensors: torch.Tensor | None) -> bool:
+def uses_triton(first: torch.Tensor, *others: torch.Tensor | None) -> bool:
     """Whether the Triton kernels take these tensors: where Triton runs, and contiguous where they are given."""
-    device = tensors[0].device
-    return backend_for(device) == "triton" and _all_contiguous(tensors)
+    return backend_for(first.device) == "triton" and _all_contiguous((first, *others))
 
 
 def instruction_set() -> int:

@@ -1,14 +1,17 @@
-"""The native CPU kernels: found, loaded and checked once, through a plain C ABI. Absent, torch does the work.
+"""The native CPU kernels: a shared library, found, checked and loaded once, and called through a plain C ABI.
 
-`pip install` compiles kernels/native/*.cpp where there is a compiler (setup.py). The library takes its threads from the
-OpenMP runtime that torch brings, so `torch.set_num_threads` governs it too.
+`pip install` compiles kernels/native/*.cpp where there is a compiler (setup.py), and puts the library into the package
+arb_kernels. This code looks there, and first beside itself: as part of a model from the hub it stands elsewhere. The
+library takes its threads from the OpenMP runtime that torch brings, so `torch.set_num_threads` governs it too.
 """
 
 from __future__ import annotations
 
 import ctypes
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -32,23 +35,43 @@ _SIGNATURES = {
 }
 
 
-@cache
+class NativeSearch(NamedTuple):
+    """The loaded library, or None and why."""
+
+    library: ctypes.CDLL | None
+    fault: str = ""
+
+
 def native_library() -> ctypes.CDLL | None:
-    """The loaded library, or None where it was not built, is of another version, or cannot be loaded."""
-    for path in sorted(Path(__file__).parent.glob("arb_native*.so")):
+    """The loaded library, or None where it is not installed, is of another version, or cannot be loaded."""
+    return find_native_library().library
+
+
+@cache
+def find_native_library() -> NativeSearch:
+    """Load the first library of this code's ABI version, beside this file or in the installed package arb_kernels."""
+    installed = find_spec("arb_kernels")
+    folders = [Path(__file__).parent, *map(Path, (installed and installed.submodule_search_locations) or ())]
+    faults = []
+    for path in [path for folder in folders for path in sorted(folder.glob("arb_native*.so"))]:
         try:
             library = ctypes.CDLL(str(path))
-            if library.arb_abi_version() != ABI_VERSION:
-                continue
-            for name, (result, arguments) in _SIGNATURES.items():
-                function = getattr(library, name, None)  # the matmuls exist on x86 only
-                if function is None:
-                    continue
-                function.restype, function.argtypes = result, arguments
-            return library
-        except (OSError, AttributeError):  # not loadable here, or not ours
+            version = library.arb_abi_version()
+        except (OSError, AttributeError) as error:  # not loadable here, or not ours
+            faults.append(f"{path} cannot be loaded ({error})")
             continue
-    return None
+        if version == ABI_VERSION:
+            return NativeSearch(_with_signatures(library))
+        faults.append(f"{path} has ABI version {version}, not {ABI_VERSION}")
+    return NativeSearch(None, faults[0] if faults else "no library of the package arb_kernels was found")
+
+
+def _with_signatures(library: ctypes.CDLL) -> ctypes.CDLL:
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(library, name, None)  # the matmuls exist on x86 only
+        if function is not None:
+            function.restype, function.argtypes = result, arguments
+    return library
 
 
 def pointer(tensor: torch.Tensor | None) -> int | None:

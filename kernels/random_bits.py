@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 
 _MASK = 0xFFFFFFFF
-_MULTIPLIERS = (0x7FEB352D, 0x846CA68B)
-_GOLDEN = 0x9E3779B9
+MIX_MULTIPLIERS = (0x7FEB352D, 0x846CA68B)
+GOLDEN_STEP = 0x9E3779B9
 
 
 def _signed(word: int) -> int:
@@ -21,18 +21,18 @@ def _signed(word: int) -> int:
 
 def _mix_word(word: int) -> int:
     word ^= word >> 16
-    word = word * _MULTIPLIERS[0] & _MASK
+    word = word * MIX_MULTIPLIERS[0] & _MASK
     word ^= word >> 15
-    word = word * _MULTIPLIERS[1] & _MASK
+    word = word * MIX_MULTIPLIERS[1] & _MASK
     return word ^ (word >> 16)
 
 
 def _mix(words: torch.Tensor) -> torch.Tensor:
     """The same mixer over int32 (...), in place; `>>` is arithmetic there, so the shifted-in sign bits are masked."""
     words ^= (words >> 16) & 0xFFFF
-    words *= _signed(_MULTIPLIERS[0])
+    words *= _signed(MIX_MULTIPLIERS[0])
     words ^= (words >> 15) & 0x1FFFF
-    words *= _signed(_MULTIPLIERS[1])
+    words *= _signed(MIX_MULTIPLIERS[1])
     words ^= (words >> 16) & 0xFFFF
     return words
 
@@ -43,14 +43,14 @@ def stream_key(*counters: int) -> int:
     for counter in counters:
         assert 0 <= counter < 1 << 64
         for word in (counter & _MASK, counter >> 32):
-            key = (_mix_word(key ^ word) + _GOLDEN) & _MASK
+            key = (_mix_word(key ^ word) + GOLDEN_STEP) & _MASK
     return key
 
 
 def random_bits_of_rows(key: int, row_ids: torch.Tensor, columns: int) -> torch.Tensor:
     """row_ids int (R,) -> int32 (R, columns): those rows of a stream of 32 random bits an element."""
     row_keys = _mix(row_ids.int() ^ _signed(key))
-    steps = torch.arange(columns, dtype=torch.int32, device=row_ids.device) * _signed(_GOLDEN)
+    steps = torch.arange(columns, dtype=torch.int32, device=row_ids.device) * _signed(GOLDEN_STEP)
     return _mix(row_keys[:, None] + steps)
 
 

@@ -8,16 +8,21 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
+
+from .random_bits import GOLDEN_STEP, MIX_MULTIPLIERS
 
 try:
     import triton
     import triton.language as tl
+    from triton import knobs
 except ImportError:
-    triton = tl = None
+    if not TYPE_CHECKING:
+        triton = tl = knobs = None
 
-INTERPRETED = triton is not None and triton.knobs.runtime.interpret
+INTERPRETED = triton is not None and knobs.runtime.interpret
 _LEAST_CAPABILITY = (8, 0)  # int8 tensor cores as the kernels use them
 
 
@@ -28,8 +33,8 @@ def _leave_uncompiled(function=None, **options):
 jit = triton.jit if triton is not None else _leave_uncompiled
 constexpr = tl.constexpr if triton is not None else int  # a global that a kernel may read
 
-_MULTIPLIER_1, _MULTIPLIER_2 = constexpr(0x7FEB352D), constexpr(0x846CA68B)
-_GOLDEN = constexpr(0x9E3779B9)
+_MULTIPLIER_1, _MULTIPLIER_2 = map(constexpr, MIX_MULTIPLIERS)
+_GOLDEN = constexpr(GOLDEN_STEP)
 
 
 def triton_runs_on(device: torch.device) -> bool:
@@ -123,7 +128,7 @@ def clamp(x, limit):
 
 
 @jit
-def cast_float(x, dtype: tl.constexpr):
+def cast_float(x, dtype: tl.constexpr):  # pyright: ignore[reportInvalidTypeForm]
     """float32 -> dtype, to nearest even. The interpreter truncates to bfloat16, so it gets nothing to cut off."""
     if dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)

@@ -1,15 +1,13 @@
-"""ArbModel and ArbForCausalLM, registered with transformers' Auto classes; saving a model here also writes its code."""
+"""ArbModel and ArbForCausalLM, registered with transformers' Auto classes."""
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from configuration_arb import ArbConfig
-from modeling_arb.checkpoints.remote_code import export_code
 from modeling_arb.generation.contrastive_search import contrastive_search
 
 from .modeling_arb import ArbForCausalLM, ArbModel
 from .pretrained import ArbPreTrainedModel
 
-ArbPreTrainedModel._export_code = staticmethod(export_code)
 AutoConfig.register("arb", ArbConfig)
 AutoModel.register(ArbConfig, ArbModel)
 AutoModelForCausalLM.register(ArbConfig, ArbForCausalLM)

@@ -5,29 +5,36 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from configuration_arb.configuration_arb import ArbConfig
 from modeling_arb.checkpoints.checked_loading import CheckedLoading
 from modeling_arb.checkpoints.file_modes import follow_umask
+from modeling_arb.checkpoints.remote_code import SavesItsCode
 from modeling_arb.layers.absent_parameters import AbsentParameters
 from modeling_arb.layers.integer_state import IntegerState
 from modeling_arb.layers.ternary_matrix import TernaryMatrix
 
 
-class ArbPreTrainedModel(CheckedLoading, PreTrainedModel):
+class ArbPreTrainedModel(SavesItsCode, CheckedLoading):
     """What ARB models share: no parameter at all, so device, dtype and counts come from buffers and config."""
 
+    config: ArbConfig
     config_class = ArbConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["ContextBlock"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
-    _export_code = None  # set by the repo's package: writes the remote-code files beside a checkpoint
+
+    if TYPE_CHECKING:
+
+        def to(self, *args, **kwargs) -> Self:
+            """nn.Module.to, whose signature PreTrainedModel hides from type checkers."""
+            ...
 
     @property
     def device(self) -> torch.device:
@@ -92,8 +99,6 @@ class ArbPreTrainedModel(CheckedLoading, PreTrainedModel):
         super().save_pretrained(save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
         if is_main_process:
             follow_umask(Path(save_directory).glob("model*.safetensors"))
-        if self._export_code is not None and is_main_process:
-            self._export_code(save_directory)
 
     def _inference_state(self, state_dict: dict) -> dict:
         training = {

@@ -22,6 +22,7 @@ from dataclasses import asdict
 
 from configuration_arb import PRESETS, ArbConfig, preset_config
 from modeling_arb import ArbForCausalLM
+from training_arb.checkpoints.checkpoint_files import check_finished
 from training_arb.cli.command_line import HelpFormatter, run
 from training_arb.common.atomic_files import write_json
 from training_arb.common.cpu_allocator import keep_freed_memory
@@ -86,6 +87,7 @@ def main() -> int:
         config = preset_config(args.preset, update_rule=args.update_rule)
         audit, memory = audit_built(config) if args.allocate else (audit_config(config), None)
     else:
+        check_finished(args.model_dir)
         audit = audit_folder(args.model_dir)
     if args.batch:
         step = forecast(config, args)

@@ -17,25 +17,23 @@ from __future__ import annotations
 
 import training_arb.common.thread_waiting
 
-import logging
-import signal
 import sys
 import time
 import warnings
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from peft import PeftModel
 from transformers import HfArgumentParser, set_seed
-from transformers.utils.logging import disable_progress_bar
 
 from modeling_arb import ArbForCausalLM
 from tokenization_arb import ArbTokenizer
 from training_arb.checkpoints.checkpoint_files import write_checksums
-from training_arb.cli.command_line import HelpFormatter, run
+from training_arb.checkpoints.run_checkpoints import checkpoint_to_resume
+from training_arb.cli.command_line import HelpFormatter, quiet_transformers, run
 from training_arb.common.atomic_files import new_folder, write_json
 from training_arb.common.cpu_allocator import keep_freed_memory
 from training_arb.data.chat_data import (
@@ -59,7 +57,7 @@ from training_arb.lora.lora_adapter import (
     save_adapter,
 )
 from training_arb.lora.lora_merge import merge_adapter
-from training_arb.lora.lora_trainer import LoraTrainer, LoraTrainingArguments, adapter_checkpoint_to_resume
+from training_arb.lora.lora_trainer import LoraTrainer, LoraTrainingArguments, check_adapter_checkpoint
 from training_arb.report.training_plots import plot_finetuning
 
 INSTRUCTIONS = Path(training_arb.__file__).parent / "data" / "instructions.jsonl"
@@ -74,7 +72,7 @@ class LoraArguments:
 
     data: str | None = field(
         default=None,
-        metadata={"help": "A .jsonl of conversations. Default: 500 of them that stand beside this script."},
+        metadata={"help": "A .jsonl of conversations. Default: 500 that come with the package."},
     )
     dataset: str | None = field(default=None, metadata={"help": "Hub dataset of conversations, instead of --data."})
     split: str = field(default="train", metadata={"help": "Which part of --dataset."})
@@ -92,19 +90,25 @@ class LoraArguments:
     )
 
 
-def read_data(arguments: LoraArguments) -> tuple[list[Conversation], list[Conversation], Conversations]:
-    """Training and held-out conversations, and all that was read."""
+@dataclass
+class Data:
+    """Conversations to train on and held-out ones, and all that was read."""
+
+    train: list[Conversation]
+    held_out: list[Conversation]
+    read: Conversations
+
+
+def read_data(arguments: LoraArguments) -> Data:
     if arguments.ctx < 8 or arguments.hold_out_every < 2:
         raise ValueError(
             f"ctx={arguments.ctx}, hold_out_every={arguments.hold_out_every}: need ctx >= 8, hold_out_every >= 2"
         )
-    if arguments.data is None:
-        arguments.data = str(INSTRUCTIONS)
     if arguments.dataset:
         read = load_hub_conversations(arguments.dataset, arguments.split, arguments.ctx)
     else:
         read = read_conversations(arguments.data, arguments.ctx)
-    return *split_conversations(read.kept, arguments.hold_out_every), read
+    return Data(*split_conversations(read.kept, arguments.hold_out_every), read)
 
 
 def sample_answers(model: ArbForCausalLM, conversations: Sequence[Conversation]) -> list[dict[str, str]]:
@@ -120,123 +124,162 @@ def sample_answers(model: ArbForCausalLM, conversations: Sequence[Conversation])
     return shown
 
 
-def main() -> int:
-    started = time.time()
+def build_parser() -> HfArgumentParser:
     parser = HfArgumentParser(
         (LoraArguments, LoraTrainingArguments), description=__doc__, formatter_class=HelpFormatter
     )
     parser.add_argument("model", help="a pretrained model's folder or hub name; with --merge also an adapter's folder")
-    arguments, args, positional = parser.parse_args_into_dataclasses()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    disable_progress_bar()  # of each file that transformers reads or writes
+    return parser
+
+
+@dataclass
+class PreparedRun:
+    """What a run is made of."""
+
+    model_name: str
+    arguments: LoraArguments
+    trainer: LoraTrainer
+    data: Data
+    base_weights: int
+    before: dict[str, float]  # losses of the base
+    started: float
+
+    @property
+    def source(self) -> str:
+        return self.arguments.dataset or self.arguments.data
+
+    @property
+    def base_sha256(self) -> str:
+        return self.trainer.run_description["base_sha256"]
+
+
+def main() -> int:
+    started = time.time()
+    arguments, args, positional = build_parser().parse_args_into_dataclasses()
+    arguments = replace(arguments, data=arguments.data or str(INSTRUCTIONS))
+    quiet_transformers()
     warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)  # peft asks for it
     keep_freed_memory()
-    resume, faults = adapter_checkpoint_to_resume(args.output_dir, args.resume_from_checkpoint)
-    for fault in faults:
-        print(f"warning: {fault}; going on from {resume} instead", file=sys.stderr)
-    train, held_out, read = read_data(arguments)
+    resume, said = checkpoint_to_resume(args.output_dir, args.resume_from_checkpoint, check_adapter_checkpoint)
+    for warning in said:
+        print(f"warning: {warning}", file=sys.stderr)
+    data = read_data(arguments)
     if is_adapter(positional.model):
         if not arguments.merge:
             raise ValueError(f"model={positional.model!r} is an adapter: give its base, or --merge true")
-        return merge(load_adapter(positional.model), args, train, held_out)
+        merge(load_adapter(positional.model), args, data)
+        return 0
+    prepared = prepare(positional.model, arguments, args, data, started)
+    prepared.trainer.train(resume_from_checkpoint=resume or False)
+    if prepared.trainer.interruption.signum:
+        return prepared.trainer.end_early()
+    if prepared.trainer.is_world_process_zero():
+        finish(prepared)
+        if arguments.merge:
+            merge(prepared.trainer.model, args, data)
+    return 0
+
+
+def prepare(
+    name: str, arguments: LoraArguments, args: LoraTrainingArguments, data: Data, started: float
+) -> PreparedRun:
+    """A fresh adapter over the model called `name`, its losses, and the trainer."""
     set_seed(args.seed)
-    base = load_model(positional.model)
-    base.name_or_path = str(Path(positional.model).resolve()) if Path(positional.model).is_dir() else positional.model
-    sha256 = base_hash(base)
-    weights = base.num_parameters()
+    base = load_model(name)
+    base.name_or_path = str(Path(name).resolve()) if Path(name).is_dir() else name
+    sha256, weights = base_hash(base), base.num_parameters()
     model = add_adapter(base, arguments.r, arguments.alpha, arguments.dropout, arguments.target_modules, arguments.dora)
-    parameters, source = adapter_parameters(model), arguments.dataset or arguments.data
     if args.should_log:
-        print(f"base      {positional.model}: {weights:,} ternary weights, frozen, sha256 {sha256[:16]}")
-        print(f"adapter   rank {arguments.r}{', DoRA' if arguments.dora else ''}: {parameters:,} float parameters")
-        print(f"data      {source}: {len(train)} conversations, and {len(held_out)} held out;", end=" ")
-        print(f"{read.cut} cut at {arguments.ctx} bytes, {read.dropped} left out as nothing was said before that")
-    before = losses(model, train, held_out, args)
+        print(f"base      {name}: {weights:,} ternary weights, frozen, sha256 {sha256[:16]}")
+        parameters, kind = adapter_parameters(model), ", DoRA" if arguments.dora else ""
+        print(f"adapter   rank {arguments.r}{kind}: {parameters:,} float parameters")
+        source = arguments.dataset or arguments.data
+        print(f"data      {source}: {len(data.train)} conversations, and {len(data.held_out)} held out;", end=" ")
+        print(f"{data.read.cut} cut at {arguments.ctx} bytes, {data.read.dropped} left out: no answer by then")
+    before = losses(model, data, args.per_device_eval_batch_size)
     trainer = LoraTrainer(
         model,
         args,
         run_description={
-            **{name: getattr(arguments, name) for name in sorted(set(vars(arguments)) - {"merge"})},
+            **{name: value for name, value in vars(arguments).items() if name != "merge"},
             "base_sha256": sha256,
-            "data_crc32": zlib.crc32(repr(read.kept).encode()),
+            "data_crc32": zlib.crc32(repr(data.read.kept).encode()),
             "seed": args.seed,
             "batch": args.per_device_train_batch_size * args.gradient_accumulation_steps,
         },
-        train_dataset=ConversationDataset(train),
-        eval_dataset=ConversationDataset(held_out),
+        train_dataset=ConversationDataset(data.train),
+        eval_dataset=ConversationDataset(data.held_out),
     )
-    trainer.train(resume_from_checkpoint=resume or False)
-    if trainer.interruption.signum:
-        return stop_early(trainer)
-    if trainer.is_world_process_zero():
-        after = losses(model, train, held_out, args)
-        if base_hash(model) != sha256:
-            raise RuntimeError("the frozen base has changed")
-        answers = sample_answers(model, held_out)
-        with new_folder(Path(args.output_dir) / "final") as folder:
-            save_adapter(model, folder)
-            ArbTokenizer().save_pretrained(folder)
-            size = (folder / ADAPTER_WEIGHTS).stat().st_size
-            write_checksums(folder)
-        report = {
-            "base": positional.model,
-            "base_sha256": sha256,
-            "weights": weights,
-            "adapter_parameters": parameters,
-            "adapter_bytes": size,
-            "adapter_share_of_float16": size / (FLOAT16_BYTES * weights),
-            "data": source,
-            "conversations": {
-                "train": len(train),
-                "held_out": len(held_out),
-                "cut": read.cut,
-                "left_out": read.dropped,
-            },
-            "loss_before": before,
-            "loss_after": after,
-            "reduction": {name: 1 - after[name] / before[name] for name in before},
-            "steps": trainer.state.global_step,
-            "seconds": round(time.time() - started, 1),
-            "settings": {
-                **vars(arguments),
-                **{name: getattr(args, name) for name in LoraTrainingArguments.__annotations__},
-            },
-            "samples": answers,
-            "history": trainer.state.log_history,
-        }
-        write_json(Path(args.output_dir) / "report.json", report)
-        plot_finetuning(
-            trainer.state.log_history,
-            before["held_out"],
-            after["train"],
-            after["held_out"],
-            Path(args.output_dir) / "loss.png",
-            f"rank {arguments.r} on {Path(source).name}, {parameters:,} parameters",
-        )
-        show(report, args.output_dir)
-        if arguments.merge:
-            return merge(model, args, train, held_out)
-    return 0
+    return PreparedRun(name, arguments, trainer, data, weights, before, started)
+
+
+def finish(prepared: PreparedRun) -> None:
+    """Measure, write and show what the run ends with."""
+    trainer, output_dir = prepared.trainer, Path(prepared.trainer.args.output_dir)
+    after = losses(trainer.model, prepared.data, trainer.args.per_device_eval_batch_size)
+    if base_hash(trainer.model) != prepared.base_sha256:
+        raise RuntimeError("the frozen base has changed")
+    answers = sample_answers(trainer.model, prepared.data.held_out)
+    with new_folder(output_dir / "final") as folder:
+        save_adapter(trainer.model, folder)
+        ArbTokenizer().save_pretrained(folder)
+        size = (folder / ADAPTER_WEIGHTS).stat().st_size
+        write_checksums(folder)
+    report = describe(prepared, after, answers, size)
+    write_json(output_dir / "report.json", report)
+    title = f"rank {prepared.arguments.r} on {Path(prepared.source).name}, {report['adapter_parameters']:,} parameters"
+    plot_finetuning(
+        trainer.state.log_history,
+        prepared.before["held_out"],
+        after["train"],
+        after["held_out"],
+        output_dir / "loss.png",
+        title,
+    )
+    show(report, trainer.args.output_dir)
+
+
+def describe(prepared: PreparedRun, after: dict[str, float], answers: list[dict[str, str]], size: int) -> dict:
+    """What report.json says; size: bytes of the adapter's weights."""
+    trainer, data, before = prepared.trainer, prepared.data, prepared.before
+    weights, parameters = prepared.base_weights, adapter_parameters(trainer.model)
+    return {
+        "base": prepared.model_name,
+        "base_sha256": prepared.base_sha256,
+        "weights": weights,
+        "adapter_parameters": parameters,
+        "adapter_bytes": size,
+        "adapter_share_of_float16": size / (FLOAT16_BYTES * weights),
+        "data": prepared.source,
+        "conversations": {
+            "train": len(data.train),
+            "held_out": len(data.held_out),
+            "cut": data.read.cut,
+            "left_out": data.read.dropped,
+        },
+        "loss_before": before,
+        "loss_after": after,
+        "reduction": {name: 1 - after[name] / before[name] for name in before},
+        "steps": trainer.state.global_step,
+        "seconds": round(time.time() - prepared.started, 1),
+        "settings": {
+            **vars(prepared.arguments),
+            **{name: getattr(trainer.args, name) for name in LoraTrainingArguments.__annotations__},
+        },
+        "samples": answers,
+        "history": trainer.state.log_history,
+    }
 
 
 def evenly_spread(conversations: Sequence[Conversation]) -> Sequence[Conversation]:
-    """At most MEASURED of them."""
+    """At most MEASURED of the conversations, at equal distances."""
     return conversations[:: -(-len(conversations) // MEASURED)]
 
 
-def losses(
-    model: PeftModel, train: Sequence[Conversation], held_out: Sequence[Conversation], args: LoraTrainingArguments
-) -> dict[str, float]:
-    """Nats per byte that the assistant says, by part; of training at most as many as MEASURED, evenly spread."""
-    parts = {"train": evenly_spread(train), "held_out": held_out}
-    return {name: assistant_loss(model, part, args.per_device_eval_batch_size) for name, part in parts.items()}
-
-
-def stop_early(trainer: LoraTrainer) -> int:
-    """Say how to go on after a signal; the exit code is the one that a shell gives to it."""
-    signum, step = trainer.interruption.signum, trainer.state.global_step
-    print(f"\nstopped by {signal.Signals(signum).name} after step {step}, which is saved; go on by --resume latest")
-    return 128 + signum
+def losses(model: PeftModel, data: Data, batch: int) -> dict[str, float]:
+    """Nats per assistant byte on each part; of the training conversations on at most MEASURED."""
+    parts = {"train": evenly_spread(data.train), "held_out": data.held_out}
+    return {name: assistant_loss(model, part, batch) for name, part in parts.items()}
 
 
 def show(report: dict, output_dir: str) -> None:
@@ -254,18 +297,13 @@ def show(report: dict, output_dir: str) -> None:
     print(f"written   {output_dir}/final, loss.png, report.json in {report['seconds']:.0f} s")
 
 
-def merge(
-    model: PeftModel,
-    args: LoraTrainingArguments,
-    train: Sequence[Conversation],
-    held_out: Sequence[Conversation],
-) -> int:
-    """Write merged/, a model that is trits again, with the losses on both parts; nothing when that loses the gain."""
-    batch = args.per_device_eval_batch_size
+def merge(model: PeftModel, args: LoraTrainingArguments, data: Data) -> None:
+    """Write merged/, a ternary model again, with the losses on both parts; nothing when that loses the gain."""
+    batch, held_out = args.per_device_eval_batch_size, data.held_out
     with model.disable_adapter():
         held_out_losses = {"base": assistant_loss(model, held_out, batch)}
     held_out_losses["adapter"] = assistant_loss(model, held_out, batch)
-    merged, report = merge_adapter(model, evenly_spread(train), seed=args.seed, batch_size=batch)
+    merged, report = merge_adapter(model, evenly_spread(data.train), seed=args.seed, batch_size=batch)
     held_out_losses["merged"] = assistant_loss(merged, held_out, batch)
     with new_folder(Path(args.output_dir) / "merged") as folder:
         merged.save_pretrained(folder)
@@ -275,7 +313,6 @@ def merge(
     print(f"merged    {report}")
     print("held out  " + ", ".join(f"{loss:.4f} {name}" for name, loss in held_out_losses.items()))
     print(f"written   {args.output_dir}/merged, sha256 {base_hash(merged)[:16]}")
-    return 0
 
 
 if __name__ == "__main__":

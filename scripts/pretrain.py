@@ -27,40 +27,32 @@ from __future__ import annotations
 import training_arb.common.thread_waiting  # noqa: F401
 
 import json
-import logging
 import os
-import signal
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import HfArgumentParser, set_seed
-from transformers.utils.logging import disable_progress_bar
 
 from arb_kernels.backend import describe_backend
 from configuration_arb import PRESETS, ArbConfig, preset_config
 from modeling_arb import ArbForCausalLM
 from tokenization_arb import ArbTokenizer
-from training_arb.checkpoints.checkpoint_files import (
-    BEST,
-    LATEST,
-    newest_sound_checkpoint,
-    numbered_checkpoints,
-    pointed,
-    write_checksums,
-)
+from training_arb.checkpoints.checkpoint_files import write_checksums
+from training_arb.checkpoints.run_checkpoints import checkpoint_to_resume
 from training_arb.checkpoints.starting_point import describe_start, start_from
-from training_arb.cli.command_line import HelpFormatter, run
+from training_arb.cli.command_line import HelpFormatter, check_least, quiet_transformers, run
 from training_arb.common.atomic_files import new_folder, write_json
 from training_arb.common.cpu_allocator import keep_freed_memory
 from training_arb.data.byte_data import ByteBlocks, collate_blocks, open_corpus
 from training_arb.data.mixed_stream import MixedStream, configure_reading
 from training_arb.evaluation.bits_per_byte import bits_per_byte
-from training_arb.memory.state_audit import audit_model, inference_hash, state_hash, zero_share
+from training_arb.memory.state_audit import StateAudit, audit_model, inference_hash, state_hash, zero_share
 from training_arb.ranks.rank_exchange import lone_process_warning
-from training_arb.ranks.rank_loss import naming_lost_ranks
+from training_arb.ranks.rank_loss import meet_on_cpus
 from training_arb.report.run_facts import shown_command
 from training_arb.report.run_report import write_report
 from training_arb.report.training_plots import plot_training
@@ -69,6 +61,7 @@ from training_arb.train.training_args_arb import ArbTrainingArguments
 
 LEAST = {"ctx": 8, "eval_blocks": 1, "eval_bytes": 4, "stream_above_mb": 0}
 DEFAULT_PRESET = "arb-small"
+OF_THE_CONFIG = ("update_rule", "group_size", "momentum_bits", "compute")  # options that default to the checkpoint's
 
 
 @dataclass
@@ -125,31 +118,6 @@ class PretrainArguments:
         return self.preset or self.init_from
 
 
-def resolve_resume(args: ArbTrainingArguments) -> str | None:
-    """The checkpoint to continue: `latest` and `best` must exist, `auto` may; None starts afresh in a folder without
-    runs. A damaged newest checkpoint gives way to the one before it, with a warning."""
-    output_dir, wanted = Path(args.output_dir), args.resume_from_checkpoint
-    if wanted is None or wanted == "auto":
-        if (output_dir / "final").exists() or (wanted is None and numbered_checkpoints(output_dir)):
-            raise ValueError(
-                f"output_dir={str(output_dir)!r} already holds a run: choose another, or continue an unfinished one"
-                " with --resume_from_checkpoint latest"
-            )
-    elif wanted.lower() not in (LATEST, "true"):
-        checkpoint = pointed(output_dir, BEST) if wanted == BEST else Path(wanted)
-        if checkpoint is None or not checkpoint.is_dir():
-            raise ValueError(
-                f"resume_from_checkpoint={wanted!r}: no such {'checkpoint' if wanted == BEST else 'folder'}"
-            )
-        return str(checkpoint)
-    checkpoint, faults = newest_sound_checkpoint(output_dir)
-    if checkpoint is None and wanted not in (None, "auto"):
-        raise ValueError(f"resume_from_checkpoint={wanted!r}: output_dir={str(output_dir)!r} has no checkpoint")
-    if faults and args.should_log:
-        print(f"warning: {'; '.join(faults)}; going on from {checkpoint} instead", file=sys.stderr)
-    return None if checkpoint is None else str(checkpoint)
-
-
 def parse_blocks(text: str) -> dict:
     """Fields of ArbConfig from JSON. Raises ValueError on anything else."""
     try:
@@ -160,30 +128,22 @@ def parse_blocks(text: str) -> dict:
         raise ValueError(f"blocks={text!r} must be a JSON object of config fields")
     for name in fields:
         if name not in ArbConfig.__annotations__:
-            raise ValueError(f"blocks: {name!r} is no field of the config")
+            raise ValueError(f"blocks: {name!r} is not a field of the config")
         if name in PretrainArguments.__dataclass_fields__:
             raise ValueError(f"blocks: {name!r} has an option of its own, --{name}")
     return fields
 
 
 def first_model(arguments: PretrainArguments, resume: str | None) -> tuple[ArbForCausalLM, dict | None]:
-    """The model to train and, with --init_from, where its weights come from. Notes its settings in `arguments`."""
-    options = ("update_rule", "group_size", "momentum_bits", "compute")
-    fields = {name: value for name in options if (value := getattr(arguments, name)) is not None}
+    """The model to train and, with --init_from, where its weights come from."""
+    fields = {name: value for name in OF_THE_CONFIG if (value := getattr(arguments, name)) is not None}
     fields |= parse_blocks(arguments.blocks)
     if arguments.init_from is not None:
-        model, origin = start_from(
-            arguments.init_from, arguments.revision, arguments.preset, fields, arguments.ctx, resume
-        )
-    elif arguments.revision is not None:
+        return start_from(arguments.init_from, arguments.revision, arguments.preset, fields, arguments.ctx, resume)
+    if arguments.revision is not None:
         raise ValueError(f"revision={arguments.revision!r} goes with --init_from only")
-    else:
-        arguments.preset = arguments.preset or DEFAULT_PRESET
-        fields = {"max_position_embeddings": max(arguments.ctx, 4096), **fields}
-        model, origin = ArbForCausalLM(preset_config(arguments.preset, **fields)), None
-    for name in options:
-        setattr(arguments, name, getattr(model.config, name))
-    return model, origin
+    fields = {"max_position_embeddings": max(arguments.ctx, 4096), **fields}
+    return ArbForCausalLM(preset_config(arguments.preset, **fields)), None
 
 
 def sample(model: ArbForCausalLM, tokenizer: ArbTokenizer, prompt: str, length: int = 400) -> str:
@@ -194,28 +154,53 @@ def sample(model: ArbForCausalLM, tokenizer: ArbTokenizer, prompt: str, length: 
     return tokenizer.decode(ids[0])
 
 
-def main() -> int:
-    started = time.time()
-    parser = HfArgumentParser(
+def build_parser() -> HfArgumentParser:
+    return HfArgumentParser(
         (PretrainArguments, ArbTrainingArguments), description=__doc__, formatter_class=HelpFormatter
     )
+
+
+def read_command() -> tuple[PretrainArguments, ArbTrainingArguments]:
+    """The command line, checked. Several processes on CPUs meet here, as --ddp_timeout says."""
+    parser = build_parser()
+    given = parser.parse_args()
+    if given.use_cpu:
+        meet_on_cpus(given.ddp_timeout)
     arguments, args = parser.parse_args_into_dataclasses()
+    if arguments.preset is None and arguments.init_from is None:
+        arguments = replace(arguments, preset=DEFAULT_PRESET)
     if args.max_steps == 0 or args.max_steps < -1:
         raise ValueError(f"max_steps={args.max_steps} must be positive, or -1 for num_train_epochs")
-    for name, least in LEAST.items():
-        if getattr(arguments, name) < least:
-            raise ValueError(f"{name}={getattr(arguments, name)} must be at least {least}")
+    check_least(arguments, LEAST)
     if any("\ud800" <= character <= "\udfff" for character in arguments.prompt):
-        raise ValueError(f"prompt={arguments.prompt!r} is no UTF-8")
+        raise ValueError(f"prompt={arguments.prompt!r} is not UTF-8")
     if os.path.lexists(args.output_dir) and not Path(args.output_dir).is_dir():
-        raise ValueError(f"output_dir={args.output_dir!r} is no folder")
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    disable_progress_bar()  # of each file that transformers reads or writes
+        raise ValueError(f"output_dir={args.output_dir!r} is not a folder")
+    return arguments, args
+
+
+@dataclass
+class PreparedRun:
+    """What a run is made of. arguments: with the config's values where the command line left them open."""
+
+    arguments: PretrainArguments
+    trainer: ArbTrainer
+    resume: str | None
+    held_out: np.ndarray  # uint16 (n,)
+    corpus: str  # its name and its size
+    started: float
+
+
+def prepare() -> PreparedRun:
+    """Everything before the first step."""
+    started = time.time()
+    arguments, args = read_command()
+    quiet_transformers()
     keep_freed_memory()
-    resume = resolve_resume(args)
+    resume, warnings = checkpoint_to_resume(args.output_dir, args.resume_from_checkpoint)
     set_seed(args.seed)
     model, origin = first_model(arguments, resume)
-    config = model.config
+    arguments = replace(arguments, **{name: getattr(model.config, name) for name in OF_THE_CONFIG})
     train, held_out, source, size = open_corpus(
         arguments.data,
         arguments.dataset,
@@ -226,20 +211,11 @@ def main() -> int:
     )
     if isinstance(train, MixedStream):
         configure_reading(args)
-    if args.should_log and (warning := lone_process_warning(os.environ)):
-        print(f"warning: {warning}", file=sys.stderr)
+    if warning := lone_process_warning(os.environ):
+        warnings.append(warning)
     if args.should_log:
-        audit = audit_model(model)
-        step_bytes = args.train_batch_size * args.gradient_accumulation_steps * args.world_size * arguments.ctx
-        print(f"model     {arguments.beginning}: {audit.logical_weights:,} ternary weights, rule {config.update_rule}")
-        print(f"state     {audit.state_bytes:,} bytes, {audit.state_bytes / audit.logical_weights:.3f} a weight")
-        if origin:
-            print(f"start     {describe_start(origin, config)}")
-        print(f"compute   {config.compute}, {describe_backend(args.device)}")
-        print(f"data      {source}: {size}, and {len(held_out):,} held out")
-        start = resume or arguments.init_from or "scratch"
-        length = f"steps {args.max_steps}" if args.max_steps > 0 else f"epochs {args.num_train_epochs:g} in steps"
-        print(f"training  {length} of {step_bytes:,} bytes on {args.device}, from {start}")
+        for warning in warnings:
+            print(f"warning: {warning}", file=sys.stderr)
     trainer = ArbTrainer(
         model,
         args,
@@ -253,78 +229,96 @@ def main() -> int:
         eval_dataset=ByteBlocks(held_out, arguments.ctx, arguments.eval_blocks),
         data_collator=collate_blocks,
     )
-    trainer.train(resume_from_checkpoint=resume or False)
-    if trainer.interruption.signum:
-        return stop_early(trainer)
-    if trainer.is_world_process_zero():
-        finish(trainer, arguments, held_out, source, started)
+    return PreparedRun(arguments, trainer, resume, held_out, f"{source}: {size}", started)
+
+
+def show_start(prepared: PreparedRun) -> None:
+    """What will be trained on what, for people."""
+    arguments, args, model = prepared.arguments, prepared.trainer.args, prepared.trainer.model
+    audit, origin, config = audit_model(model), prepared.trainer.run_description["init_from"], model.config
+    step_bytes = prepared.trainer.step_blocks * arguments.ctx
+    print(f"model     {arguments.beginning}: {audit.logical_weights:,} ternary weights, rule {config.update_rule}")
+    print(f"state     {audit.state_bytes:,} bytes, {audit.state_bytes / audit.logical_weights:.3f} a weight")
+    if origin:
+        print(f"start     {describe_start(origin, config)}")
+    print(f"compute   {config.compute}, {describe_backend(args.device)}")
+    print(f"data      {prepared.corpus}, and {len(prepared.held_out):,} held out")
+    start = prepared.resume or arguments.init_from or "scratch"
+    length = f"steps {args.max_steps}" if args.max_steps > 0 else f"epochs {args.num_train_epochs:g} in steps"
+    print(f"training  {length} of {step_bytes:,} bytes on {args.device}, from {start}")
+
+
+def main() -> int:
+    prepared = prepare()
+    if prepared.trainer.args.should_log:
+        show_start(prepared)
+    prepared.trainer.train(resume_from_checkpoint=prepared.resume or False)
+    if prepared.trainer.interruption.signum:
+        return prepared.trainer.end_early()
+    if prepared.trainer.is_world_process_zero():
+        finish(prepared)
     return 0
 
 
-def stop_early(trainer: ArbTrainer) -> int:
-    """Say how to go on after a signal; the exit code is the one that a shell gives to it."""
-    signum, step, last = trainer.interruption.signum, trainer.state.global_step, trainer.last_checkpoint
-    if trainer.is_world_process_zero():
-        how = "--resume_from_checkpoint latest" if last else "starting again: there is no checkpoint"
-        print(f"\nstopped by {signal.Signals(signum).name} after step {step}; last checkpoint {last}; go on by {how}")
-    with naming_lost_ranks(trainer.where_it_stands):
-        trainer.accelerator.wait_for_everyone()
-    if last is None or last.name != f"checkpoint-{step}":
-        raise ValueError(f"step {step} is not saved; the last checkpoint is {last}")
-    return 128 + signum
-
-
-def finish(trainer: ArbTrainer, arguments: PretrainArguments, held_out, source: str, started: float) -> None:
-    """Measure, show and write what the run ends with."""
+def finish(prepared: PreparedRun) -> None:
+    """Measure, write and show what the run ends with."""
+    arguments, trainer = prepared.arguments, prepared.trainer
     model, output_dir = trainer.model.eval(), Path(trainer.args.output_dir)
-    tokenizer = ArbTokenizer()
-    scores = bits_per_byte(
-        model, held_out[: arguments.eval_bytes], arguments.ctx, max(arguments.ctx // 2, 1), progress=True
-    )
-    text = sample(model, tokenizer, arguments.prompt)
+    held_out, stride = prepared.held_out[: arguments.eval_bytes], max(arguments.ctx // 2, 1)
+    scores = bits_per_byte(model, held_out, arguments.ctx, stride, progress=True)
+    text = sample(model, ArbTokenizer(), arguments.prompt)
     audit = audit_model(model, trainer.integer_optimizer)
-    plot_training(trainer.state.log_history, output_dir / "loss.png", f"{arguments.beginning} on {source}")
-    write_json(
-        output_dir / "report.json",
-        {
-            **scores,
-            "preset": arguments.preset,
-            "init_from": trainer.run_description["init_from"],
-            "command": shown_command(sys.argv),
-            "data": source,
-            "steps": trainer.state.global_step,
-            "trained_bytes": trainer.state.global_step * trainer.step_blocks * arguments.ctx,
-            "ctx": arguments.ctx,
-            "seconds": round(time.time() - started, 1),
-            "state_sha256": state_hash(model),
-            "weights_sha256": inference_hash(model),
-            "zero_share": zero_share(model),
-            "audit": {key: value for key, value in audit.to_dict().items() if key != "tensors"},
-            "sample": text,
-            "torch": torch.__version__,
-            "settings": {
-                **vars(arguments),
-                **{name: getattr(trainer.args, name) for name in ArbTrainingArguments.__annotations__},
-            },
-            "history": trainer.state.log_history,
-        },
-    )
-    with new_folder(output_dir / "final") as folder:
-        model.save_pretrained(folder, training_state=False)
-        tokenizer.save_pretrained(folder)
-        write_checksums(folder)
-    write_report(output_dir, output_dir / "report.html")
+    write_results(prepared, scores, text, audit)
     print(f"\n{audit.table()}\n\nsample\n{text}\n")
     print(f"held out    {scores['bits_per_byte']:.4f} bits per byte over {scores['bytes']:,} bytes never trained on")
     print(f"state hash  {state_hash(model)}")
-    print(f"written     {output_dir}/final, loss.png, report.json, report.html in {time.time() - started:.0f} s")
+    seconds = time.time() - prepared.started
+    print(f"written     {output_dir}/final, loss.png, report.json, report.html in {seconds:.0f} s")
     if trainer.args.push_to_hub:
-        try:
-            commit = trainer.push_to_hub()
-        except ValueError as error:
-            how = f"scripts/export_hub.py {output_dir}/final --push {trainer.hub_model_id}"
-            raise ValueError(f"{error}; the run is whole, {how} pushes it") from error
-        print(f"pushed      {commit.repo_url}, commit {commit.oid}")
+        push(trainer, output_dir)
+
+
+def write_results(prepared: PreparedRun, scores: dict, text: str, audit: StateAudit) -> None:
+    """loss.png, report.json, final/ and report.html."""
+    arguments, trainer = prepared.arguments, prepared.trainer
+    model, output_dir, description = trainer.model, Path(trainer.args.output_dir), trainer.run_description
+    plot_training(trainer.state.log_history, output_dir / "loss.png", f"{arguments.beginning} on {description['data']}")
+    options = {name: getattr(trainer.args, name) for name in ArbTrainingArguments.__annotations__}
+    report = {
+        **scores,
+        "preset": arguments.preset,
+        "init_from": description["init_from"],
+        "command": shown_command(sys.argv),
+        "data": description["data"],
+        "steps": trainer.state.global_step,
+        "trained_bytes": trainer.state.global_step * trainer.step_blocks * arguments.ctx,
+        "ctx": arguments.ctx,
+        "seconds": round(time.time() - prepared.started, 1),
+        "state_sha256": state_hash(model),
+        "weights_sha256": inference_hash(model),
+        "zero_share": zero_share(model),
+        "audit": {key: value for key, value in audit.to_dict().items() if key != "tensors"},
+        "sample": text,
+        "torch": torch.__version__,
+        "settings": {**vars(arguments), **options},
+        "history": trainer.state.log_history,
+    }
+    write_json(output_dir / "report.json", report)
+    with new_folder(output_dir / "final") as folder:
+        model.save_pretrained(folder, training_state=False)
+        ArbTokenizer().save_pretrained(folder)
+        write_checksums(folder)
+    write_report(output_dir, output_dir / "report.html")
+
+
+def push(trainer: ArbTrainer, output_dir: Path) -> None:
+    """Push the finished run to the hub."""
+    try:
+        commit = trainer.push_to_hub()
+    except ValueError as error:
+        how = f"scripts/export_hub.py {output_dir}/final --push {trainer.hub_model_id}"
+        raise ValueError(f"{error}; the run is whole, {how} pushes it") from error
+    print(f"pushed      {commit.repo_url}, commit {commit.oid}")
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ class ByteStreamer(TextStreamer):
             return bytes([token])
         if self.decode_kwargs.get("skip_special_tokens"):
             return b""
-        return self.tokenizer.convert_ids_to_tokens(token).encode()
+        return str(self.tokenizer.convert_ids_to_tokens(token)).encode()
 
     def end(self) -> None:
         """Give out what is left of an unfinished character, and be ready for another text."""

@@ -50,7 +50,7 @@ class ArbTokenizer(PreTrainedTokenizerFast):
     Saved, it is a stock tokenizer folder, which AutoTokenizer loads without this class.
     """
 
-    model_input_names = ("input_ids", "attention_mask")
+    model_input_names = ["input_ids", "attention_mask"]
 
     def __init__(self, **kwargs):
         defaults = {

@@ -1,8 +1,8 @@
 """Train the float baseline with AdamW in 8 bits (torchao), on the quality benchmark's data, order, shape and steps.
 
 The weights are float32, both moments are 8-bit codes in blocks of 256 with a float32 scale (Dettmers et al. 2022):
-about 6 bytes of state a weight. All else is as for `Adam_FP32` in scripts/benchmark_true_ternary.py. The optimizer is
-that of torchao, which the other commands do not need: `pip install torchao`.
+about 6 bytes of state a weight. All else is as for `Adam_FP32` of scripts/benchmark_true_ternary.py. The optimizer is
+from torchao, which the other commands do not need: `pip install torchao`.
 
 examples:
   python docs/tools/measure_adam_8bit.py --data wikitext2-valid.txt --json adam_8bit.json

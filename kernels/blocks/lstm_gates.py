@@ -62,10 +62,10 @@ class LstmGatesFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_hidden, grad_new_cell):
-        tensors = (*ctx.saved_tensors, grad_hidden, grad_new_cell)
-        if grad_hidden.numel() and uses_triton(*ctx.saved_tensors):
-            return triton_lstm_gates_backward(*tensors, FORGET_BIAS)
-        return naive_lstm_gates_backward(*tensors)
+        gates, cell, new_cell = ctx.saved_tensors
+        if grad_hidden.numel() and uses_triton(gates, cell, new_cell):
+            return triton_lstm_gates_backward(gates, cell, new_cell, grad_hidden, grad_new_cell, FORGET_BIAS)
+        return naive_lstm_gates_backward(gates, cell, new_cell, grad_hidden, grad_new_cell)
 
 
 def lstm_gates(gates: torch.Tensor, cell: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

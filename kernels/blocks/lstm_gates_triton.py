@@ -35,7 +35,7 @@ def _places(elements, H, BLOCK: tl.constexpr):
 
 
 @jit
-def _activations(gates_ptr, place, H, mask, FORGET_BIAS: tl.constexpr):
+def _load_activations(gates_ptr, place, H, mask, FORGET_BIAS: tl.constexpr):
     """The four gates after their non-linearities, float32 [BLOCK] each."""
     input_gate = tl.load(gates_ptr + place, mask=mask, other=0.0).to(tl.float32)
     forget_gate = tl.load(gates_ptr + place + H, mask=mask, other=0.0).to(tl.float32)
@@ -62,7 +62,7 @@ def lstm_gates_forward_kernel(
     BLOCK: tl.constexpr,
 ):
     mask, element, place = _places(elements, H, BLOCK)
-    input_gate, forget_gate, candidate, output_gate = _activations(gates_ptr, place, H, mask, FORGET_BIAS)
+    input_gate, forget_gate, candidate, output_gate = _load_activations(gates_ptr, place, H, mask, FORGET_BIAS)
     b_cell = tl.load(cell_ptr + element, mask=mask, other=0.0)
     new_cell = forget_gate * b_cell + input_gate * candidate
     tl.store(new_cell_ptr + element, new_cell, mask=mask)
@@ -84,7 +84,7 @@ def lstm_gates_backward_kernel(
     BLOCK: tl.constexpr,
 ):
     mask, element, place = _places(elements, H, BLOCK)
-    input_gate, forget_gate, candidate, output_gate = _activations(gates_ptr, place, H, mask, FORGET_BIAS)
+    input_gate, forget_gate, candidate, output_gate = _load_activations(gates_ptr, place, H, mask, FORGET_BIAS)
     b_cell = tl.load(cell_ptr + element, mask=mask, other=0.0)
     squashed = _tanh(tl.load(new_cell_ptr + element, mask=mask, other=0.0))
     b_grad_hidden = tl.load(grad_hidden_ptr + element, mask=mask, other=0.0).to(tl.float32)

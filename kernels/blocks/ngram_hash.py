@@ -8,7 +8,7 @@ _MULTIPLIER = 0x2545F4914F6CDD1D  # of xorshift64* (Vigna 2016); products wrap i
 _MASK63 = (1 << 63) - 1
 
 
-def mix(words: torch.Tensor) -> torch.Tensor:
+def mix_bits(words: torch.Tensor) -> torch.Tensor:
     """int64 (...) -> int64 (...), every bit of the result depending on every bit of the argument."""
     words = words * _MULTIPLIER
     words = words ^ (words >> 32 & 0xFFFFFFFF)
@@ -20,7 +20,7 @@ def hash_tokens(tokens: torch.Tensor, seed: int) -> torch.Tensor:
     """int64 (..., n) -> int64 (...): order matters, and so does the number of tokens."""
     state = torch.full_like(tokens[..., 0], seed + 1)
     for i in range(tokens.shape[-1]):
-        state = mix(state ^ (tokens[..., i] + 1))
+        state = mix_bits(state ^ (tokens[..., i] + 1))
     return state
 
 

@@ -36,7 +36,7 @@ def quarter_octaves_covering(square: torch.Tensor) -> torch.Tensor:
     return half_octaves.clamp(-127, 127).to(torch.int8)
 
 
-def whole_power_of_two(octave: torch.Tensor) -> torch.Tensor:
+def octave_scale(octave: torch.Tensor) -> torch.Tensor:
     """int32 (...) in [-126, 127] -> float32 (...): 2^octave from its bits: ldexp goes by pow, which may be inexact."""
     return ((octave + 127) << 23).view(torch.float32)
 
@@ -45,4 +45,4 @@ def fixed_point_scale(absmax: torch.Tensor, bits: int) -> torch.Tensor:
     """float32 (...) -> float32 (...): the power of two that brings values up to `absmax` into [-2^bits, 2^bits]."""
     _, octave = torch.frexp(absmax)
     shift = torch.where(absmax > 0, bits - octave, 0).clamp(-126, 126)
-    return whole_power_of_two(shift.int())
+    return octave_scale(shift.int())

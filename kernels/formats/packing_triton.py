@@ -10,7 +10,7 @@ import torch
 
 from arb_kernels.triton_support import cast_float, ceil_div, digit_of, jit, launch, power_of_two_from, tl
 
-TRITS_PER_BYTE = 5
+_PLANES = 5  # trits a byte
 _TILE_BYTES, _TILE_ELEMENTS = 256, 1024
 
 
@@ -128,7 +128,7 @@ def triton_gather_rows(
 def triton_pack_trits(trits: torch.Tensor) -> torch.Tensor:
     """`pack_trits`: int8 (..., K) in {-1, 0, 1} -> uint8 (..., ceil(K / 5))."""
     columns = trits.shape[-1]
-    width = ceil_div(columns, TRITS_PER_BYTE)
+    width = ceil_div(columns, _PLANES)
     flat = trits.reshape(-1, columns).contiguous()
     packed = torch.empty(len(flat), width, dtype=torch.uint8, device=trits.device)
     grid, tile = _tiles(len(flat), width)

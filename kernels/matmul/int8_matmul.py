@@ -40,7 +40,7 @@ def _cuda_sums(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     pad_k = -K % _CUDA_MULTIPLE
     by_row = _padded(rows, max(_CUDA_LEAST_ROWS - R, 0), pad_k).contiguous()
     by_column = _padded(columns.T, -C % _CUDA_MULTIPLE, pad_k).contiguous()
-    return torch._int_mm(by_row, by_column.T)[:R, :C]
+    return torch._int_mm(by_row, by_column.T)[:R, :C]  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _float_sums(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
@@ -58,7 +58,8 @@ def _exact_sums(rows: torch.Tensor, columns: torch.Tensor, trits: bool) -> torch
     if rows.is_cuda:
         return _cuda_sums(rows, columns)
     if trits:
-        return torch._int_mm(_with_own_strides(rows), _with_own_strides(columns))
+        left, right = _with_own_strides(rows), _with_own_strides(columns)
+        return torch._int_mm(left, right)  # pyright: ignore[reportPrivateImportUsage]
     return _float_sums(rows, columns)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from arb_kernels.triton_support import ceil_div, digit_of, jit, launch, tl
 
-_TILE_TOKENS, _TILE_ROWS, _TILE_BYTES = 16, 32, 64
+_MATVEC_TOKENS, _MATVEC_ROWS, _MATVEC_BYTES = 16, 32, 64
 
 
 @jit
@@ -59,10 +59,10 @@ def triton_packed_matvec(
     out = torch.empty(M, N, device=codes.device)
     launch(
         packed_matvec_kernel,
-        (ceil_div(N, _TILE_ROWS), ceil_div(M, _TILE_TOKENS)),
+        (ceil_div(N, _MATVEC_ROWS), ceil_div(M, _MATVEC_TOKENS)),
         *(codes, packed, token_scale.contiguous(), row_scale.contiguous(), out, M, N, K, width),
-        BM=_TILE_TOKENS,
-        BN=_TILE_ROWS,
-        BB=_TILE_BYTES,
+        BM=_MATVEC_TOKENS,
+        BN=_MATVEC_ROWS,
+        BB=_MATVEC_BYTES,
     )
     return out

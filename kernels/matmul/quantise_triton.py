@@ -41,7 +41,7 @@ def _inverse_of(absmax_bits):
 
 
 @jit
-def _round_stochastically(value, uniform):
+def _round_to_int8(value, uniform):
     return floor_to_int(clamp(value + uniform, 127.0)).to(tl.int8)
 
 
@@ -126,13 +126,13 @@ def quantise_gradient_kernel(
     )
     words = random_words(tl.load(key_ptr), row, column)
     token_max = tl.load(token_max_ptr + row, mask=row < M, other=0)
-    codes = _round_stochastically(by_token * _inverse_of(token_max)[:, None], uniform_low(words))
+    codes = _round_to_int8(by_token * _inverse_of(token_max)[:, None], uniform_low(words))
     tl.store(token_codes_ptr + address, codes, mask=mask)
     if tl.program_id(1) == 0:
         tl.store(token_scale_ptr + row, _scale_of(token_max), mask=row < M)
     if BY_COLUMN:
         column_max = tl.load(column_max_ptr + column, mask=column < N, other=0)
-        codes = _round_stochastically(by_column * _inverse_of(column_max)[None, :], uniform_high(words))
+        codes = _round_to_int8(by_column * _inverse_of(column_max)[None, :], uniform_high(words))
         transposed = column.to(tl.int64)[:, None] * M + row[None, :]
         tl.store(column_codes_ptr + transposed, tl.trans(codes), mask=tl.trans(mask))
         if tl.program_id(0) == 0:

@@ -11,12 +11,10 @@ from __future__ import annotations
 import torch
 
 from arb_kernels.backend import uses_triton
-from arb_kernels.formats.groups import group_lengths, split_groups
+from arb_kernels.formats.groups import split_groups
 from arb_kernels.formats.packing import unpack_trits
 
 from .correlation_triton import triton_correlation_update
-
-STRENGTH = 4.0
 
 
 def naive_correlation_update(
@@ -33,9 +31,3 @@ def correlation_update(
     """Count one micro-batch's vote. dW: float32 (N, K). Returns the new corr_accum, step_counter."""
     update = triton_correlation_update if uses_triton(packed, corr_accum, dW) else naive_correlation_update
     return update(packed, corr_accum, step_counter, dW, group_size)
-
-
-def correlation_octaves(corr_accum: torch.Tensor, step_counter: torch.Tensor, columns: int, group_size: int):
-    """float32 (N, groups): what the votes so far add to log2 of the scale, strength * mean correlation."""
-    votes = step_counter.clamp(min=1) * group_lengths(columns, group_size, corr_accum.device)
-    return (STRENGTH * corr_accum.double() / votes).float()

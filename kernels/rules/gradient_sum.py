@@ -17,7 +17,7 @@ import torch
 from torch.autograd.graph import increment_version
 
 from arb_kernels.backend import uses_native, uses_triton
-from arb_kernels.formats.exponents import whole_power_of_two
+from arb_kernels.formats.exponents import octave_scale
 from arb_kernels.formats.gradient_sum_format import BEYOND_127, BLOCK, EXPONENT_OFFSET, LARGEST_EXPONENT, LEAST_EXPONENT
 from arb_kernels.formats.groups import num_groups, split_groups, spread_groups
 from arb_kernels.native_library import native_library, pointer
@@ -49,7 +49,7 @@ def _covering_exponent(absmax: torch.Tensor) -> torch.Tensor:
 
 def naive_value(total: GradientSum) -> torch.Tensor:
     """float32 (N, K): what the codes stand for."""
-    step = whole_power_of_two(total.exponents.int())
+    step = octave_scale(total.exponents.int())
     return total.codes * spread_groups(step, BLOCK, total.codes.shape[1])
 
 
@@ -57,7 +57,7 @@ def naive_add_gradient(total: GradientSum, dW: torch.Tensor, key: int) -> Gradie
     """`add_gradient` as a pure function."""
     summed = naive_value(total).add_(dW)
     exponent = _covering_exponent(split_groups(summed.abs(), BLOCK).amax(-1))
-    inverse = spread_groups(whole_power_of_two(-exponent), BLOCK, dW.shape[1])
+    inverse = spread_groups(octave_scale(-exponent), BLOCK, dW.shape[1])
     uniform = uniform_from_low_bits(random_bits(key, *dW.shape, dW.device))
     codes = summed.mul_(inverse).add_(uniform).floor_().clamp_(-127, 127)
     return GradientSum(codes.to(torch.int8), exponent.to(torch.int8))

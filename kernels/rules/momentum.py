@@ -20,10 +20,10 @@ from arb_kernels.backend import uses_native, uses_triton
 from arb_kernels.formats.exponents import (
     QUARTERS,
     fixed_point_scale,
+    octave_scale,
     power_of_two,
     power_table,
     quarter_octaves_covering,
-    whole_power_of_two,
 )
 from arb_kernels.formats.groups import group_lengths, split_groups, spread_groups
 from arb_kernels.formats.momentum_format import (
@@ -113,7 +113,7 @@ def normalise(direction: torch.Tensor) -> torch.Tensor:
     root = _square_root((row_sum >> (2 * row_octaves).clamp(max=63)).sum())
     row_scale = torch.where(row_sum > 0, row_fixed / _square_root(row_sum), 0)
     ratio = torch.where(column_sum > 0, root / _square_root(column_sum), 0)
-    column_scale = ratio * whole_power_of_two(column_octaves.clamp(max=STATISTIC_OCTAVES))
+    column_scale = ratio * octave_scale(column_octaves.clamp(max=STATISTIC_OCTAVES))
     unit = (direction * row_scale[:, None]).mul_(column_scale)
     steps = (unit * UPDATE_STEPS).clamp_(-UPDATE_LIMIT * UPDATE_STEPS, UPDATE_LIMIT * UPDATE_STEPS).round_().int()
     power = (steps * steps).sum(dtype=torch.int64)

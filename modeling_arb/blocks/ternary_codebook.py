@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from arb_kernels.blocks.ngram_hash import hash_tokens, mix, to_slot
+from arb_kernels.blocks.ngram_hash import hash_tokens, mix_bits, to_slot
 from arb_kernels.formats.state_layout import StateTensor
 from arb_kernels.random_bits import random_bits
 from modeling_arb.layers.integer_state import ObservedState
@@ -97,7 +97,7 @@ class TernaryCodebook(ObservedState):
         found = []
         for seed in range(self.hashes):
             index = torch.arange(bits * self.dim, device=values.device).view(bits, self.dim)
-            directions = (mix(index + (seed + 1) * (1 << 32)) >> 40 & 1) * 2 - 1
+            directions = (mix_bits(index + (seed + 1) * (1 << 32)) >> 40 & 1) * 2 - 1
             angles = values.double() @ directions.double().T  # (N, bits), in float64 as in `_nearest`
             pattern = ((angles > 0).long() << torch.arange(bits, device=values.device)).sum(1, keepdim=True)
             least_sure = angles.abs().topk(min(self.probes - 1, bits), largest=False).indices

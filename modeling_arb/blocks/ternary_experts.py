@@ -42,17 +42,17 @@ class GroupedLinearFunction(torch.autograd.Function):
     def backward(ctx, grad_y):
         codes, token_scale, expert, ends = ctx.saved_tensors
         for layer, use in zip(ctx.layers, ctx.uses, strict=True):
-            layer.check_use(use)
+            layer.end_use(use)
         trits, scale = stacked_weights(ctx.layers)
         gradient = grad_y.float()
         grad_x = F.grouped_mm(gradient * scale[expert], trits, offs=ends)
         if any(layer.armed for layer in ctx.layers):
             by_token = gradient * token_scale[:, None]
             dW = F.grouped_mm(by_token.T, codes.float(), offs=ends)
-            visits = ends.diff(prepend=ends.new_zeros(1)).tolist()
-            for layer, count, layer_dW in zip(ctx.layers, visits, dW, strict=True):
-                if count and layer.armed:  # as in the loop, where an expert without tokens does not run
-                    layer.hand_over(layer_dW)
+            visited = ends.diff(prepend=ends.new_zeros(1)) > 0  # stays on the device: backward must not wait for it
+            for layer, layer_dW, used in zip(ctx.layers, dW, visited, strict=True):
+                if layer.armed:
+                    layer.gradient_sink.dense(layer, layer_dW, used)
         return grad_x.to(grad_y.dtype), None, None, None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, Literal, Self, overload
 
 from transformers import PreTrainedModel
 
@@ -18,8 +19,8 @@ from .integrity import (
 LOCATING = ("revision", "subfolder", "cache_dir", "token", "local_files_only")  # what finds a checkpoint on the hub
 
 
-class CheckedLoading:
-    """Stands before PreTrainedModel among a model's bases."""
+class CheckedLoading(PreTrainedModel):
+    """PreTrainedModel that checks a checkpoint's tensors before and after they are loaded."""
 
     def _adjust_missing_and_unexpected_keys(self, loading_info) -> None:
         """Missing tensors are judged before they are missed, in one line instead of transformers' table of them."""
@@ -51,6 +52,18 @@ class CheckedLoading:
             f"{distributed_checkpoint_dir}: holds the shards of ranks; save_pretrained writes what is read"
         )
 
+    @overload
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path, *args, output_loading_info: Literal[False] = False, **kwargs
+    ) -> Self: ...
+
+    @overload
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path, *args, output_loading_info: Literal[True], **kwargs
+    ) -> tuple[Self, dict[str, Any]]: ...
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
         """As transformers', but refuses a checkpoint whose tensors are missing, mistyped, misshapen or hold values that
@@ -58,6 +71,7 @@ class CheckedLoading:
         if pretrained_model_name_or_path is not None:
             located = {name: kwargs[name] for name in LOCATING if kwargs.get(name) is not None}
             check_json_files(str(pretrained_model_name_or_path), kwargs.get("variant"), **located)
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        load: Any = super().from_pretrained
+        model, info = load(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         info["missing_keys"] = model.__dict__.pop("_missing_keys", set())
         return (model, info) if output_loading_info else model

@@ -13,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.modeling_utils import str_to_torch_dtype
-from transformers.utils import cached_file, logging
+from transformers.utils import logging
+from transformers.utils.hub import cached_file
 
 from arb_kernels.formats.state_layout import StateTensor
 from configuration_arb.configuration_arb import ArbConfig
@@ -142,7 +143,7 @@ def by_loaded_name(
     prefix, and what `key_mapping` makes of names. Raises ValueError when two of them would be one."""
     named = {}
     for name, tensor in stored.items():
-        loaded, _ = rename_source_key(name, renamings, [], base_model_prefix, expected)
+        loaded, _ = rename_source_key(name, [*renamings], [], base_model_prefix, {**expected})
         if loaded in named:
             raise ValueError(f"{source}: tensor {loaded} is stored twice, once as {name}")
         named[loaded] = tensor
@@ -233,7 +234,7 @@ def _check_index(index: Path, folder: Path | None) -> None:
     fields = read_json_object(index)
     shards, metadata = fields.get("weight_map"), fields.get("metadata")
     named = isinstance(shards, dict) and all(isinstance(name, str) for name in shards.values())
-    if not named or not isinstance(metadata, dict):
+    if not isinstance(shards, dict) or not named or not isinstance(metadata, dict):
         raise ValueError(f"{index}: no index of shards: it needs weight_map, the file of each tensor, and metadata")
     for name in sorted(set(shards.values())):
         if Path(name).name != name:

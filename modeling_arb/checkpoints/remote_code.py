@@ -1,58 +1,64 @@
-"""Writes the model's code beside a checkpoint, flat, so that `trust_remote_code=True` loads it without this repo.
+"""Writes the model's code beside a checkpoint, so that `trust_remote_code=True` loads it where this repository is not.
 
-transformers follows only `from .name import x` of files in one folder. Module file names are unique across our
-packages, so each file keeps its name and its imports of other packages become relative ones.
+One file for each of our packages that the model needs: kernels_arb.py, configuration_arb.py, modeling_arb.py, made from
+its modules by code_bundle.py. The tokenizer needs no code. This module and what it imports are left out of the files,
+and `SavesItsCode` is struck from the bases of the classes there: a model loaded from the files is saved with them by
+transformers itself.
 """
 
 from __future__ import annotations
 
-import ast
-import re
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-OWN_PACKAGES = ("arb_kernels", "configuration_arb", "modeling_arb")
+from transformers import PreTrainedModel
+
+from .code_bundle import CodeFile, SourceModule, bundle
+
 ENTRY_MODULES = ("configuration_arb.configuration_arb", "modeling_arb.modeling_arb")
+LEFT_OUT = (__name__,)
+FILES = [
+    CodeFile("kernels_arb", "arb_kernels", "Kernels (packed trits, int8 matmuls, hashes)"),
+    CodeFile("configuration_arb", "configuration_arb", "The configuration"),
+    CodeFile("modeling_arb", "modeling_arb", "The modules ArbModel and ArbForCausalLM"),
+]
 
 
-def _own_imports(module: str, tree: ast.Module) -> dict[int, str]:
-    """Line number -> module of ours that a from-import names."""
-    found = {}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom):
-            target = f"{module.rpartition('.')[0]}.{node.module}" if node.level else node.module or ""
-            if target.partition(".")[0] in OWN_PACKAGES:
-                found[node.lineno] = target
-    return found
+class SavesItsCode(PreTrainedModel):
+    """PreTrainedModel whose `save_pretrained` also writes the model's code."""
 
-
-def bundled_modules() -> list[str]:
-    """Every module of ours that the entry modules import, directly or not, themselves included."""
-    found, waiting = [], list(ENTRY_MODULES)
-    while waiting:
-        module = waiting.pop()
-        if module not in found:
-            found.append(module)
-            waiting += _own_imports(module, ast.parse(_source(module))).values()
-    return sorted(found)
-
-
-def _source(module: str) -> str:
-    return Path(find_spec(module).origin).read_text(encoding="utf-8")
-
-
-def flattened_source(module: str) -> str:
-    """The module's code with its imports of ours made relative to one flat folder."""
-    source = _source(module)
-    lines = source.splitlines(keepends=True)
-    for number, target in _own_imports(module, ast.parse(source)).items():
-        flat = target.rpartition(".")[2]
-        lines[number - 1] = re.sub(r"from\s+\S+\s+import", f"from .{flat} import", lines[number - 1], count=1)
-    return f"# generated from {module}, do not edit\n" + "".join(lines)
+    def save_pretrained(self, save_directory, is_main_process: bool = True, **kwargs) -> None:
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        if is_main_process:
+            export_code(save_directory)
 
 
 def export_code(folder: str | Path) -> None:
-    """Write the bundle into a checkpoint folder."""
-    for module in bundled_modules():
-        path = Path(folder) / f"{module.rpartition('.')[2]}.py"
-        path.write_text(flattened_source(module), encoding="utf-8")
+    """Write the code files into a checkpoint folder."""
+    for name, text in code_files().items():
+        (Path(folder) / name).write_text(text, encoding="utf-8")
+
+
+@cache
+def code_files() -> dict[str, str]:
+    """The text of each code file by its name."""
+    return bundle(needed_modules(), FILES)
+
+
+def needed_modules() -> list[SourceModule]:
+    """The entry modules and every module of ours that they import, directly or not, each after those it imports."""
+    packages = [file.package for file in FILES]
+    found: dict[str, SourceModule] = {}
+
+    def visit(name: str) -> None:
+        if name not in found:
+            source = Path(find_spec(name).origin).read_text(encoding="utf-8")
+            module = SourceModule(name, source, packages, LEFT_OUT)
+            for imported in module.own_imports:
+                visit(imported)
+            found[name] = module
+
+    for entry in ENTRY_MODULES:
+        visit(entry)
+    return list(found.values())

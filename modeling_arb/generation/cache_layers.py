@@ -7,6 +7,8 @@ assisted decoding does.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
@@ -16,6 +18,9 @@ from modeling_arb.backbone.byte_embedding import TRIGRAM
 class PreallocatedLayer(DynamicLayer):
     """A static layer that hands over what is filled, not its whole allocation: no work on empty positions, and the
     arithmetic is the dynamic layer's to the last bit."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
 
     def __init__(self, max_cache_len: int):
         super().__init__()
@@ -89,7 +94,7 @@ class SideLayers:
 
     def read_state(self, cache: Cache | None, name: str) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Hidden and cell (B, H), or None at the start."""
-        layer = None if cache is None else cache.layers[self._index(name)]
+        layer: Any = None if cache is None else cache.layers[self._index(name)]
         if layer is None or not layer.get_seq_length():
             return None
         return layer.keys[:, 0, -1], layer.values[:, 0, -1]

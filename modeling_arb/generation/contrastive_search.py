@@ -6,6 +6,8 @@ transformers 5 fetches this mode from the hub as remote code; here it is without
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from transformers.generation.utils import GenerateDecoderOnlyOutput
@@ -13,7 +15,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 def contrastive_search(
     model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs
-) -> torch.LongTensor | GenerateDecoderOnlyOutput:
+) -> torch.Tensor | GenerateDecoderOnlyOutput:
     """Each new byte is the one of the `top_k` likeliest that has the best (1 - penalty_alpha) * probability -
     penalty_alpha * the greatest cosine of its hidden state with one before it. input_ids (B, T) -> ids (B, T + new).
 
@@ -54,7 +56,7 @@ def contrastive_search(
         input_ids = torch.cat([input_ids, new[:, None]], 1)
         going = going & ~stopping_criteria(input_ids, scores)
     if generation_config.return_dict_in_generate:
-        return GenerateDecoderOnlyOutput(sequences=input_ids, past_key_values=cache)
+        return GenerateDecoderOnlyOutput(sequences=cast(torch.LongTensor, input_ids), past_key_values=cache)
     return input_ids
 
 

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from transformers import GenerationMixin
+from typing import TYPE_CHECKING, Any
+
+from transformers.generation.utils import GenerationMixin
 
 
 class ArbGenerationMixin(GenerationMixin):
     """Every mode of `generate` that transformers ships, cached and uncached, dynamic and static."""
 
+    if TYPE_CHECKING:  # transformers types `self` as a protocol that a class with a config of its own does not meet
+        model: Any
+
+        def generate(self, *args, **kwargs) -> Any: ...
+
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
         """Assisted decoding tells all layers to record their past before the model has run once: they must be there."""
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        prepare: Any = super()._prepare_cache_for_generation  # pyright: ignore[reportAttributeAccessIssue]
+        prepare(generation_config, model_kwargs, *args, **kwargs)
         cache = model_kwargs.get("past_key_values")
         if cache is not None:
             self.model.side_layers.add_to(cache)

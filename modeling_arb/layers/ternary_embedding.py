@@ -8,7 +8,7 @@ from torch import nn
 
 from arb_kernels.formats.scaled_rows import gather_rows
 
-from .ternary_matrix import ForwardUse, TernaryMatrix
+from .ternary_matrix import TernaryMatrix
 
 
 class TernaryEmbeddingFunction(torch.autograd.Function):
@@ -23,9 +23,9 @@ class TernaryEmbeddingFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_y):
         (ids,) = ctx.saved_tensors
-        ctx.layer.check_use(ctx.use)
+        ctx.layer.end_use(ctx.use)
         if ctx.layer.armed:
-            ctx.layer.receive_gradient(ids.flatten(), grad_y.flatten(0, -2).float(), ctx.use)
+            ctx.layer.pass_on_gradient(ids.flatten(), grad_y.flatten(0, -2).float())
         return None, None, None, None
 
 
@@ -47,9 +47,9 @@ class TernaryEmbedding(TernaryMatrix):
             return F.embedding(ids, self.effective_weight(dtype))
         return gather_rows(self.T_packed, ids, self.columns, self.scale()[ids], self.group_size, dtype)
 
-    def receive_gradient(self, ids: torch.Tensor, gradient: torch.Tensor, use: ForwardUse | None = None) -> None:
-        """ids (N,) and the gradient of what was looked up, float32 (N, columns): hand over their sums by row."""
-        self.hand_over(sum_by_row(ids, gradient, self.rows), use)
+    def pass_on_gradient(self, ids: torch.Tensor, gradient: torch.Tensor) -> None:
+        """ids (N,) and the gradient of the rows looked up, float32 (N, columns): sum by row and hand to the sink."""
+        self.gradient_sink.dense(self, sum_by_row(ids, gradient, self.rows))
 
     def forward(self, ids: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         anchor = torch.empty(0, device=ids.device, requires_grad=True)

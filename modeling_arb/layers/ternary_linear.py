@@ -29,11 +29,11 @@ class FloatLinearFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_y):
         (x,) = ctx.saved_tensors
-        ctx.layer.check_use(ctx.use)
+        ctx.layer.end_use(ctx.use)
         grad_x = grad_y @ ctx.layer.effective_weight(grad_y.dtype) if ctx.needs_input_grad[0] else None
         if ctx.layer.armed:
             dW = grad_y.flatten(0, -2).T @ x.flatten(0, -2)
-            ctx.layer.hand_over(dW.float(), ctx.use)
+            ctx.layer.gradient_sink.dense(ctx.layer, dW.float())
         return grad_x, None
 
 
@@ -57,14 +57,14 @@ class Int8LinearFunction(torch.autograd.Function):
     def backward(ctx, grad_y):
         codes, token_scale = ctx.saved_tensors
         layer = ctx.layer
-        layer.check_use(ctx.use)
+        layer.end_use(ctx.use)
         gradient, scale = grad_y.flatten(0, -2).float().contiguous(), layer.scale().flatten()
         by_token, by_token_scale, by_output, output_scale = quantise_gradient(
             gradient, scale, token_scale if layer.armed else None
         )
         grad_x = int8_matmul(by_token, layer.trits(), by_token_scale, transposed=True, trits=True)
         if layer.armed:
-            layer.hand_over(int8_matmul(by_output, codes, output_scale, transposed=True), ctx.use)
+            layer.gradient_sink.dense(layer, int8_matmul(by_output, codes, output_scale, transposed=True))
         return grad_x.to(grad_y.dtype).view(*grad_y.shape[:-1], layer.columns), None
 
 

@@ -1,29 +1,25 @@
-"""TernaryMatrix: the integer state of one weight matrix, and what the layers on top of it share."""
+"""TernaryMatrix: the integer state of one weight matrix, and what the layers built on it share."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 from weakref import WeakSet
 
 import torch
 from transformers import initialization as init
 from transformers.utils import logging
 
+from arb_kernels.formats.correlation_scale import correlation_octaves
 from arb_kernels.formats.exponents import EIGHTHS, power_of_two
 from arb_kernels.formats.groups import num_groups
 from arb_kernels.formats.packing import TRITS_PER_BYTE, packed_width, unpack_trits
 from arb_kernels.formats.scaled_rows import effective_weight
 from arb_kernels.formats.state_layout import StateTensor, state_layout
 from arb_kernels.formats.two_bit_layout import decoding_form
-from arb_kernels.rules.correlation import correlation_octaves
 
 from .absent_parameters import AbsentWeight
 from .integer_state import IntegerState
-
-logger = logging.get_logger(__name__)
-
 
 SEVERAL_BACKWARDS = "call IntegerOptimizer.begin_micro_batch(last=False) before the forwards of an accumulated step"
 DECODED, ROW_SCALES, UNPACKED = "weights laid out to decode", "row scales", "unpacked trits"
@@ -52,7 +48,7 @@ class ForwardUse:
 
 
 class DecodedWeight(NamedTuple):
-    """What `inference_weight` made, and from which state; holding the tensors keeps their ids from being reused."""
+    """The result of `inference_weight` and the state that it was made from: held tensors keep their ids."""
 
     versions: StateVersions
     tensors: list[torch.Tensor]
@@ -60,23 +56,47 @@ class DecodedWeight(NamedTuple):
     scale: torch.Tensor
 
 
+class GradientSink(Protocol):
+    """Takes the weight gradients of matrices and tables inside backward; an optimizer is one.
+
+    The gradients are transient float32 tensors that the sink may overwrite.
+    """
+
+    def dense(self, matrix: TernaryMatrix, dW: torch.Tensor, used: torch.Tensor | None = None) -> None:
+        """dW (rows, columns) of one forward. used: bool (), on dW's device; False: dW is zero, because the forward
+        took no token through the matrix, and the matrix must not move. None: used."""
+        ...
+
+    def rows(self, table: TernaryMatrix, row_ids: torch.Tensor, dW: torch.Tensor) -> None:
+        """dW (R, columns) of rows row_ids int64 (R,), in ascending order, each once; no other row was read."""
+        ...
+
+
 class TernaryMatrix(IntegerState):
     """A (rows, columns) matrix of trits with one scale exponent per group, all of it integer buffers.
 
-    A subclass that learns hands its dW over in backward, when an optimizer has armed it by setting `update_handler`.
-    Its autograd function notes every forward by `begin_use` and gives the note back in backward, first to `check_use`,
-    then to `hand_over`: so a gradient of weights that have moved since is refused, and the optimizer knows whether
-    another backward through this matrix is to come.
+    An optimizer arms the matrix by setting `gradient_sink`. The layer's autograd function then registers every forward
+    with `begin_use`, ends it in backward with `end_use`, and hands dW to the sink. So a gradient of weights that have
+    moved since the forward is refused, and the optimizer knows whether another backward through the matrix will come.
 
-    `shared` says that the matrix is used more than once per forward: its dW are then summed and applied in
-    `optimizer.step()` instead of inside backward. `keeps_trits` says that it is used so often, once a byte say, that a
-    transient int8 copy pays.
+    `shared`: the matrix is used more than once per forward, so its gradients are summed and applied in
+    `optimizer.step()` instead of inside backward. `keeps_trits`: the unpacked int8 weights are cached, for layers that
+    are called once per byte.
     """
+
+    T_packed: torch.Tensor
+    E: torch.Tensor
+    accum: torch.Tensor  # this and what follows: where the update rule has it
+    accum_exp: torch.Tensor
+    T_accum: torch.Tensor
+    E_accum: torch.Tensor
+    corr_accum: torch.Tensor
+    step_counter: torch.Tensor
 
     shared = False
     keeps_trits = False
     _kept: tuple[tuple[int, int], torch.Tensor, torch.Tensor] | None = None
-    update_handler: Callable[[TernaryMatrix, torch.Tensor], None] | None = None
+    gradient_sink: GradientSink | None = None
     _decoded: DecodedWeight | None = None
     _uses: WeakSet[ForwardUse] | None = None
     full_name = "a ternary matrix"  # within the model, for errors; set by an attached optimizer
@@ -89,7 +109,7 @@ class TernaryMatrix(IntegerState):
         self.init_fan_in = init_fan_in
         self.integer_matmuls = config.compute != "float" and self.group_size == columns
         if config.compute == "int8" and not self.integer_matmuls:
-            logger.warning_once(
+            logging.get_logger(__name__).warning_once(
                 f"compute='int8' needs one scale a row: float matmuls, as group_size={config.group_size}"
             )
         self.inference_tensors = [name for name, spec in self.layout().items() if spec.inference]
@@ -170,7 +190,7 @@ class TernaryMatrix(IntegerState):
         return [(id(tensor), tensor._version) for tensor in (getattr(self, name) for name in self.inference_tensors)]
 
     def begin_use(self) -> ForwardUse | None:
-        """A note of this forward, for its graph to hold; None where no optimizer waits for gradients."""
+        """Register a forward; its graph holds the result. None where no optimizer is attached."""
         if not self.armed:
             return None
         use = ForwardUse(self._state_versions())
@@ -180,36 +200,29 @@ class TernaryMatrix(IntegerState):
             self._uses.add(use)
         return use
 
-    def check_use(self, use: ForwardUse | None) -> None:
-        """Raises RuntimeError in the backward of a forward that read other weights than there are now."""
-        if self.armed and use is not None and use.versions != self._state_versions():
+    def end_use(self, use: ForwardUse | None) -> None:
+        """The backward of that forward has begun. Raises RuntimeError when the weights have moved since the forward."""
+        if use is None:
+            return
+        if self.armed and use.versions != self._state_versions():
             raise RuntimeError(
                 f"{self.full_name}: its weights moved between a forward and its backward: use each forward's graph"
                 f" once, before step(), or {SEVERAL_BACKWARDS}"
             )
+        if self._uses:
+            self._uses.discard(use)
 
     def is_used_ahead(self) -> bool:
-        """Whether a graph is alive that went through the weights as they are and has not come back yet."""
+        """Whether a graph is alive whose forward read the present weights and whose backward has not begun."""
         if not self._uses:
             return False
         versions = self._state_versions()
         return any(use.versions == versions for use in self._uses)
 
-    @torch.no_grad()
-    def hand_over(self, dW: torch.Tensor, use: ForwardUse | None = None) -> None:
-        """Give the transient weight gradient (rows, columns) of a forward to the attached optimizer."""
-        self.end_use(use)
-        self.update_handler(self, dW)
-
-    def end_use(self, use: ForwardUse | None) -> None:
-        """The backward of that forward has come."""
-        if self._uses and use is not None:
-            self._uses.discard(use)
-
     @property
     def armed(self) -> bool:
-        """Whether an optimizer waits for this matrix's gradients."""
-        return self.update_handler is not None
+        """Whether an optimizer takes this matrix's gradients."""
+        return self.gradient_sink is not None
 
     def extra_repr(self) -> str:
         groups = num_groups(self.columns, self.group_size)

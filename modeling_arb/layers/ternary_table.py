@@ -1,8 +1,6 @@
-"""TernaryTable: a packed table of which a step reads and updates few rows, at a cost that its size does not set."""
+"""TernaryTable: a large packed table; a step reads and updates only the rows looked up, whatever the table's size."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 
@@ -13,7 +11,6 @@ from arb_kernels.formats.scaled_rows import gather_rows
 from arb_kernels.formats.state_layout import StateTensor, rule_of_tables, state_layout
 
 from .ternary_embedding import TernaryEmbedding, sum_by_row
-from .ternary_matrix import ForwardUse
 
 THRESHOLD, SMALLEST_SCALE = 0.7, 2.0**-16
 
@@ -21,11 +18,9 @@ THRESHOLD, SMALLEST_SCALE = 0.7, 2.0**-16
 class TernaryTable(TernaryEmbedding):
     """ids (...) int64 -> (..., columns). Entries have variance 1 at the start.
 
-    Backward hands over the touched rows and their gradients, (R,) int64 in ascending order and float32 (R, columns);
-    an optimizer applies them in `step()`. Rows that were not touched are neither read nor written.
+    Backward hands the touched rows and their gradients to the sink; an optimizer applies them in `step()`. Rows that
+    were not touched are neither read nor written.
     """
-
-    update_handler: Callable[[TernaryTable, torch.Tensor, torch.Tensor], None] | None = None
 
     def setup_state(self, rows: int, columns: int, config, init_fan_in: int) -> None:
         self.table_rule = rule_of_tables(config.update_rule, config.table_rule)
@@ -46,7 +41,7 @@ class TernaryTable(TernaryEmbedding):
 
     @torch.no_grad()
     def write_rows(self, ids: torch.Tensor, values: torch.Tensor) -> None:
-        """Let rows ids (R,), each named once, stand for values (R, columns), their accumulators at zero.
+        """Set rows ids (R,), each named once, to the nearest ternary values (R, columns), their accumulators to zero.
 
         Trits by the threshold of Ternary Weight Networks (Li & Liu 2016, eq. 6): 0.7 of a group's mean magnitude.
         """
@@ -63,8 +58,7 @@ class TernaryTable(TernaryEmbedding):
             if name not in ("T_packed", "E"):
                 getattr(self, name)[ids] = torch.zeros((), dtype=spec.dtype, device=ids.device)
 
-    def receive_gradient(self, ids: torch.Tensor, gradient: torch.Tensor, use: ForwardUse | None = None) -> None:
-        """Hand over the touched rows alone."""
-        self.end_use(use)
+    def pass_on_gradient(self, ids: torch.Tensor, gradient: torch.Tensor) -> None:
+        """As in an embedding, for the touched rows alone."""
         row_ids, place = ids.unique(return_inverse=True)
-        self.update_handler(self, row_ids, sum_by_row(place, gradient, len(row_ids)))
+        self.gradient_sink.rows(self, row_ids, sum_by_row(place, gradient, len(row_ids)))

@@ -8,8 +8,6 @@ from transformers.utils import logging
 
 from .ternary_matrix import TernaryMatrix
 
-logger = logging.get_logger(__name__)
-
 NOTHING_LEARNS = (
     "this backward pass changes no weight: the ternary weights are integers, which an optimizer for float parameters"
     " (the stock Trainer's, or a loop's) cannot move. To train them, install the ARB repository (pip install PATH) and"
@@ -26,6 +24,6 @@ def say_when_nothing_learns(model: nn.Module, hidden_states: torch.Tensor) -> No
     def check(gradient: torch.Tensor) -> None:
         armed = any(module.armed for module in model.modules() if isinstance(module, TernaryMatrix))
         if not armed and not any(parameter.requires_grad for _, parameter in model.named_parameters()):
-            logger.warning_once(NOTHING_LEARNS)
+            logging.get_logger(__name__).warning_once(NOTHING_LEARNS)
 
     hidden_states.register_hook(check)

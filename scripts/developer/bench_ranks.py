@@ -55,9 +55,9 @@ def train(rank: int, config: str, args: argparse.Namespace, folder: str, answers
         store = dist.FileStore(str(Path(folder) / "store"), ranks)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
     if config == WAITING:
-        import training_arb.optim.integer_optimizer as optimizer_module
+        import training_arb.ranks.gradient_exchange as exchange_module
 
-        optimizer_module.AveragedGradient = WaitingGradient
+        exchange_module.AveragedGradient = WaitingGradient
     torch.manual_seed(args.seed)
     model = ArbForCausalLM(preset_config(args.preset))
     optimizer = IntegerOptimizer(model, seed=args.seed, rank_check_steps=0)

@@ -7,6 +7,7 @@ from transformers import Trainer, TrainingArguments
 
 from configuration_arb import preset_config
 from modeling_arb import ArbForCausalLM
+from support.gradients import Sink
 from support.tensors import random_text
 from training_arb.data.byte_data import ByteBlocks, collate_blocks
 from training_arb.memory.memory_forecast import measure_step
@@ -64,7 +65,7 @@ def test_every_matrix_hands_over_as_often_as_without(preset):
             def count(*_, name=name):
                 seen[name] += 1
 
-            matrix.update_handler = count
+            matrix.gradient_sink = Sink(count)
         ids = random_text(0, 2, 24)
         model.train()(ids, labels=ids).loss.backward()
         return seen

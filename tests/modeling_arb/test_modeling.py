@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from configuration_arb import preset_config
 from modeling_arb import ArbForCausalLM, ArbModel
+from support.gradients import Sink
 from support.tensors import assert_same
 
 PAD = 256
@@ -128,7 +129,7 @@ def test_gradient_checkpointing_gives_the_same_weight_gradients(ids, use_reentra
             model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
         seen = {}
         for name, matrix in model.ternary_matrices().items():
-            matrix.update_handler = lambda _, dW, name=name: seen.setdefault(name, dW.clone())
+            matrix.gradient_sink = Sink(lambda _, dW, name=name: seen.setdefault(name, dW.clone()))
         model(ids, labels=ids).loss.backward()
         assert seen.keys() == model.ternary_matrices().keys()
         return seen

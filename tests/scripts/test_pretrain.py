@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from support.pretraining import TEXT, arguments, final_hash, report
 from support.scripting import ROOT, run_script
+from training_arb.checkpoints.checkpoint_files import write_checksums
 
 
 @pytest.fixture(scope="session")
@@ -105,8 +106,7 @@ def test_two_ranks_hold_the_same_bits(corpus, tmp_path, preset):
 
 
 def damage(checkpoint, how):
-    """As in a checkpoint from before checksums.json, which would find it all; test_long_runs.py has those with it."""
-    (checkpoint / "checksums.json").unlink()
+    """What checksums do not show: they are written anew. test_long_runs.py has damage that they show."""
     weights = checkpoint / "model.safetensors"
     if how == "truncated":
         weights.write_bytes(weights.read_bytes()[:-1000])
@@ -124,6 +124,7 @@ def damage(checkpoint, how):
         elif how == "shape":
             tensors[name] = tensors[name][:-1].contiguous()
         save_file(tensors, weights, metadata={"format": "pt"})
+    write_checksums(checkpoint)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +177,7 @@ def test_resuming_another_run_is_refused(corpus, finished, tmp_path, capsys, cha
         ({"preset": "arb-9z"}, "preset='arb-9z'"),
         ({"blocks": "{"}, "blocks='{' is not JSON"),
         ({"blocks": "[1]"}, "blocks='[1]' must be a JSON object"),
-        ({"blocks": '{"depth": 3}'}, "blocks: 'depth' is no field"),
+        ({"blocks": '{"depth": 3}'}, "blocks: 'depth' is not a field"),
         ({"blocks": '{"update_rule": "flip"}'}, "--update_rule"),
         ({"blocks": '{"memgram": {"dim": 4}}'}, "memgram.slots is missing"),
         ({"table_threshold": 0}, "table_threshold=0"),
@@ -190,7 +191,7 @@ def test_resuming_another_run_is_refused(corpus, finished, tmp_path, capsys, cha
         ({"flip_threshold": 900}, "flip_threshold=900"),
         ({"fp16": "true"}, "fp16=True"),
         ({"optim": "sgd"}, "optim=sgd"),
-        ({"resume_from_checkpoint": "latest"}, "has no checkpoint"),
+        ({"resume_from_checkpoint": "latest"}, "has no whole checkpoint"),
         ({"resume_from_checkpoint": "gone/checkpoint-3"}, "resume_from_checkpoint='gone/checkpoint-3'"),
         ({"dataset": "./no_such_dataset", "data": None}, "dataset='./no_such_dataset'"),
         ({"no_such_option": 1}, "no_such_option"),
@@ -214,7 +215,7 @@ def test_empty_data_and_finished_folder_are_refused(corpus, finished, tmp_path, 
     assert "already holds a run" in capsys.readouterr().err
     shutil.copytree(finished / "final", tmp_path / "run" / "checkpoint-8")
     assert run_script("pretrain", *arguments(corpus, tmp_path / "run", resume_from_checkpoint="latest")) == 2
-    assert "no training checkpoint" in capsys.readouterr().err
+    assert "not a whole training checkpoint" in capsys.readouterr().err
 
 
 def test_streamed_dataset(tmp_path):

@@ -2,30 +2,20 @@
 
 Run by test_triton_compile.py in a process without TRITON_INTERPRET. Every launch stops after compiling; the driver
 is a stand-in that only says which GPU to compile for. Prints JSON: {kernel: {capability: [what its PTX has of ...]}}.
+With the path of a model's kernels_arb.py as argument, it compiles the kernels of that file.
 """
 
 import json
-from pathlib import Path
+import runpy
+import sys
+from importlib import import_module
+from types import SimpleNamespace
 
 import torch
+from scripting import ROOT
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
-
-import arb_kernels.triton_support
-from arb_kernels.blocks.lstm_gates_triton import triton_lstm_gates, triton_lstm_gates_backward
-from arb_kernels.formats.packing_triton import (
-    triton_effective_weight,
-    triton_gather_rows,
-    triton_pack_trits,
-    triton_unpack_trits,
-)
-from arb_kernels.matmul.matvec_triton import triton_packed_matvec
-from arb_kernels.matmul.quantise_triton import triton_quantise_gradient, triton_quantise_tokens, triton_scale_sums
-from arb_kernels.rules.correlation_triton import triton_correlation_update, triton_correlation_update_from_factors
-from arb_kernels.rules.flip_triton import triton_flip_update
-from arb_kernels.rules.gradient_sum_triton import triton_add_gradient, triton_add_sum
-from arb_kernels.rules.momentum_triton import triton_momentum_update
 
 CAPABILITIES = (80, 90)
 INEXACT = ("fma.rn.f32", ".ftz", "div.full", ".approx")  # float instructions that round another way than torch
@@ -48,54 +38,63 @@ class StandInDriver:
         return 0
 
 
-def call_everything():
-    """Every public function, once for each way that it launches its kernels."""
-    int8, uint8 = torch.int8, torch.uint8
-    packed, dW = torch.zeros(ROWS, WIDTH, dtype=uint8), torch.zeros(ROWS, COLUMNS)
+def call_layers(k):
+    """The functions of the layers, once for each way that they launch their kernels. k: has them as attributes."""
+    packed, dW = torch.zeros(ROWS, WIDTH, dtype=torch.uint8), torch.zeros(ROWS, COLUMNS)
     ids, scale = torch.zeros(4, dtype=torch.int64), torch.ones(ROWS, GROUPS)
-    codes = torch.zeros(ROWS, COLUMNS, dtype=int8)
-    for bits, dtype in ((4, uint8), (8, torch.int16)):
-        accum, accum_exp = torch.zeros(ROWS, COLUMNS, dtype=dtype), torch.zeros(ROWS, BLOCKS, dtype=int8)
-        triton_momentum_update(packed, accum, accum_exp, dW, 1, 0.1, bits=bits)
-    accum = torch.zeros(ROWS, COLUMNS, dtype=uint8)
-    triton_momentum_update(packed, accum, accum_exp, dW[:4], 1, 0.1, row_ids=ids)
-    triton_add_gradient(codes, accum_exp, dW, 1)
-    triton_add_sum(dW, codes, accum_exp)
-    triton_quantise_tokens(dW)
-    triton_quantise_gradient(dW, dW[0], dW[:, 0])
-    triton_quantise_gradient(dW, dW[0], None)
-    triton_scale_sums(torch.zeros(ROWS, COLUMNS, dtype=torch.int32), dW[:, 0], dW[0], torch.bfloat16)
-    triton_unpack_trits(packed, COLUMNS)
-    triton_effective_weight(packed, COLUMNS, scale, GROUP, torch.bfloat16)
-    triton_gather_rows(packed, ids, COLUMNS, scale[ids], GROUP)
-    triton_pack_trits(codes)
-    triton_packed_matvec(codes[:3], packed, torch.ones(3), torch.ones(ROWS))
-    E_accum = torch.zeros(ROWS, GROUPS, dtype=int8)
-    triton_flip_update(packed, E_accum, codes, E_accum, dW, GROUP)
-    corr, steps = torch.zeros(ROWS, GROUPS, dtype=torch.int64), torch.zeros((), dtype=torch.int64)
-    triton_correlation_update(packed, corr, steps, dW, GROUP)
-    for dtype in (torch.float32, torch.bfloat16):
-        grad_y, x = torch.zeros(8, ROWS, dtype=dtype), torch.zeros(8, COLUMNS, dtype=dtype)
-        triton_correlation_update_from_factors(packed, corr, steps, grad_y, x, GROUP)
+    codes = torch.zeros(ROWS, COLUMNS, dtype=torch.int8)
+    k.triton_quantise_tokens(dW)
+    k.triton_quantise_gradient(dW, dW[0], dW[:, 0])
+    k.triton_quantise_gradient(dW, dW[0], None)
+    k.triton_scale_sums(torch.zeros(ROWS, COLUMNS, dtype=torch.int32), dW[:, 0], dW[0], torch.bfloat16)
+    k.triton_unpack_trits(packed, COLUMNS)
+    k.triton_effective_weight(packed, COLUMNS, scale, GROUP, torch.bfloat16)
+    k.triton_gather_rows(packed, ids, COLUMNS, scale[ids], GROUP)
+    k.triton_pack_trits(codes)
+    k.triton_packed_matvec(codes[:3], packed, torch.ones(3), torch.ones(ROWS))
     cell = torch.zeros(8, ROWS // 4)
     for dtype in (torch.float32, torch.bfloat16):
         gates, hidden = torch.zeros(8, ROWS, dtype=dtype), cell.to(dtype)
-        triton_lstm_gates(gates, cell, 1.0)
-        triton_lstm_gates_backward(gates, cell, cell, hidden, cell, 1.0)
+        k.triton_lstm_gates(gates, cell, 1.0)
+        k.triton_lstm_gates_backward(gates, cell, cell, hidden, cell, 1.0)
 
 
-def all_kernels():
-    """Names of the kernels in our Triton modules."""
-    names = set()
-    for path in Path(arb_kernels.triton_support.__file__).parent.glob("*_triton.py"):
-        module = __import__(f"arb_kernels.{path.stem}", fromlist=["_"])
-        names |= {name for name, value in vars(module).items() if isinstance(value, JITFunction)}
-    return sorted(name for name in names if name.endswith("_kernel"))
+def call_rules(k):
+    """The functions of the update rules, which a model from the hub goes without."""
+    int8, uint8 = torch.int8, torch.uint8
+    packed, dW = torch.zeros(ROWS, WIDTH, dtype=uint8), torch.zeros(ROWS, COLUMNS)
+    codes, ids = torch.zeros(ROWS, COLUMNS, dtype=int8), torch.zeros(4, dtype=torch.int64)
+    for bits, dtype in ((4, uint8), (8, torch.int16)):
+        accum, accum_exp = torch.zeros(ROWS, COLUMNS, dtype=dtype), torch.zeros(ROWS, BLOCKS, dtype=int8)
+        k.triton_momentum_update(packed, accum, accum_exp, dW, 1, 0.1, bits=bits)
+    accum = torch.zeros(ROWS, COLUMNS, dtype=uint8)
+    k.triton_momentum_update(packed, accum, accum_exp, dW[:4], 1, 0.1, row_ids=ids)
+    k.triton_add_gradient(codes, accum_exp, dW, 1)
+    k.triton_add_sum(dW, codes, accum_exp)
+    E_accum = torch.zeros(ROWS, GROUPS, dtype=int8)
+    k.triton_flip_update(packed, E_accum, codes, E_accum, dW, GROUP)
+    corr, steps = torch.zeros(ROWS, GROUPS, dtype=torch.int64), torch.zeros((), dtype=torch.int64)
+    k.triton_correlation_update(packed, corr, steps, dW, GROUP)
+    for dtype in (torch.float32, torch.bfloat16):
+        grad_y, x = torch.zeros(8, ROWS, dtype=dtype), torch.zeros(8, COLUMNS, dtype=dtype)
+        k.triton_correlation_update_from_factors(packed, corr, steps, grad_y, x, GROUP)
 
 
-def main():
+def names_of_package():
+    """Everything that our Triton modules have, in one namespace."""
+    names = {}
+    for path in sorted((ROOT / "kernels").rglob("*_triton.py")):
+        module = ".".join(("arb_kernels", *path.relative_to(ROOT / "kernels").with_suffix("").parts))
+        names |= vars(import_module(module))
+    return names
+
+
+def main(path=None):
     torch.set_num_threads(1)
-    found = {name: {} for name in all_kernels()}
+    names = names_of_package() if path is None else runpy.run_path(path)
+    calls = (call_layers, call_rules) if path is None else (call_layers,)
+    kernels = {name for name, value in names.items() if isinstance(value, JITFunction) and name.endswith("_kernel")}
+    found = {name: {} for name in sorted(kernels)}
     run = JITFunction.run
 
     def compile_only(self, *arguments, grid, warmup, **options):
@@ -110,9 +109,10 @@ def main():
     JITFunction.run = compile_only
     for capability in CAPABILITIES:
         driver.set_active(StandInDriver(capability))
-        call_everything()
+        for call in calls:
+            call(SimpleNamespace(**names))
     print(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -2,7 +2,7 @@
 
 import json
 
-from training_arb.checkpoints.checkpoint_files import pointed, step_of
+from training_arb.checkpoints.run_checkpoints import pointed, step_of, unfinished_checkpoints
 
 STEPS = 8
 TEXT = b"".join(f"def function_{i}(a, b):\n    return a * {i} + b\n\n\n".encode() for i in range(400))
@@ -39,3 +39,11 @@ def step_pointed_to(output_dir):
     """Of the newest checkpoint, in a folder that is being written to."""
     checkpoint = pointed(output_dir, "latest")
     return step_of(checkpoint) if checkpoint else 0
+
+
+def is_saving(output_dir):
+    """Whether a checkpoint is being written at this moment."""
+    try:
+        return bool(unfinished_checkpoints(output_dir))
+    except FileNotFoundError:  # one that was deleted while we looked
+        return False

@@ -124,4 +124,4 @@ def ablate(
 def worst_spike(losses: list[float], window: int = 50) -> float:
     """The largest loss over the mean of the `window` before it, from a tenth of the run on; 1 for shorter runs."""
     start = max(window, len(losses) // 10)
-    return max((losses[i] / np.mean(losses[i - window : i]) for i in range(start, len(losses))), default=1.0)
+    return max((float(losses[i] / np.mean(losses[i - window : i])) for i in range(start, len(losses))), default=1.0)

@@ -90,7 +90,12 @@ def matmul_contest(
     operations = 2.0 * batch * N * K
     competitors: dict[str, Competitor] = {}
 
-    def add(name: str, weight: torch.Tensor, multiply: Callable[[torch.Tensor], torch.Tensor], scale=1) -> None:
+    def add(
+        name: str,
+        weight: torch.Tensor,
+        multiply: Callable[[torch.Tensor], torch.Tensor],
+        scale: float | torch.Tensor = 1,
+    ) -> None:
         _checked(name, multiply(weight) * scale, reference)
         copies = _copies(weight, cold_bytes)
         weights = [in_huge_pages(weight.clone()) for _ in range(copies)]
@@ -104,7 +109,8 @@ def matmul_contest(
         add(OWN, to_decode_layout(trits), lambda weight: decode_linear(x, weight, N, row_scale))
     add("torch_fp32", trits.float(), lambda weight: F.linear(x, weight))
     add("torch_bf16", trits.bfloat16(), lambda weight: F.linear(x16, weight))
-    add("torch_int_mm", trits, lambda weight: torch._int_mm(codes, weight.T), token_scale[:, None])
+    int_mm = torch._int_mm  # pyright: ignore[reportPrivateImportUsage]
+    add("torch_int_mm", trits, lambda weight: int_mm(codes, weight.T), token_scale[:, None])
     if ggml is not None and K % BLOCK == 0:
         for quantisation in FORMATS:
             one = GgmlMatmul(ggml, quantisation, trits, x, 1, threads)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from transformers.cache_utils import Cache, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer
 
 from configuration_arb import ArbConfig
 
@@ -29,13 +29,14 @@ class CacheSize:
 def cache_size(cache: Cache, config: ArbConfig) -> CacheSize:
     """What a cache that the model has read something into takes. Raises ValueError when it is empty."""
     per_token = fixed = 0.0
+    element = 0
     for layer in cache.layers:
-        if layer.keys is None:
+        if not isinstance(layer, CacheLayerMixin) or layer.keys is None or layer.values is None:
             raise ValueError("past_key_values is empty: there is nothing to measure")
         row = (layer.keys.nbytes + layer.values.nbytes) / len(layer.keys)
         if isinstance(layer, DynamicSlidingWindowLayer):
             fixed += row
         else:
+            element = layer.keys.element_size()
             per_token += row / layer.keys.shape[2]
-    element = cache.layers[0].keys.element_size()
     return CacheSize(per_token, fixed, 2 * config.hidden_size * config.num_hidden_layers * element)

@@ -42,7 +42,7 @@ class StopOnInterrupt(StoppingCriteria):
             raise KeyboardInterrupt
         self.interrupted = True
 
-    def __call__(self, input_ids: torch.LongTensor, scores, **kwargs) -> torch.BoolTensor:
+    def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
         return torch.full((len(input_ids),), self.interrupted, device=input_ids.device)
 
 

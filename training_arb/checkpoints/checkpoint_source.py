@@ -10,6 +10,8 @@ from huggingface_hub import snapshot_download
 from modeling_arb.checkpoints.integrity import read_json_object
 from training_arb.common.hub_errors import hub_errors
 
+from .checkpoint_files import check_finished
+
 FETCHED = ("*.json", "*.safetensors")
 MODEL_TYPE = "arb"
 
@@ -24,7 +26,8 @@ class CheckpointSource(NamedTuple):
 def find_checkpoint(name: str, revision: str | None = None, option: str = "model") -> CheckpointSource:
     """The folder `name`, or what the hub has under it, downloaded into its cache.
 
-    Raises ValueError, which begins with `option` and the name, when there is none, or it is another type of model.
+    Raises ValueError, which begins with `option` and the name, when nothing is found there, when it is another type of
+    model, or when it is an unfinished checkpoint.
     """
     folder, asked = Path(name), f"{option}={name!r}"
     if folder.is_dir():
@@ -49,3 +52,4 @@ def _check_folder(folder: Path, asked: str) -> None:
         raise ValueError(f"{asked}: model_type={model_type!r} in its config.json, this is for {MODEL_TYPE!r}")
     if not list(folder.glob("model*.safetensors")):
         raise ValueError(f"{asked}: no model.safetensors there")
+    check_finished(folder)

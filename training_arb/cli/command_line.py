@@ -1,32 +1,62 @@
-"""Runs a script's main: errors become one line and an exit code."""
+"""What scripts share: the form of their help, checks of their numbers, and errors as one line and an exit code."""
 
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
+from training_arb.common.error_lines import first_line
 from training_arb.ranks.rank_loss import RankLostError, RanksPartedError
 
 BAD_INPUT, RUN_FAILED = 2, 1
 TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
-ALLOCATOR = "DefaultCPUAllocator: "  # torch's words for no memory begin behind it
+ALLOCATOR = "DefaultCPUAllocator: "  # what torch says of missing memory follows it
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Defaults beside every option, and the module docstring's examples as they are written."""
+    """Shows the default of every option, and keeps the line breaks of the description."""
+
+
+def script_parser(description: str) -> argparse.ArgumentParser:
+    """A parser whose help begins with a script's docstring."""
+    return argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
+
+
+def check_least(options: object, least: Mapping[str, float]) -> None:
+    """Raises ValueError naming the first option below its least value; those that are None pass."""
+    for name, smallest in least.items():
+        value = getattr(options, name)
+        if value is not None and not value >= smallest:
+            raise ValueError(f"{name}={value} must be at least {smallest}")
+
+
+def check_known(name: str, values: Iterable[str], known: Iterable[str]) -> None:
+    """Raises ValueError naming the first of an option's values that is not known."""
+    known = list(known)
+    for value in values:
+        if value not in known:
+            raise ValueError(f"{name}={value!r} is not one of {', '.join(known)}")
+
+
+def quiet_transformers() -> None:
+    """Show errors of transformers only, and no progress bar for each file that it reads or writes."""
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    disable_progress_bar()
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Run a script's main and exit. An error that is no bug is one line; ARB_TRACEBACK=1 shows where it came from.
+    """Run a script's main and exit. An error that is not a bug is one line; ARB_TRACEBACK=1 shows where it came from.
 
-    Exit codes: 2, what was given is wrong: an option, data, a checkpoint, a disk (ValueError, OSError), or it
-    asks for more memory than there is; 1, the run itself went wrong: a loss or a gradient is not finite or explodes
-    (FloatingPointError), ranks differ (RanksPartedError); 75, another rank was lost, and the same command may well go
-    on (RankLostError).
+    Exit codes: 2, the input is wrong: an option, data, a checkpoint, a disk (ValueError, OSError), or it needs more
+    memory than there is; 1, the run itself failed: a loss or a gradient is not finite or explodes
+    (FloatingPointError), ranks differ (RanksPartedError); 75, another rank was lost, and the same command may succeed
+    (RankLostError).
     """
     try:
         sys.exit(main() or 0)
@@ -41,7 +71,7 @@ def run(main: Callable[[], int | None]) -> None:
 
 
 def exit_code(error: Exception) -> int | None:
-    """What the process ends with for it; None: it is a bug, to be shown whole."""
+    """The exit code for an error; None for a bug, whose traceback is shown."""
     if isinstance(error, RankLostError):
         return TRY_AGAIN
     if isinstance(error, FloatingPointError | RanksPartedError):
@@ -55,15 +85,15 @@ def _out_of_memory(error: Exception) -> bool:
 
 
 def _in_one_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    line = first_line(error)
     if _out_of_memory(error):
-        reason = lines[0].rpartition(ALLOCATOR)[2].partition(". ")[0]
+        reason = line.rpartition(ALLOCATOR)[2].partition(". ")[0]
         return f"out of memory ({reason}): a smaller batch, ctx or model needs less"
-    return lines[0]
+    return line
 
 
 def _leave(code: int) -> None:
-    """End this process now: to tidy up broken connections may take a timeout, or abort it with another exit code."""
+    """End this process now: closing broken connections may take a timeout, or abort it with another exit code."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -24,7 +24,8 @@ def out_of_space(error: BaseException) -> bool:
     return any(words in str(error) for words in FULL_IN_WORDS)
 
 
-def _sync(path: Path) -> None:
+def sync_path(path: Path) -> None:
+    """fsync one file or folder."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -37,7 +38,7 @@ def sync_tree(folder: Path) -> None:
     itself."""
     follow_umask(folder.rglob("*.safetensors"))
     for path in [*folder.rglob("*"), folder]:
-        _sync(path)
+        sync_path(path)
 
 
 def move_into_place(staged: Path, target: Path) -> None:
@@ -54,7 +55,7 @@ def move_into_place(staged: Path, target: Path) -> None:
         shutil.rmtree(replaced)
     else:
         os.replace(staged, target)
-    _sync(target.parent)
+    sync_path(target.parent)
 
 
 @contextmanager
@@ -81,7 +82,7 @@ def write_bytes(path: str | Path, data: bytes) -> None:
     staged = path.with_name(f".{path.name}.writing")
     try:
         staged.write_bytes(data)
-        _sync(staged)
+        sync_path(staged)
     except OSError:
         staged.unlink(missing_ok=True)
         raise

@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import numpy as np
 
@@ -59,7 +59,7 @@ def join(pieces: Iterable[np.ndarray]) -> np.ndarray:
     """uint16 (n,): the pieces one after the other; none: n = 0."""
     joined = bytearray()  # which grows in place: a list of pieces would be there twice when they are joined
     for piece in pieces:
-        joined += memoryview(np.ascontiguousarray(piece)).cast("B")
+        joined += np.ascontiguousarray(piece).view(np.uint8).data
     return np.frombuffer(joined, dtype=np.uint16)
 
 
@@ -135,7 +135,7 @@ def _naming(path: Path) -> Iterator[None]:
 
 
 def _open(path: Path) -> BinaryIO:
-    return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")
+    return cast(BinaryIO, gzip.open(path)) if path.suffix.lower() == ".gz" else path.open("rb")
 
 
 def _text_pieces(path: Path, start: int, end: int) -> Pieces:
@@ -255,7 +255,9 @@ def _longest_shared(coded, group: int, text_column: str) -> int:
     if first is None or not isinstance(first.column(0), pyarrow.DictionaryArray):
         return 0
     texts = first.column(0).dictionary
-    return (compute.max(compute.binary_length(texts)).as_py() or 0) if _is_text(texts.type) else 0
+    if not _is_text(texts.type):
+        return 0
+    return compute.max(compute.binary_length(texts)).as_py() or 0  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _is_text(type_) -> bool:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from arb_kernels.random_bits import random_bits, stream_key
 
@@ -30,8 +31,9 @@ class MixedStream(IterableDataset):
         self._start, self._taken = 0, np.zeros(len(sources), dtype=np.int64)
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        if get_worker_info() is not None:
-            raise ValueError(f"dataloader_num_workers={get_worker_info().num_workers}: {SINGLE_READER}")
+        worker = get_worker_info()
+        if worker is not None:
+            raise ValueError(f"dataloader_num_workers={worker.num_workers}: {SINGLE_READER}")
         runs = [iter(source) for source in self.sources]
         self._taken = np.zeros(len(runs), dtype=np.int64)
         for number in count(self._start):
@@ -86,8 +88,10 @@ SINGLE_READER = "streamed data is read by the training process itself, use 0"
 
 def configure_reading(args: TrainingArguments) -> None:
     """Let each rank read for itself, not rank 0 for all. Raises ValueError on settings that break the order."""
-    if args.accelerator_config.split_batches:
+    config = args.accelerator_config
+    assert isinstance(config, AcceleratorConfig)  # TrainingArguments makes one of whatever it was given
+    if config.split_batches:
         raise ValueError("accelerator_config: split_batches=True does not go with streamed data")
     if args.dataloader_num_workers:
         raise ValueError(f"dataloader_num_workers={args.dataloader_num_workers}: {SINGLE_READER}")
-    args.accelerator_config.dispatch_batches = False
+    config.dispatch_batches = False

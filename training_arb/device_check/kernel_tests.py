@@ -16,7 +16,7 @@ import sys
 import traceback
 import types
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 
 import torch
@@ -114,7 +114,7 @@ def run_tests(path: Path, first: int, seeds: int, out: Path) -> None:
             witness.start()
             for seed in range(seeds):
                 try:
-                    test.run(fixtures, lambda seed=seed: torch.manual_seed(seed))
+                    test.run(fixtures, partial(torch.manual_seed, seed))
                     if torch.cuda.is_available():
                         torch.cuda.synchronize()
                 except Skipped as reason:

@@ -130,7 +130,7 @@ def warns(expected: type[Warning]) -> Iterator[None]:
 def install() -> None:
     """From here on `import pytest` gives this module's names."""
     module = types.ModuleType("pytest")
-    module.mark = Marks()
+    setattr(module, "mark", Marks())  # noqa: B010, a module has no such attribute for a type checker
     for entry in (param, fixture, importorskip, raises, warns):
         setattr(module, entry.__name__, entry)
     sys.modules["pytest"] = module
@@ -145,7 +145,7 @@ class Test:
     parameters: dict[str, Any]
     marks: tuple[Mark, ...]
 
-    def run(self, fixtures: dict[str, Callable], seed_again: Callable[[], None]) -> None:
+    def run(self, fixtures: dict[str, Callable], seed_again: Callable[[], object]) -> None:
         """Call it within its fixtures and the automatic ones. Raises what the test raises, or Skipped."""
         for mark in self.marks:
             if mark.name == "skipif" and mark.args[0]:
@@ -192,7 +192,7 @@ def _calls(function: Callable) -> Iterator[Test]:
     tables = [_rows(*mark.args, **mark.options) for mark in marks if mark.name == "parametrize"]
     for rows in itertools.product(*tables):
         parameters = {name: value for names, row in rows for name, value in zip(names, row.values, strict=True)}
-        label = "-".join(row.name for _, row in reversed(rows))
+        label = "-".join(str(row.name) for _, row in reversed(rows))
         name = f"{function.__name__}[{label}]" if rows else function.__name__
         row_marks = [mark for _, row in rows for mark in row.marks]
         yield Test(name, function, parameters, (*(mark for mark in marks if mark.name == "skipif"), *row_marks))
@@ -201,11 +201,11 @@ def _calls(function: Callable) -> Iterator[Test]:
 def _rows(
     names: str | tuple[str, ...], values: list, ids: Callable | list | None = None
 ) -> list[tuple[list[str], Param]]:
-    names = [name.strip() for name in (names.split(",") if isinstance(names, str) else names)]
+    columns = [name.strip() for name in (names.split(",") if isinstance(names, str) else names)]
     rows = []
     for i, value in enumerate(values):
-        row = value if isinstance(value, Param) else Param((value,) if len(names) == 1 else tuple(value))
+        row = value if isinstance(value, Param) else Param((value,) if len(columns) == 1 else tuple(value))
         given = ids[i] if isinstance(ids, list) else None
         label = row.name or given or "-".join(ids(v) if callable(ids) else str(v) for v in row.values)
-        rows.append((names, Param(row.values, label, row.marks)))
+        rows.append((columns, Param(row.values, label, row.marks)))
     return rows

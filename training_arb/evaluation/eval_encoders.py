@@ -58,7 +58,7 @@ class TokenizerEncoder:
         if start in ids and ids[start] is None:
             raise ValueError(f"start={start!r}: the tokenizer of model={self.name!r} has no such token")
         found = ids["bos"] if start == "auto" else ids.get(start)
-        return [] if found is None else [found]
+        return [found] if isinstance(found, int) else []
 
     def encode(self, document: bytes, start_ids: list[int]) -> EncodedDocument:
         """document: UTF-8. Raises ValueError where it comes to no tokens."""
@@ -81,4 +81,4 @@ class TokenizerEncoder:
         return 1, len(self._decode(tokens[:1]).encode())
 
     def _decode(self, tokens: list[int]) -> str:
-        return self.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False))

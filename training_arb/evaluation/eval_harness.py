@@ -52,7 +52,7 @@ def harness_scores(
     Raises ValueError where lm-eval is not installed or knows no such task.
     """
     try:
-        import lm_eval
+        from lm_eval.evaluator import simple_evaluate
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise ValueError(
@@ -64,9 +64,9 @@ def harness_scores(
     for task in tasks:
         if not manager.match_tasks([task]):
             raise ValueError(f"lm_eval={task!r} is no task; ARB's own are {', '.join(own_tasks())}")
-    results = lm_eval.simple_evaluate(
+    results = simple_evaluate(
         model="hf",
-        model_args={
+        model_args={  # pyright: ignore[reportArgumentType], a tokenizer may be an object
             "pretrained": name,
             "tokenizer": tokenizer,
             "trust_remote_code": trust_remote_code,
@@ -80,7 +80,8 @@ def harness_scores(
         log_samples=False,
         bootstrap_iters=0,
     )
+    assert results is not None  # as on every rank but the first, and there is one
     return {
         task: {metric.removesuffix(",none"): value for metric, value in row.items() if isinstance(value, float)}
-        for task, row in results["results"].items()
+        for task, row in results["results"].items()  # pyright: ignore[reportTypedDictNotRequiredAccess]
     }

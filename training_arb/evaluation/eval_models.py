@@ -7,8 +7,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -68,7 +70,7 @@ def load_evaluated(name: str, device: torch.device, trust_remote_code: bool = Fa
     else:
         model, tokenizer = _load_causal_lm(name, trust_remote_code), _load_tokenizer(name, trust_remote_code)
         encoder = TokenizerEncoder(name, tokenizer)
-    model = model.to(device).eval()
+    nn.Module.to(model, device).eval()
     if isinstance(encoder, TokenizerEncoder):
         check_causal(name, model)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -77,9 +79,10 @@ def load_evaluated(name: str, device: torch.device, trust_remote_code: bool = Fa
 
 def _load_causal_lm(name: str, trust_remote_code: bool) -> PreTrainedModel:
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             name, trust_remote_code=trust_remote_code, output_loading_info=True
         )
+        model, info = loaded
     except ValueError as error:
         if "trust_remote_code" in str(error):
             raise ValueError(f"model={name!r} brings code of its own, which --trust_remote_code runs") from error

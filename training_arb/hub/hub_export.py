@@ -7,6 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from configuration_arb import ArbConfig
 from modeling_arb import ArbForCausalLM
 from tokenization_arb import ArbTokenizer
 from training_arb.memory.state_audit import StateAudit, audit_folder
@@ -42,7 +43,7 @@ def export_model(
     if facts.picture:
         shutil.copyfile(facts.picture, folder / facts.picture.name)
     shutil.copyfile(LICENCE_FILE, folder / "LICENSE")
-    config = model.config_class.from_pretrained(folder)
+    config = ArbConfig.from_pretrained(folder)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     (folder / CARD_FILE).write_text(fill_card(config, audit, size, facts, repo_id), encoding="utf-8")
     strangers = sorted(path.name for path in folder.iterdir() if path.suffix not in CARRIED)

@@ -115,11 +115,9 @@ def _score(facts: RunFacts) -> str | None:
 def _origin(facts: RunFacts) -> str | None:
     if not facts.init_from:
         return None
-    source = without_folders(facts.init_from["source"])
-    commit = facts.init_from.get("commit")
-    hashed = (
-        f", weights sha256 {facts.init_from['weights_sha256'][:16]}" if facts.init_from.get("weights_sha256") else ""
-    )
+    source = without_folders(facts.init_from["source"] or "")
+    commit, sha256 = facts.init_from.get("commit"), facts.init_from.get("weights_sha256")
+    hashed = f", weights sha256 {sha256[:16]}" if sha256 else ""
     return f"{source}{f' at {commit}' if commit else ''}{hashed}"
 
 

@@ -51,7 +51,7 @@ def add_adapter(
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=r,
-        lora_alpha=alpha,
+        lora_alpha=alpha,  # pyright: ignore[reportArgumentType], peft multiplies by it whatever its type
         lora_dropout=dropout,
         target_modules=ALL_LINEAR if ALL_LINEAR in target_modules else list(target_modules),
         use_dora=dora,
@@ -80,12 +80,14 @@ def base_hash(model: nn.Module, training_state: bool = True) -> str:
 
 
 def _bare(model: nn.Module) -> ArbForCausalLM:
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    bare = model.get_base_model() if isinstance(model, PeftModel) else model
+    assert isinstance(bare, ArbForCausalLM)
+    return bare
 
 
 def save_adapter(model: PeftModel, folder: str | Path) -> None:
     """What peft saves, and which base it belongs to."""
-    model.save_pretrained(folder)
+    model.save_pretrained(str(folder))
     follow_umask(Path(folder).rglob("adapter_model.safetensors"))
     write_json(Path(folder) / BASE_FILE, {"base_sha256": base_hash(model, training_state=False)})
 
@@ -103,9 +105,10 @@ def load_adapter(folder: str | Path, base: str | None = None) -> PeftModel:
     with open_tensor_file(folder / ADAPTER_WEIGHTS):
         pass
     recorded = read_json_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
-    if base is None and not isinstance(recorded, str):
-        raise ValueError(f"{folder / ADAPTER_CONFIG}: base_model_name_or_path={recorded!r} names no base")
-    source = find_checkpoint(base or recorded, option="base_model_name_or_path")
+    name = base or recorded
+    if not isinstance(name, str):
+        raise ValueError(f"{folder / ADAPTER_CONFIG}: base_model_name_or_path={recorded!r} does not name a base model")
+    source = find_checkpoint(name, option="base_model_name_or_path")
     model = ArbForCausalLM.from_pretrained(source.folder)
     if (folder / BASE_FILE).is_file():
         wanted = read_json_object(folder / BASE_FILE).get("base_sha256")

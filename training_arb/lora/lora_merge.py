@@ -12,9 +12,10 @@ that does not lower the base's loss is undone and refused.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -98,7 +99,7 @@ def merge_adapter(
         flips += _merge_layer(layer, rounding, moments.get(name), stream_key(seed, i))
     with model.disable_adapter():
         loss_merged = assistant_loss(model, conversations, batch_size)
-    weights = sum(layer.get_base_layer().logical_weights for layer in layers.values())
+    weights = sum(_base(layer).logical_weights for layer in layers.values())
     report = MergeReport(rounding, loss_base, loss_adapter, loss_merged, flips, weights)
     if not loss_merged < loss_base:
         for name, tensor in model.named_buffers():
@@ -129,15 +130,21 @@ def mergeable_layers(model: PeftModel) -> dict[str, LoraLinear]:
     return layers
 
 
+def _base(layer: LoraLinear) -> TernaryLinear:
+    base = layer.get_base_layer()
+    assert isinstance(base, TernaryLinear)  # mergeable_layers takes no other
+    return base
+
+
 def weight_change(layer: LoraLinear) -> torch.Tensor:
     """float32 (rows, columns): what the active adapters add to W_eff."""
-    weight = layer.get_base_layer().dequantize()
+    weight = _base(layer).dequantize()
     total = torch.zeros_like(weight)
     for name in layer.active_adapters:
         if name in layer.lora_A:
             change = layer.get_delta_weight(name).float()
             if layer.use_dora[name]:
-                magnitude = layer.lora_magnitude_vector[name]
+                magnitude: Any = layer.lora_magnitude_vector[name]
                 norm = magnitude.get_weight_norm(weight, change, scaling=1)
                 change = (magnitude.weight / norm)[:, None] * (weight + change) - weight
             total += change
@@ -145,7 +152,7 @@ def weight_change(layer: LoraLinear) -> torch.Tensor:
 
 
 def input_moments(
-    model: PeftModel, layers: dict[str, nn.Module], conversations: Sequence[Conversation], batch_size: int
+    model: PeftModel, layers: Mapping[str, nn.Module], conversations: Sequence[Conversation], batch_size: int
 ) -> dict[str, torch.Tensor]:
     """float32 (columns, columns) of each layer: the sum of x x^T over its inputs, those on padding left out."""
     moments: dict[str, torch.Tensor] = {}
@@ -157,7 +164,7 @@ def input_moments(
 
 
 @contextmanager
-def _watched(layers: dict[str, nn.Module], moments: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
+def _watched(layers: Mapping[str, nn.Module], moments: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
     """Add to `moments` from every forward of the layers; the caller says in "kept" which tokens of it count."""
     counted: dict[str, torch.Tensor] = {}
 
@@ -179,24 +186,22 @@ def _watched(layers: dict[str, nn.Module], moments: dict[str, torch.Tensor]) -> 
 
 def _merge_layer(layer: LoraLinear, rounding: str, moments: torch.Tensor | None, key: int) -> int:
     """Round one layer in place; the number of trits that changed."""
-    base = layer.get_base_layer()
+    base = _base(layer)
     trits = base.trits().clone()
     change = weight_change(layer) / spread_groups(base.scale(), base.group_size, base.columns)
-    form, residual, codes = None, 0.0, None
-    if hasattr(base, "accum"):
-        form = MomentumFormat(base.momentum_bits)
-        residual, codes = form.split(base.accum)
-        residual = residual.float() / form.cell
-    latent = trits + residual + change
+    form = MomentumFormat(base.momentum_bits)
+    residual, codes = form.split(base.accum) if hasattr(base, "accum") else (torch.zeros_like(trits), None)
+    latent = trits + residual.float() / form.cell + change
     if rounding == "nearest":
         rounded = latent.round().clamp(-1, 1)
     elif rounding == "stochastic":
-        uniform = uniform_from_high_bits(random_bits(key, *latent.shape, latent.device))
+        uniform = uniform_from_high_bits(random_bits(key, base.rows, base.columns, latent.device))
         rounded = (trits + change + uniform).floor().clamp(-1, 1)
     else:
+        assert moments is not None
         rounded = round_compensated(trits + change, moments)
     base.T_packed.copy_(pack_trits(rounded.to(torch.int8)))
-    if form is not None:
+    if codes is not None:
         steps = ((latent - rounded) * form.cell).round().clamp(-form.cell // 2, form.cell // 2 - 1)
         base.accum.copy_(form.join(steps.to(codes.dtype), codes))
     return int((rounded != trits).sum())

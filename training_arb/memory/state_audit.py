@@ -286,4 +286,4 @@ def zero_share(model: ArbForCausalLM) -> float:
 def _count_zeros(matrix: TernaryMatrix) -> int:
     """Piece by piece: a large table is not unpacked whole."""
     pieces = matrix.T_packed.split(max(1, COUNTED_WEIGHTS // matrix.columns))
-    return sum((unpack_trits(rows, matrix.columns) == 0).sum().item() for rows in pieces)
+    return sum(int((unpack_trits(rows, matrix.columns) == 0).sum()) for rows in pieces)

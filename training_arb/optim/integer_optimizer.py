@@ -1,13 +1,11 @@
-"""IntegerOptimizer: hands each ternary matrix's transient dW to its update rule, inside backward.
+"""IntegerOptimizer: passes each ternary matrix's transient dW to its update rule, inside backward.
 
-It holds no tensor: all persistent state lives in the model's integer buffers, and `state_dict` is a step counter.
+All persistent state lives in the model's integer buffers; `state_dict` is a step counter.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections import deque
-from typing import NamedTuple
 
 import torch
 
@@ -18,48 +16,40 @@ from modeling_arb.layers.ternary_embedding import sum_by_row
 from modeling_arb.layers.ternary_matrix import SEVERAL_BACKWARDS, TernaryMatrix
 from modeling_arb.layers.ternary_table import TernaryTable
 from modeling_arb.pretrained import ArbPreTrainedModel
+from training_arb.ranks.gradient_exchange import GradientExchange
 from training_arb.ranks.rank_exchange import (
-    AveragedGradient,
-    SentState,
     check_ranks_agree,
     join_ranks,
     num_ranks,
-    share_out,
     sum_over_ranks,
     this_rank,
     used_on_any_rank,
 )
 
-from .integer_rules import CorrelationRule, FlipRule, Moment, MomentumRule, TableRule, UpdateRule
-
-IN_FLIGHT = 2  # gradients on their way between ranks: more of them hide more of a rank's being late, and hold memory
-
-
-class SentGradient(NamedTuple):
-    """A matrix's gradient of the whole step, its mean over ranks under way."""
-
-    matrix: TernaryMatrix
-    average: AveragedGradient
+from .integer_rules import CorrelationRule, FlipRule, MomentumRule, TableRule, UpdateContext, UpdateRule
+from .step_flags import StepFlags
 
 
 class IntegerOptimizer(torch.optim.Optimizer):
-    """Arms every ternary matrix of `model`; `step()` applies the shared ones, the touched rows of tables and what
-    blocks observed, and counts.
+    """Becomes the gradient sink of every ternary matrix of `model`; `step()` applies the shared matrices, the touched
+    rows of tables and the observations of blocks, and advances the step counter.
 
     lr: cells per step, read from the one (empty) parameter group, so that any scheduler drives it.
 
-    A matrix moves inside backward, at the last backward of a step that goes through it. What comes earlier is added to
-    an int8 sum, one transient byte a weight, which joins the last dW: micro-batches of an accumulated step learn as one
-    batch does. Call `begin_micro_batch` before each of their forwards; their losses come divided by their number, as
-    Trainer and accelerate do. Several forwards before one backward need no call. `step()` applies the sums that no last
-    backward took. A second backward through a matrix that has moved in this step raises RuntimeError, naming it.
+    A matrix moves inside backward, at the last backward of a step that goes through it. Earlier gradients are added to
+    an int8 sum, one transient byte a weight, which joins the last dW: an accumulated step learns as one batch does.
+    Call `begin_micro_batch` before the forward of each micro-batch, and divide its loss by the number of micro-batches,
+    as Trainer and accelerate do. Several forwards before one backward need no call. `step()` applies the sums that no
+    last backward took. A second backward through a matrix that has moved in this step raises RuntimeError, naming it.
 
-    Ranks share the work: each owns some matrices. A layer's dW is averaged at its owner while backward goes on with the
-    layer before it; the owner applies it, and the new state travels to the others.
+    Ranks share the updates (GradientExchange): each matrix is updated by the rank that owns it.
 
     rank_check_steps: compare all ranks' states every so many steps; 0: never. Raises ValueError on impossible settings,
-    FloatingPointError, naming the matrix, on a dW that is not finite, and RuntimeError when ranks differ.
+    RuntimeError when ranks differ, and FloatingPointError, naming step and matrix, on a dW that is not finite: on the
+    CPU before the matrix moves, on a GPU in `step`, after the matrix has moved as if by a zero gradient.
     """
+
+    immediate_devices = ("cpu",)  # device types where a flag is read inside backward
 
     def __init__(
         self,
@@ -108,16 +98,14 @@ class IntegerOptimizer(torch.optim.Optimizer):
             module: [] for module in self._matrices if isinstance(module, TernaryTable)
         }
         backward = self._matrices[::-1]
-        work = [0 if matrix in self._touched else matrix.logical_weights for matrix in backward]  # all move the tables
-        self._owner = dict(zip(backward, share_out(work), strict=True))
+        work = {m: 0 if m in self._touched else m.logical_weights for m in backward}  # every rank updates the tables
+        self._exchange = GradientExchange(work, self._update)
         self._last_micro_batch = True
         self._sums: dict[TernaryMatrix, GradientSum] = {}
         self._additions: dict[TernaryMatrix, int] = {}  # to a matrix's sum in this step
         self._moved: set[TernaryMatrix] = set()  # inside this step's backward
         self._shared: dict[TernaryMatrix, torch.Tensor] = {}
-        self._travelling: deque[SentGradient] = deque()
-        self._arriving: list[SentState] = []
-        self._not_finite: set[TernaryMatrix] = set()
+        self._used, self._not_finite = StepFlags(), StepFlags()  # a shared matrix by some token; a gradient
         self._model = model
         self._flips = torch.zeros((), dtype=torch.int64, device=model.device)
         self._moved_weights = 0
@@ -125,14 +113,14 @@ class IntegerOptimizer(torch.optim.Optimizer):
             model.add_training_state()
         for matrix in self._matrices:
             matrix.full_name = self._names[matrix]
-            matrix.update_handler = self._receive_rows if isinstance(matrix, TernaryTable) else self._receive
+            matrix.gradient_sink = self
         for observer in self._observers:
             observer.observing = True
 
     def detach(self) -> None:
         """Disarm the model: later backwards change nothing."""
         for matrix in self._matrices:
-            matrix.update_handler = None
+            matrix.gradient_sink = None
         for observer in self._observers:
             observer.observing = False
             observer.take_observations()
@@ -140,17 +128,17 @@ class IntegerOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def begin_micro_batch(self, last: bool = True) -> None:
-        """Before a forward: whether its backward is the step's last. Waits for the weights that other ranks moved."""
-        self._settle()
+        """Call before a forward; last: its backward is the step's last. Waits for the weights that other ranks move."""
+        self._exchange.settle()
         self._last_micro_batch = last
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
         """Apply what shared matrices, sums, tables and observers collected and advance the step counter."""
         assert closure is None, "integer updates happen in backward: there is no loss to evaluate again"
-        self._settle()
+        self._exchange.settle()
         self._update_collected()
-        self._settle()
+        self._exchange.settle()
         self._raise_not_finite()
         for table, touched in self._touched.items():
             self._update_rows(table, touched)
@@ -170,6 +158,7 @@ class IntegerOptimizer(torch.optim.Optimizer):
         """Drop what this step has summed so far. What moved inside backward has moved."""
         self._sums.clear()
         self._shared.clear()
+        self._used.clear()
         for touched in self._touched.values():
             touched.clear()
 
@@ -188,26 +177,11 @@ class IntegerOptimizer(torch.optim.Optimizer):
         self._moved_weights = 0
         return flips / weights if weights else 0.0
 
-    def _is_finite(self, matrix: TernaryMatrix, dW: torch.Tensor) -> bool:
-        """Of several ranks none stops alone: they tell each other at the end of the step."""
-        finite = bool(torch.isfinite(dW.sum()))
-        if not finite:
-            self._not_finite.add(matrix)
-            if num_ranks() == 1:
-                self._raise_not_finite()
-        return finite
-
-    def _raise_not_finite(self) -> None:
-        anywhere = used_on_any_rank([matrix in self._not_finite for matrix in self._matrices], self._flips.device)
-        if any(anywhere):
-            resume = f"; resume from {self.last_checkpoint}" if self.last_checkpoint else ""
-            name = self._names[self._matrices[anywhere.index(True)]]
-            raise FloatingPointError(f"step {self.steps}: the gradient of {name} is not finite{resume}")
-
-    def _receive(self, matrix: TernaryMatrix, dW: torch.Tensor) -> None:
-        if matrix.shared:
-            if self._is_finite(matrix, dW):
-                self._shared[matrix] = self._shared[matrix].add_(dW) if matrix in self._shared else dW.clone()
+    @torch.no_grad()
+    def dense(self, matrix: TernaryMatrix, dW: torch.Tensor, used: torch.Tensor | None = None) -> None:
+        """Take dW float32 (rows, columns) of one forward, inside backward. used: as in GradientSink."""
+        if matrix.shared or used is not None:
+            self._add_to_shared(matrix, dW, used)
             return
         if matrix in self._moved:
             raise RuntimeError(
@@ -215,62 +189,86 @@ class IntegerOptimizer(torch.optim.Optimizer):
                 f" after every backward, or {SEVERAL_BACKWARDS}"
             )
         if not self._last_micro_batch or matrix.is_used_ahead():
-            if self._is_finite(matrix, dW):
-                self._add_to_sum(matrix, dW)
+            self._add_to_sum(matrix, dW)
             return
         if matrix in self._sums:
             add_sum(dW, self._sums.pop(matrix))
         self._moved.add(matrix)
-        self._send_gradient(matrix, dW)
+        if num_ranks() == 1:
+            self._update(matrix, dW)
+        else:
+            self._exchange.send(matrix, dW)
+
+    @torch.no_grad()
+    def rows(self, table: TernaryTable, row_ids: torch.Tensor, dW: torch.Tensor) -> None:
+        """Take dW float32 (R, columns) of rows row_ids int64 (R,), each once, inside backward."""
+        if self._keep_finite(table, dW):
+            self._touched[table].append((row_ids, dW))
+
+    def _update(self, matrix: TernaryMatrix, dW: torch.Tensor) -> None:
+        """Move the matrix by the whole step's mean gradient."""
+        if self._keep_finite(matrix, dW):
+            flips = self.rule.update(matrix, dW, self._context(matrix))
+            self._count(flips, matrix.logical_weights)
+
+    def _keep_finite(self, matrix: TernaryMatrix, dW: torch.Tensor) -> bool:
+        """Whether dW can be used. On a GPU always: a dW that is not finite is flagged and set to zero there, and
+        `step` raises, because reading the answer here would make backward wait for the device.
+
+        On a CPU one process raises at once. Of several ranks none stops alone: they tell each other in `step`.
+        """
+        finite = dW.sum().isfinite()
+        if dW.device.type not in self.immediate_devices:
+            self._not_finite.set_where(matrix, ~finite)
+            dW.masked_fill_(~finite, 0.0)
+            return True
+        if finite:
+            return True
+        self._not_finite.set_where(matrix, True)
+        if num_ranks() == 1:
+            self._raise_not_finite()
+        return False
+
+    def _raise_not_finite(self) -> None:
+        found = self._not_finite.take()
+        anywhere = used_on_any_rank([matrix in found for matrix in self._matrices], self._flips.device)
+        if any(anywhere):
+            resume = f"; resume from {self.last_checkpoint}" if self.last_checkpoint else ""
+            name = self._names[self._matrices[anywhere.index(True)]]
+            raise FloatingPointError(f"step {self.steps}: the gradient of {name} is not finite{resume}")
+
+    def _add_to_shared(self, matrix: TernaryMatrix, dW: torch.Tensor, used: torch.Tensor | None) -> None:
+        if used is not None:
+            dW.masked_fill_(~used, 0.0)
+        if self._keep_finite(matrix, dW):
+            self._used.set_where(matrix, True if used is None else used)
+            self._shared[matrix] = self._shared[matrix].add_(dW) if matrix in self._shared else dW.clone()
 
     def _add_to_sum(self, matrix: TernaryMatrix, dW: torch.Tensor) -> None:
+        if not self._keep_finite(matrix, dW):
+            return
         if matrix not in self._sums:
             self._sums[matrix] = zero_sum(matrix.rows, matrix.columns, dW.device)
         self._additions[matrix] = self._additions.get(matrix, 0) + 1
         add_gradient(self._sums[matrix], dW, self._key(matrix, self._additions[matrix]))
 
-    def _send_gradient(self, matrix: TernaryMatrix, dW: torch.Tensor) -> None:
-        self._travelling.append(SentGradient(matrix, AveragedGradient(dW, self._owner[matrix])))
-        self._apply_travelling(but=IN_FLIGHT if num_ranks() > 1 else 0)
-
-    def _apply_travelling(self, but: int = 0) -> None:
-        while len(self._travelling) > but:
-            self._apply(self._travelling.popleft())
-
-    def _apply(self, sent: SentGradient) -> None:
-        """The owner moves its matrix; every rank sends or receives what that changed."""
-        matrix, dW = sent.matrix, sent.average.result()
-        if self._owner[matrix] == this_rank() and self._is_finite(matrix, dW):
-            self._count(self.rule.update(matrix, dW, self._moment(matrix)), matrix.logical_weights)
-        if num_ranks() > 1:
-            state = [getattr(matrix, name) for name in matrix.layout()]
-            self._arriving.append(SentState(state, self._owner[matrix]))
-
-    def _settle(self) -> None:
-        self._apply_travelling()
-        for state in self._arriving:
-            state.wait()
-        self._arriving.clear()
-
     def _update_collected(self) -> None:
         """Shared matrices, and those whose last backward did not come in this step's last micro-batch.
 
-        A rank that did not use a matrix, an expert say, takes part with zeros.
+        A rank that did not use a matrix, for example an expert, takes part with zeros.
         """
+        used = self._used.take()
         matrices = [matrix for matrix in self._matrices if matrix not in self._touched]
-        collected = [matrix in self._shared or matrix in self._sums for matrix in matrices]
-        used = used_on_any_rank(collected, self._flips.device)
-        for matrix in (matrix for matrix, is_used in zip(matrices, used, strict=True) if is_used):
+        anywhere = used_on_any_rank([matrix in used or matrix in self._sums for matrix in matrices], self._flips.device)
+        pass_on = self._update if num_ranks() == 1 else self._exchange.send
+        for matrix in (matrix for matrix, is_used in zip(matrices, anywhere, strict=True) if is_used):
             dW = self._shared.pop(matrix, None)
             if dW is None:
                 dW = torch.zeros(matrix.rows, matrix.columns, device=matrix.T_packed.device)
             if matrix in self._sums:
                 add_sum(dW, self._sums.pop(matrix))
-            self._apply(SentGradient(matrix, AveragedGradient(dW, self._owner[matrix])))
-
-    def _receive_rows(self, table: TernaryTable, row_ids: torch.Tensor, dW: torch.Tensor) -> None:
-        if self._is_finite(table, dW):
-            self._touched[table].append((row_ids, dW))
+            pass_on(matrix, dW)
+        self._shared.clear()
 
     def _update_rows(self, table: TernaryTable, touched: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
         mine = tuple(torch.cat(column) for column in zip(*touched, strict=True)) if touched else None
@@ -279,8 +277,8 @@ class IntegerOptimizer(torch.optim.Optimizer):
             return
         row_ids, place = everyone[0].unique(return_inverse=True)
         dW = sum_by_row(place, everyone[1] / num_ranks(), len(row_ids))
-        flips = self.table_rules[table.table_rule].update_rows(table, row_ids, dW, self._moment(table))
-        if self._owner[table] == this_rank():  # all ranks move all rows: one of them counts
+        flips = self.table_rules[table.table_rule].update_rows(table, row_ids, dW, self._context(table))
+        if self._exchange.owners[table] == this_rank():  # every rank updates all rows: one of them counts
             self._count(flips, dW.numel())
 
     def _count(self, flips: torch.Tensor, weights: int) -> None:
@@ -288,8 +286,9 @@ class IntegerOptimizer(torch.optim.Optimizer):
         self._moved_weights += weights
 
     def _key(self, module: IntegerState, addition: int = 0) -> int:
-        """Of the random bits of one use in this step: an addition to the matrix's sum, from 1, or its update, 0."""
+        """The key of random bits in this step. addition: number, from 1, of an addition to the module's gradient sum;
+        0: its update."""
         return stream_key(self.seed, self.steps, addition, zlib.crc32(self._names[module].encode()))
 
-    def _moment(self, module: IntegerState) -> Moment:
-        return Moment(self.steps, self._key(module), self.param_groups[0]["lr"])
+    def _context(self, module: IntegerState) -> UpdateContext:
+        return UpdateContext(self.steps, self._key(module), self.param_groups[0]["lr"])

@@ -12,7 +12,9 @@ from arb_kernels.formats.packing import unpack_trits
 from configuration_arb import ArbConfig
 from modeling_arb import ArbForCausalLM
 from modeling_arb.checkpoints.integrity import open_tensor_file, read_json_object
-from training_arb.checkpoints.checkpoint_files import RUN_FILE, STATE_FILE, check_tensor_files, numbered_checkpoints
+from training_arb.checkpoints.checkpoint_files import RUN_FILE, STATE_FILE, check_tensor_files
+from training_arb.checkpoints.run_checkpoints import numbered_checkpoints, step_of
+from training_arb.common.error_lines import first_line
 from training_arb.memory.state_audit import StateAudit, audit_folder
 
 COUNTED_WEIGHTS = 1 << 22  # of a matrix: the first rows of a large table stand for all
@@ -95,7 +97,7 @@ def _read_weights(record: RunRecord, folders: list[Path]) -> None:
                 count = torch.stack([(trits == value).sum() for value in (-1, 0, 1)])
                 counts[areas[name]] = counts.get(areas[name], 0) + count
         except (ValueError, OSError, RuntimeError) as error:
-            record.missing.append(f"weights of {folder.name}: {str(error).splitlines()[0]}")
+            record.missing.append(f"weights of {folder.name}: {first_line(error)}")
             continue
         record.audit, record.trits_by_area = audit, counts
         record.settings |= {f"config.{key}": value for key, value in config.to_diff_dict().items()}
@@ -108,12 +110,12 @@ def _read_flips(record: RunRecord, checkpoints: list[Path]) -> None:
         record.missing.append("flips per layer: they need two checkpoints to compare")
         return
     before, after = checkpoints[-2:]
-    steps = int(after.name.rpartition("-")[2]) - int(before.name.rpartition("-")[2])
+    steps = step_of(after) - step_of(before)
     try:
         pairs = zip(read_trits(before), read_trits(after), strict=True)
         flips = {name: (old != new).float().mean().item() / steps for (name, old), (_, new) in pairs}
     except (ValueError, OSError, RuntimeError) as error:
-        record.missing.append(f"flips per layer: {str(error).splitlines()[0]}")
+        record.missing.append(f"flips per layer: {first_line(error)}")
         return
     record.flips_by_layer = {name.removesuffix(".T_packed"): rate for name, rate in flips.items()}
     record.flips_between = (before.name, after.name)

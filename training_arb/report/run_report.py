@@ -7,6 +7,7 @@ import io
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -51,7 +52,7 @@ def write_report(run_dir: str | Path, html: str | Path | None = None, png: str |
 def _picture(record: RunRecord) -> bytes:
     height = 4 + max(3.5, 0.16 * len(record.flips_by_layer))
     figure = Figure(figsize=(13, height), constrained_layout=True)
-    upper, lower = figure.subfigures(2, 1, height_ratios=[4, height - 4])
+    upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=[4, height - 4])[:, 0]
     for panel, curve in zip(upper.subplots(1, len(CURVES)), CURVES, strict=True):
         _draw_curve(panel, record.history, *curve)
     layers, areas = lower.subplots(1, 2)
@@ -65,13 +66,14 @@ def _picture(record: RunRecord) -> bytes:
 
 
 def _draw_curve(panel: Axes, history: Sequence[dict], training: str, held_out: str | None, title: str) -> None:
-    styles = {training: {"color": COLOURS[0], "label": "training"}}
+    styles: dict[str, dict[str, Any]] = {training: {"color": COLOURS[0], "label": "training"}}
     if held_out:
         styles[held_out] = {"color": COLOURS[1], "label": "held out", "marker": "o", "markersize": 4}
     for key, style in styles.items():
         points = [(entry["step"], entry[key]) for entry in history if key in entry and "step" in entry]
         if points:
-            panel.plot(*zip(*points, strict=True), **style)
+            steps, values = zip(*points, strict=True)
+            panel.plot(steps, values, **style)
     if panel.lines:
         panel.legend(frameon=False)
     panel.set(title=title, xlabel="step")

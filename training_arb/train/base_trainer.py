@@ -1,15 +1,12 @@
-"""BaseTrainer: what our trainers change of transformers' Trainer, whatever they train."""
+"""BaseTrainer: our changes to transformers' Trainer that hold for integer models and for adapters."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import NoReturn
 
 from torch import nn
 from transformers import Trainer
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import TrainOutput
 
 from modeling_arb.layers.integer_state import ONE_PROCESS_PER_GPU
 
@@ -45,11 +42,6 @@ class BaseTrainer(Trainer):
         elif self.pop_callback(ProgressCallback) is not None:  # in a notebook there is another one, a table
             self.add_callback(ProgressLines(self.shown, lambda: self.bytes_seen * self.args.world_size))
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> TrainOutput:
-        """As the Trainer's; None: what the arguments say, False: from the beginning whatever they say."""
-        wanted = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
-        return super().train(wanted, *args, **kwargs)
-
     def compute_loss(self, model: nn.Module, inputs: dict, *args, **kwargs):
         if model.training:
             self.bytes_seen += inputs["input_ids"].numel()
@@ -63,13 +55,3 @@ class BaseTrainer(Trainer):
             "hyperparameter_search: not supported, trials would overwrite each other's checkpoints; train once a"
             " setting, each with an output_dir of its own"
         )
-
-
-def check_whole_state(checkpoint: str | Path) -> None:
-    """Raises ValueError when `save_only_model` left out of a checkpoint what an exact resume takes."""
-    for name in (OPTIMIZER_NAME, SCHEDULER_NAME):
-        if not (Path(checkpoint) / name).is_file():
-            raise ValueError(
-                f"resume_from_checkpoint={str(checkpoint)!r}: it has no {name}, as save_only_model=True leaves it out,"
-                " and cannot go on exactly; start a new run from its weights"
-            )

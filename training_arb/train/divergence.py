@@ -1,4 +1,4 @@
-"""A run whose loss explodes stops before it writes over its good checkpoints."""
+"""Stops a run whose loss explodes before it overwrites its good checkpoints."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Sequence
 
 from transformers import TrainerCallback
 
-from training_arb.checkpoints.checkpoint_files import numbered_checkpoints, step_of
+from training_arb.checkpoints.run_checkpoints import numbered_checkpoints, step_of
 
-SHARE = 0.1  # of a new loss in the running mean
-REMEMBERED = 200  # losses looked back on
+SHARE = 0.1  # weight of a new loss in the running mean
+REMEMBERED = 200  # logged losses that are looked at
 
 
 def strikes(losses: Sequence[float], factor: float) -> int:
     """How many losses in a row, up to the last one, lie above `factor` times the running mean of those before them.
 
-    The first loss is always taken as it is; one that is not finite lies above everything.
+    The first loss starts the mean. A loss that is not finite counts as above it.
     """
     mean, in_a_row = None, 0
     for loss in losses:
@@ -32,7 +32,7 @@ class DivergenceStop(TrainerCallback):
     """Raises FloatingPointError, naming step, loss and the last good checkpoint, when the logged loss is not finite or
     stays above `factor` times its running mean for `patience` logs in a row. Nothing is saved while it is above.
 
-    It reads the trainer's log history, so a resumed run judges as if it had never stopped.
+    It reads the trainer's log history, so a resumed run is judged as if it had not been interrupted.
     """
 
     def __init__(self, factor: float, patience: int):
@@ -55,7 +55,7 @@ class DivergenceStop(TrainerCallback):
             above = f" and has been above {self.factor:g} times its running mean for {self._strikes} logs"
             good = max((entry["step"] for entry in logged[: -self._strikes]), default=0)
             safe = [path for path in numbered_checkpoints(args.output_dir) if step_of(path) <= good]
-            resume = f"the last good checkpoint is {safe[-1]}" if safe else "there is no checkpoint from before"
+            resume = f"the last good checkpoint is {safe[-1]}" if safe else "no checkpoint from before it was kept"
             raise FloatingPointError(
                 f"step {state.global_step}: the loss is {loss:.4g}{above if math.isfinite(loss) else ''}; {resume}"
             )

@@ -1,4 +1,4 @@
-"""What the Trainer does with the hub, by our export: its own pushes pickles, pointers and a card of its own."""
+"""Replaces Trainer's hub upload with our export: no pickles, our model card."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 import shutil
 from concurrent.futures import Future
 from pathlib import Path
+from typing import ClassVar
 
 from huggingface_hub import CommitInfo
 from safetensors import SafetensorError
@@ -13,29 +14,30 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress, hf_api
 
 from training_arb.common.atomic_files import out_of_space
+from training_arb.common.error_lines import first_line
 from training_arb.common.hub_errors import hub_errors
 from training_arb.hub.hub_export import export_model
 from training_arb.hub.hub_push import check_target, push_folder, whole_name
 from training_arb.report.run_facts import REPORT_FILE, RunFacts, facts_of_report, facts_of_state
 
-from .base_trainer import BaseTrainer
+from .saving_trainer import SavingTrainer
 
 STAGING = ".push-"
 
 logger = logging.getLogger(__name__)
 
 
-class HubTrainer(BaseTrainer):
-    """`push_to_hub=True` as the Trainer's documentation has it, for the strategies `end` and `every_save`.
+class HubTrainer(SavingTrainer):
+    """`push_to_hub=True` as Trainer's documentation has it, for the strategies `end` and `every_save`.
 
-    Every push is an inference export with its card, in one commit. A push that fails while the run goes on is a
-    warning; the last one, and whatever can be known before training, raise ValueError.
+    Every push is an inference export with its card, in one commit. A push that fails during the run is a warning. The
+    last push, and faults that show before training, raise ValueError.
     """
 
-    run_description: dict
+    set_aside_in_save: ClassVar[dict[str, object]] = {"push_to_hub": False}  # it would upload the checkpoint's pickles
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Create the repository. Raises ValueError when it cannot be had, or when the strategy would push pickles."""
+        """Create the repository. Raises ValueError when the hub refuses, or when the strategy would push pickles."""
         if self.args.hub_strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE):
             raise ValueError(
                 f"hub_strategy={self.args.hub_strategy.value!r} would push the pickles of a training checkpoint:"
@@ -55,28 +57,24 @@ class HubTrainer(BaseTrainer):
     def create_model_card(self, *args, **kwargs) -> None:
         """Nothing: the card is part of the export."""
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Nothing: the checkpoint is still being staged; `push_checkpoint` follows when it stands."""
-
-    def push_checkpoint(self, step: int) -> None:
-        """Push what the model is at `step`, in the background, unless an earlier push is still under way."""
+    def on_checkpoint(self, folder: Path) -> None:
+        """Push the model as it is, in the background, unless an earlier push is still under way."""
         if not self.args.push_to_hub or self.args.hub_strategy == HubStrategy.END or not self.is_world_process_zero():
             return
         busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
         if busy and not self.args.hub_always_push:
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        step = self.state.global_step
         try:
-            folder = self._export(f"{STAGING}{step}")
+            export = self._export(f"{STAGING}{step}")
         except (OSError, SafetensorError, RuntimeError) as error:
             if not out_of_space(error):
                 raise
-            logger.warning(
-                f"step {step} is not pushed, no space for it ({str(error).splitlines()[0]}); the run goes on"
-            )
+            logger.warning(f"step {step} is not pushed, no space for it ({first_line(error)}); the run goes on")
             return
         message = f"Training in progress, step {step}"
-        future = hf_api().run_as_future(self._upload, folder, message, self.args.hub_token, self.args.hub_revision)
+        future = hf_api().run_as_future(self._upload, export, message, self.args.hub_token, self.args.hub_revision)
         future.add_done_callback(lambda future: _warn(future, step))
         if busy:
             self.push_in_progress.jobs.append(future)

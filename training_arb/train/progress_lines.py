@@ -69,7 +69,7 @@ class ProgressLines(ProgressCallback):
             super().on_prediction_step(args, state, control, eval_dataloader, **kwargs)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero or self.training_bar is None:
+        if not state.is_world_process_zero or self.training_bar is None or logs is None:
             return
         if "loss" in logs:
             seconds, told = self.training_seconds, self.bytes_told

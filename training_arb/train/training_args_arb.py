@@ -1,4 +1,4 @@
-"""ArbTrainingArguments: transformers' arguments with defaults that suit integer training, and the few it lacks."""
+"""ArbTrainingArguments: transformers' arguments with defaults for integer training, and those of our own."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from dataclasses import dataclass, field
 
 from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import logging
-
-from training_arb.ranks.rank_loss import meet_on_cpus
 
 from .training_options import CheckedTrainingArguments
 
@@ -18,7 +16,11 @@ logger = logging.get_logger(__name__)
 
 @dataclass
 class ArbTrainingArguments(CheckedTrainingArguments):
-    """learning_rate is in cells of the latent line per step: 0.03 to 0.05 at every width tried."""
+    """learning_rate is in cells of the latent line per step: 0.03 to 0.05 at every width tried.
+
+    transformers opens the process group of several ranks when arguments are made. On CPUs, call
+    `training_arb.ranks.rank_loss.meet_on_cpus` before: transformers ignores ddp_timeout there.
+    """
 
     output_dir: str = field(default="runs/pretrain", metadata={"help": "Folder of checkpoints, plots and final/."})
     max_steps: int | None = field(
@@ -65,8 +67,6 @@ class ArbTrainingArguments(CheckedTrainingArguments):
             self.max_steps = DEFAULT_STEPS if self.num_train_epochs is None else -1
         asked_epochs = self.num_train_epochs
         self.num_train_epochs = DEFAULT_EPOCHS if asked_epochs is None else asked_epochs
-        if self.use_cpu:
-            meet_on_cpus(self.ddp_timeout)
         super().__post_init__()
         if both and self.should_log:
             logger.warning_once(f"num_train_epochs={asked_epochs} changes nothing: max_steps={self.max_steps} is given")

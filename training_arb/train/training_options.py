@@ -179,7 +179,7 @@ OPTIONS: dict[str, Option] = {
     "do_predict": OF_SCRIPTS,
 }
 
-NO_LOGITS_KEPT = _meaningless("the evaluation of an adapter is its loss by the byte, and keeps no logits; leave it out")
+NO_LOGITS_KEPT = _meaningless("an adapter is evaluated by its loss per byte, and no logits are kept; leave it out")
 OF_ADAM_OR_DDP = [name for name, option in OPTIONS.items() if option in (NO_ADAM, NO_DDP, OTHER_OPTIMIZER)]
 
 # An adapter is float: AdamW, clipping and DistributedDataParallel have something to work on.

@@ -13,7 +13,7 @@ from arb_kernels.matmul.quantise import naive_quantise_tokens
 from configuration_arb import preset_config
 from modeling_arb.layers.ternary_linear import TernaryLinear
 from support.tensors import BACKENDS, NOT_BUILT, random_trits, shapes
-from training_arb.optim.integer_rules import Moment, MomentumRule
+from training_arb.optim.integer_rules import MomentumRule, UpdateContext
 
 SHAPES = shapes((1, 1), (16, 16), (17, 33), (40, 100), (100, 51))
 
@@ -65,7 +65,7 @@ def test_inference_equals_training_forward(backend):
 
 def change_by_update(layer):
     dW = torch.randn(layer.rows, layer.columns)
-    MomentumRule().update(layer, dW, Moment(step=0, key=1, lr=0.9))
+    MomentumRule().update(layer, dW, UpdateContext(step=0, key=1, lr=0.9))
 
 
 def change_by_loading(layer):

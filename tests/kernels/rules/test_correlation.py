@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from arb_kernels.formats.correlation_scale import STRENGTH, correlation_octaves
 from arb_kernels.formats.packing import pack_trits, unpack_trits
-from arb_kernels.rules.correlation import STRENGTH, correlation_octaves, correlation_update
+from arb_kernels.rules.correlation import correlation_update
 from support.tensors import assert_same, random_trits
 
 CASES = [

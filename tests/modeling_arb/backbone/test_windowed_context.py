@@ -8,6 +8,7 @@ from modeling_arb import ArbForCausalLM
 from modeling_arb.backbone.windowed_context import key_positions, summarise_blocks, windowed_context
 from modeling_arb.layers.norm import rms_norm
 from modeling_arb.layers.ternary_linear import TernaryLinear
+from support.gradients import Sink
 from support.tensors import assert_same, decode
 
 PAD = 256
@@ -180,7 +181,7 @@ def test_gradients_reach_bytes_through_summaries():
         if checkpointing:
             model.gradient_checkpointing_enable()
         seen = []
-        model.get_input_embeddings().update_handler = lambda _, dW: seen.append(dW.clone())
+        model.get_input_embeddings().gradient_sink = Sink(lambda _, dW: seen.append(dW.clone()))
         model(ids).logits[:, 20].square().sum().backward()
         return seen[0]
 

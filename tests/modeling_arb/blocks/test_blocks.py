@@ -5,11 +5,12 @@ import json
 import pytest
 import torch
 
-from arb_kernels.blocks.ngram_hash import hash_tokens, mix, ngram_slots, to_slot
+from arb_kernels.blocks.ngram_hash import hash_tokens, mix_bits, ngram_slots, to_slot
 from configuration_arb import preset_config
 from configuration_arb.block_options import BLOCK_OPTIONS
 from modeling_arb import ArbForCausalLM
 from modeling_arb.checkpoints.integrity import OPTIONAL_PARTS
+from support.gradients import Sink
 from support.tensors import assert_same, decode, random_text, training_step
 from training_arb.memory.state_audit import audit_model, state_hash
 from training_arb.optim.integer_optimizer import IntegerOptimizer
@@ -117,8 +118,7 @@ def test_every_matrix_of_a_block_is_trained(block):
     model, optimizer = make(block)
     handed = set()
     for name, matrix in model.ternary_matrices().items():
-        receive = matrix.update_handler
-        matrix.update_handler = lambda *given, name=name, receive=receive: (handed.add(name), receive(*given))
+        matrix.gradient_sink = Sink(lambda *_, name=name: handed.add(name), then=optimizer)
     for seed in range(2):  # before the first step there are no edges, and no message to project
         training_step(model, optimizer, random_text(seed, 3))
     assert handed == set(model.ternary_matrices())
@@ -143,7 +143,7 @@ def test_auxiliary_losses_join_the_gradient_and_not_the_value():
     handed = {}
     for share in (None, 4):
         bridge = model.model.shared_vq.bridge_in
-        bridge.update_handler = lambda _, dW, share=share: handed.__setitem__(share, dW.clone())
+        bridge.gradient_sink = Sink(lambda _, dW, share=share: handed.__setitem__(share, dW.clone()))
         model(ids, labels=torch.full_like(ids, -100), num_items_in_batch=share).loss.backward()
     assert not handed[4].any() and handed[None].any()  # no scored byte: no share of the step
 
@@ -235,7 +235,7 @@ def test_hashes_spread_and_keep_order():
     slots = to_slot(hash_tokens(pairs, 0), 100)
     counts = torch.bincount(slots, minlength=100)
     assert slots.min() >= 0 and len(counts) == 100 and counts.max() < 3 * counts.float().mean()
-    flipped = (mix(torch.arange(1000)) ^ mix(torch.arange(1000) ^ 1)) & 0xFFFFFFFF
+    flipped = (mix_bits(torch.arange(1000)) ^ mix_bits(torch.arange(1000) ^ 1)) & 0xFFFFFFFF
     share = sum((flipped >> bit & 1).float().mean() for bit in range(32)) / 32
     assert 0.4 < share < 0.6
 

@@ -9,6 +9,7 @@ from modeling_arb.blocks.moe_graph import MoEGraph
 from modeling_arb.layers.integer_state import IntegerState, ObservedState
 from modeling_arb.layers.ternary_matrix import TernaryMatrix
 from modeling_arb.pretrained import ArbPreTrainedModel
+from support.gradients import Sink
 from support.tensors import assert_same
 from training_arb.memory.state_audit import state_hash
 from training_arb.optim.integer_optimizer import IntegerOptimizer
@@ -117,7 +118,7 @@ def test_every_matrix_gets_a_finite_gradient(rows, grouped):
     model.moe_graph.experts.grouped = grouped
     seen = {}
     for name, matrix in model.ternary_matrices().items():
-        matrix.update_handler = lambda _, dW, name=name: seen.__setitem__(name, seen.get(name, 0) + dW)
+        matrix.gradient_sink = Sink(lambda _, dW, name=name: seen.__setitem__(name, seen.get(name, 0) + dW))
     x, motif_ids = inputs(4, 30)
     x.requires_grad_()
     addition, ponder = model(x, motif_ids, rows)
@@ -130,7 +131,7 @@ def test_every_matrix_gets_a_finite_gradient(rows, grouped):
 def test_only_the_ponder_cost_reaches_the_halting_unit_where_states_do_not_matter():
     model = make(active_edges=0)
     seen = []
-    model.moe_graph.halting.update_handler = lambda _, dW: seen.append(dW.clone())
+    model.moe_graph.halting.gradient_sink = Sink(lambda _, dW: seen.append(dW.clone()))
     model(inputs()[0].requires_grad_())[1].backward()
     assert sum(dW.abs().sum() for dW in seen) > 0
 

@@ -10,6 +10,7 @@ from configuration_arb import preset_config
 from modeling_arb import ArbForCausalLM
 from modeling_arb.blocks import ternary_codebook
 from modeling_arb.blocks.ternary_codebook import RENEWED, TernaryCodebook
+from support.gradients import Sink
 from support.tensors import assert_same
 from training_arb.memory.state_audit import audit_model
 from training_arb.optim.integer_optimizer import IntegerOptimizer
@@ -71,7 +72,7 @@ def test_candidate_rows_follow_the_signs_of_the_input():
 
 def test_gradients_and_loss():
     book, handed = make_book(), []
-    book.table.update_handler = lambda table, row_ids, dW: handed.append((row_ids, dW))
+    book.table.gradient_sink = Sink(lambda table, row_ids, dW: handed.append((row_ids, dW)))
     values = torch.randn(6, DIM, requires_grad=True)
     chosen = book(values)
     rows = book.rows_of(chosen.ids)

@@ -12,6 +12,7 @@ from modeling_arb.layers.integer_state import IntegerState
 from modeling_arb.layers.norm import rms_norm
 from modeling_arb.layers.ternary_linear import Int8LinearFunction, TernaryLinear
 from modeling_arb.layers.ternary_matrix import TernaryMatrix
+from support.gradients import Sink
 from support.tensors import assert_same
 
 D, EPS = 64, 1e-6
@@ -40,7 +41,7 @@ def capture(experts):
 
     names = {module: name for name, module in experts.named_modules() if isinstance(module, TernaryMatrix)}
     for matrix in names:
-        matrix.update_handler = keep
+        matrix.gradient_sink = Sink(keep)
     return seen
 
 
@@ -132,7 +133,7 @@ def test_grouped_linear_and_every_gradient(rows, columns, counts):
     """Each segment as its layer alone; the gradients in double precision over the codes that the forward saw."""
     layers, seen = make_layers(3, rows, columns), {}
     for i, layer in enumerate(layers):
-        layer.update_handler = lambda _, dW, i=i: seen.__setitem__(i, dW)
+        layer.gradient_sink = Sink(lambda _, dW, i=i: seen.__setitem__(i, dW))
     counts = torch.tensor(counts)
     expert = torch.arange(3).repeat_interleave(counts)
     x = torch.randn(len(expert), columns, requires_grad=True)

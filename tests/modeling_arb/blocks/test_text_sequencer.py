@@ -9,6 +9,7 @@ from modeling_arb.blocks.ternary_lstm_cell import GATE_SCALE, TernaryLSTMCell
 from modeling_arb.blocks.text_sequencer import TextSequencer
 from modeling_arb.layers.integer_state import IntegerState
 from modeling_arb.layers.norm import rms_norm
+from support.gradients import Sink
 from support.tensors import assert_same
 
 WIDTH, LENGTH = 64, 13
@@ -53,7 +54,7 @@ def test_forward_and_every_gradient_are_those_of_torch(hidden_size):
     matrices = {name: sequencer.get_submodule(name) for name in names}
     handed = {name: [] for name in names}
     for name, matrix in matrices.items():
-        matrix.update_handler = lambda _, dW, name=name: handed[name].append(dW.clone())
+        matrix.gradient_sink = Sink(lambda _, dW, name=name: handed[name].append(dW.clone()))
     weights = {name: matrix.effective_weight(torch.float32).requires_grad_() for name, matrix in matrices.items()}
     x, grad = torch.randn(3, LENGTH, WIDTH), torch.randn(3, LENGTH, WIDTH)
     expected_x, own_x = x.clone().requires_grad_(), x.clone().requires_grad_()
@@ -139,7 +140,7 @@ def test_padding_gets_and_gives_no_gradient():
         sequencer = make_sequencer("float")
         handed = []
         for part in (sequencer.cell.input_proj, sequencer.cell.recurrent_proj, sequencer.out_proj):
-            part.update_handler = lambda matrix, dW: handed.append((matrix, dW.clone()))
+            part.gradient_sink = Sink(lambda matrix, dW: handed.append((matrix, dW.clone())))
         x = x.clone().requires_grad_()
         y, _ = sequencer(x, mask)
         y.square().sum().backward()

@@ -8,7 +8,6 @@ import torch
 from configuration_arb import preset_config
 from configuration_arb.configuration_arb import AUTO_MAP
 from modeling_arb import ArbForCausalLM
-from modeling_arb.checkpoints.remote_code import bundled_modules, flattened_source
 from support.fresh_process import NO_REPO, fresh_process
 from support.scripting import run_script
 from tokenization_arb import ArbTokenizer
@@ -16,7 +15,10 @@ from tokenization_arb import ArbTokenizer
 FRESH_PROCESS = f"""{NO_REPO}
 import os, torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
+from pathlib import Path
 folder, again, logits = sys.argv[1:]
+code = {{path.name: path.read_text() for path in Path(folder).glob("*.py")}}
+assert code.keys() == {{"configuration_arb.py", "kernels_arb.py", "modeling_arb.py"}}
 expected = torch.load(logits)
 config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
 assert config.model_type == "arb" and config.hidden_size == 64
@@ -29,6 +31,7 @@ assert type(model).__module__.startswith("transformers_modules.")
 assert torch.equal(model(ids).logits, expected)
 assert not any(tensor.is_floating_point() for tensor in model.state_dict().values())
 model.save_pretrained(again)
+assert {{path.name: path.read_text() for path in Path(again).glob("*.py")}} == code
 second = AutoModelForCausalLM.from_pretrained(again, trust_remote_code=True).eval()
 assert torch.equal(second(ids).logits, expected)
 text = pipeline("text-generation", model=model, tokenizer=tokenizer)("def f", max_new_tokens=4, do_sample=False)
@@ -122,21 +125,6 @@ def test_an_export_carries_nothing_of_a_foreign_config(tmp_path):
             assert str(tmp_path).encode() not in path.read_bytes(), path
         names = {key for path in written.glob("*.json") for key in json.loads(path.read_text())}
         assert not names & ({*FOREIGN["config.json"], "custom_generate"} - {"auto_map", "tokenizer_class"})
-
-
-def test_bundle_holds_what_the_model_needs_and_nothing_of_training():
-    modules = bundled_modules()
-    assert {"modeling_arb.modeling_arb", "configuration_arb.configuration_arb", "arb_kernels.formats.packing"} <= {
-        *modules
-    }
-    assert not any(module.startswith(("training_arb", "tokenization_arb")) for module in modules)
-    names = [module.rpartition(".")[2] for module in modules]
-    assert len(names) == len({*names})
-    for module in modules:
-        source = flattened_source(module)
-        compile(source, module, "exec")
-        assert "\nfrom arb_kernels" not in source
-        assert "\nfrom configuration_arb" not in source
 
 
 def test_export_refuses_an_existing_folder_and_a_missing_model(tmp_path, capsys):

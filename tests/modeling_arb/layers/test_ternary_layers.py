@@ -9,6 +9,7 @@ from arb_kernels.matmul.quantise import naive_quantise_gradient, naive_quantise_
 from configuration_arb import preset_config
 from modeling_arb.layers.ternary_embedding import TernaryEmbedding
 from modeling_arb.layers.ternary_linear import TernaryLinear
+from support.gradients import Sink
 from support.tensors import assert_same
 
 SIZES = [(1, 1), (3, 5), (7, 33), (64, 100), (65, 128)]
@@ -27,7 +28,7 @@ def make_linear(rows, columns, rule="momentum", group_size=0, compute="float"):
 def capture(layer):
     """Arm a layer so that it keeps the dW it hands over."""
     seen = []
-    layer.update_handler = lambda matrix, dW: seen.append(dW.clone())
+    layer.gradient_sink = Sink(lambda matrix, dW: seen.append(dW.clone()))
     return seen
 
 

@@ -15,6 +15,7 @@ from configuration_arb import preset_config
 from modeling_arb import ArbForCausalLM
 from modeling_arb.layers import ternary_matrix
 from modeling_arb.layers.ternary_table import TernaryTable
+from support.gradients import Sink
 from support.tensors import assert_same
 from training_arb.optim.integer_optimizer import IntegerOptimizer
 from training_arb.optim.integer_rules import TABLE_RATE
@@ -63,7 +64,7 @@ def test_rows_are_those_of_the_whole_matrix(rule, group_size):
 
 def test_backward_hands_over_each_touched_row_once():
     table, handed = make_table(), []
-    table.update_handler = lambda *given: handed.append(given)
+    table.gradient_sink = Sink(lambda *given: handed.append(given))
     ids, gradient = torch.tensor([[7, 3, 7], [49, 3, 7]]), torch.randn(2, 3, DIM)
     table(ids).backward(gradient)
     (source, row_ids, dW), expected = handed[0], torch.zeros(ROWS, DIM)
@@ -77,14 +78,12 @@ def test_a_step_is_the_dense_rule_on_the_touched_rows(rule):
     """Two micro-batches: their rows are joined and their gradients added before the one update."""
     model, optimizer, table = with_memory(rule)
     touched = {}
-    receive = table.update_handler
 
     def spy(table, row_ids, dW):
         for row, gradient in zip(row_ids.tolist(), dW, strict=True):
             touched[row] = touched.get(row, 0) + gradient
-        receive(table, row_ids, dW)
 
-    table.update_handler = spy
+    table.gradient_sink = Sink(spy, then=optimizer)
     for step in range(3):
         touched.clear()
         before = state_of(table)
@@ -122,8 +121,7 @@ def test_momentum_of_touched_rows():
     """The step's key and rate reach the sparse rule, with micro-batches summed before it."""
     model, optimizer, table = with_memory("momentum", "momentum")
     before, handed = state_of(table), []
-    receive = table.update_handler
-    table.update_handler = lambda *given: (handed.append(given[1:]), receive(*given))
+    table.gradient_sink = Sink(lambda *given: handed.append(given[1:]), then=optimizer)
     ids = torch.randint(97, 103, (2, 12))
     for last in (False, True):
         optimizer.begin_micro_batch(last=last)

@@ -1,12 +1,14 @@
 """A model that is trained without anything that could move its weights says so once, with what helps."""
 
+import logging
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
 from configuration_arb import preset_config
 from modeling_arb import ArbForCausalLM
-from modeling_arb.layers.training_notice import NOTHING_LEARNS, logger
+from modeling_arb.layers.training_notice import NOTHING_LEARNS
 from support.fresh_process import NO_REPO, fresh_process
 from support.tensors import random_text, training_step
 from training_arb.optim.integer_optimizer import IntegerOptimizer
@@ -30,7 +32,7 @@ assert any(not torch.equal(tensor, before[name]) for name, tensor in adapted.nam
 
 @pytest.fixture(autouse=True)
 def nothing_said_yet():
-    type(logger).warning_once.cache_clear()
+    logging.Logger.warning_once.cache_clear()
 
 
 @pytest.fixture

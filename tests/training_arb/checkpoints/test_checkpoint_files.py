@@ -4,15 +4,14 @@ import os
 
 import pytest
 
-from training_arb.checkpoints import checkpoint_files
-from training_arb.checkpoints.checkpoint_files import (
+from training_arb.checkpoints.checkpoint_files import verify_checksums, write_checksums
+from training_arb.checkpoints.run_checkpoints import (
     newest_sound_checkpoint,
     numbered_checkpoints,
     point,
     pointed,
     remove_old,
-    verify_checksums,
-    write_checksums,
+    unfinished_checkpoints,
 )
 
 
@@ -20,29 +19,30 @@ from training_arb.checkpoints.checkpoint_files import (
 def run_dir(tmp_path):
     for step in (2, 4, 10):
         (tmp_path / f"checkpoint-{step}").mkdir()
+        write_checksums(tmp_path / f"checkpoint-{step}")
+    (tmp_path / "checkpoint-7").mkdir()
+    (tmp_path / "checkpoint-7" / "run.json").write_text("{}")
+    (tmp_path / "checkpoint-8").mkdir()
+    (tmp_path / "checkpoint-8" / "config.json").write_text("another trainer's")
     (tmp_path / "checkpoint-6").write_text("a file")
     (tmp_path / "checkpoint-x").mkdir()
     return tmp_path
+
+
+def sound(folder):
+    """Raises ValueError on folders with a file `bad` in them."""
+    if (folder / "bad").exists():
+        raise ValueError(f"{folder / 'bad'}: damaged")
 
 
 def names(paths):
     return [path.name for path in paths]
 
 
-@pytest.fixture
-def sound(monkeypatch):
-    """Folders called damaged are those with a file `bad` in them."""
-
-    def check(folder):
-        if (folder / "bad").exists():
-            raise ValueError(f"{folder / 'bad'}: damaged")
-
-    monkeypatch.setattr(checkpoint_files, "check_checkpoint", check)
-
-
 def test_numbered_checkpoints_are_in_order(run_dir):
     assert names(numbered_checkpoints(run_dir)) == ["checkpoint-2", "checkpoint-4", "checkpoint-10"]
-    assert numbered_checkpoints(run_dir / "nowhere") == []
+    assert names(unfinished_checkpoints(run_dir)) == ["checkpoint-7"]
+    assert numbered_checkpoints(run_dir / "nowhere") == unfinished_checkpoints(run_dir / "nowhere") == []
 
 
 @pytest.mark.parametrize("links", [True, False], ids=["links", "no-links"])
@@ -63,7 +63,8 @@ def test_a_pointer_to_nothing_points_nowhere(run_dir):
     (run_dir / "gone").symlink_to("checkpoint-3")
     (run_dir / "garbage").write_bytes(b"\xff\xfe")
     (run_dir / "up").write_text("../checkpoint-2")
-    for name in ("loop", "out", "gone", "garbage", "up", "checkpoint-x"):
+    (run_dir / "early").symlink_to("checkpoint-7")
+    for name in ("loop", "out", "gone", "garbage", "up", "early", "checkpoint-x"):
         assert pointed(run_dir, name) is None
 
 
@@ -87,21 +88,21 @@ def test_remove_old(run_dir, limit, best, written, left):
     assert names(numbered_checkpoints(run_dir)) == [f"checkpoint-{step}" for step in left]
 
 
-def test_where_a_run_stands(run_dir, sound):
+def test_where_a_run_stands(run_dir):
     newest = run_dir / "checkpoint-10"
-    assert newest_sound_checkpoint(run_dir) == (newest, [])
+    assert newest_sound_checkpoint(run_dir, sound) == (newest, [])
     (newest / "bad").touch()
-    assert newest_sound_checkpoint(run_dir) == (run_dir / "checkpoint-4", [f"{newest / 'bad'}: damaged"])
+    assert newest_sound_checkpoint(run_dir, sound) == (run_dir / "checkpoint-4", [f"{newest / 'bad'}: damaged"])
     point(run_dir, "latest", "checkpoint-2")
-    assert newest_sound_checkpoint(run_dir) == (run_dir / "checkpoint-2", [])
+    assert newest_sound_checkpoint(run_dir, sound) == (run_dir / "checkpoint-2", [])
     (run_dir / "checkpoint-2" / "bad").touch()
     with pytest.raises(ValueError, match=r"checkpoint-2/bad: damaged$"):
-        newest_sound_checkpoint(run_dir)
+        newest_sound_checkpoint(run_dir, sound)
     os.remove(run_dir / "latest")
     (run_dir / "checkpoint-4" / "bad").touch()
     with pytest.raises(ValueError, match="checkpoint-10/bad: damaged; no other checkpoint is whole"):
-        newest_sound_checkpoint(run_dir)
-    assert newest_sound_checkpoint(run_dir / "nowhere") == (None, [])
+        newest_sound_checkpoint(run_dir, sound)
+    assert newest_sound_checkpoint(run_dir / "nowhere", sound) == (None, [])
 
 
 @pytest.fixture
@@ -122,10 +123,13 @@ def test_checksums_hold(folder):
     verify_checksums(folder)
 
 
-def test_without_checksums_nothing_is_checked(folder):
+def test_without_checksums_a_model_is_not_checked_and_a_checkpoint_is_refused(folder):
     (folder / "checksums.json").unlink()
     (folder / "a.bin").write_bytes(b"")
     verify_checksums(folder)
+    (folder / "run.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"^[^\n]*: unfinished checkpoint, checksums\.json is missing[^\n]*$"):
+        verify_checksums(folder)
 
 
 @pytest.mark.parametrize("bit", [0, 7, 8 * 1000 + 3, 8 * 256 * 9 - 1])

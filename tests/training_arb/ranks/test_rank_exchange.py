@@ -115,7 +115,7 @@ def test_tables_are_nobodys_work(monkeypatch):
     monkeypatch.setattr("training_arb.ranks.rank_exchange.num_ranks", lambda: 2)
     optimizer = IntegerOptimizer(ArbForCausalLM(preset_config("arb-small")))
     totals, sizes = [0, 0], []
-    for matrix, owner in optimizer._owner.items():
+    for matrix, owner in optimizer._exchange.owners.items():
         if not isinstance(matrix, TernaryTable):
             totals[owner] += matrix.logical_weights
             sizes.append(matrix.logical_weights)

@@ -18,14 +18,10 @@ import time
 
 import pytest
 
-from support.pretraining import TEXT, arguments, final_hash, step_pointed_to
+from support.pretraining import TEXT, arguments, final_hash, is_saving, step_pointed_to
 from support.scripting import ROOT, run_script
-from training_arb.checkpoints.checkpoint_files import (
-    check_checkpoint,
-    newest_sound_checkpoint,
-    numbered_checkpoints,
-    step_of,
-)
+from training_arb.checkpoints.checkpoint_files import check_checkpoint
+from training_arb.checkpoints.run_checkpoints import newest_sound_checkpoint, numbered_checkpoints, step_of
 
 KILLS = int(os.environ.get("ARB_KILLS", "3"))
 STEPS = max(8, 6 * KILLS)
@@ -141,7 +137,7 @@ def test_killed_ranks_and_resumed(corpus, finished, tmp_path):
             wanted = stood + 2 * draw.choice([1, 2])
             ranks.wait_for(lambda wanted=wanted: step_pointed_to(output_dir) >= wanted)
             if saving:
-                ranks.wait_for((output_dir / ".writing").exists)
+                ranks.wait_for(lambda: is_saving(output_dir))
             time.sleep(draw.uniform(0, 0.02 if saving else 0.3))
             for rank in victims:
                 ranks.signal(rank, signal.SIGKILL)
@@ -171,7 +167,7 @@ def test_one_process_goes_on_where_two_were(corpus, finished, tmp_path):
 
 def test_a_rank_that_hangs_is_waited_for_as_long_as_asked(corpus, tmp_path):
     with Ranks(tmp_path / "run", settings(corpus, tmp_path / "run", max_steps=10**6, ddp_timeout=3)) as ranks:
-        ranks.wait_for((tmp_path / "run" / "checkpoint-2").exists)
+        ranks.wait_for(lambda: step_pointed_to(tmp_path / "run") >= 2)
         ranks.signal(1, signal.SIGSTOP)
         ranks.processes[0].join(60)
         assert ranks.processes[0].exitcode == 75

@@ -5,6 +5,7 @@ import math
 import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from training_arb.checkpoints.checkpoint_files import write_checksums
 from training_arb.train.divergence import DivergenceStop, strikes
 
 FALLING = [6.0, 4.0, 3.0, 2.5, 2.2, 2.0]
@@ -50,6 +51,8 @@ def feed(losses, tmp_path, **settings):
 def test_stops_after_patience_naming_the_last_checkpoint_from_before(tmp_path):
     for step in (40, 60, 70):
         (tmp_path / f"checkpoint-{step}").mkdir()
+        write_checksums(tmp_path / f"checkpoint-{step}")
+    (tmp_path / "checkpoint-65").mkdir()  # unfinished
     assert feed([*FALLING, 20.0], tmp_path).should_save is False
     assert feed([*FALLING, 20.0, 2.0], tmp_path).should_save is True
     feed([*FALLING, 20.0, 20.0], tmp_path)
@@ -57,7 +60,7 @@ def test_stops_after_patience_naming_the_last_checkpoint_from_before(tmp_path):
         feed([*FALLING, 20.0, 20.0, 20.0], tmp_path)
     with pytest.raises(FloatingPointError, match=r"step 70: the loss is nan; .*checkpoint-60$"):
         feed([*FALLING, math.nan], tmp_path)
-    with pytest.raises(FloatingPointError, match=r"step 10: the loss is inf; there is no checkpoint"):
+    with pytest.raises(FloatingPointError, match=r"step 10: the loss is inf; no checkpoint from before"):
         feed([math.inf], tmp_path)
     feed([*FALLING, *[20.0] * 9], tmp_path, factor=0)
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from modeling_arb import ArbForCausalLM
 from support.pretraining import TEXT, arguments
 from support.scripting import run_script
-from training_arb.checkpoints.checkpoint_files import check_checkpoint
+from training_arb.checkpoints.checkpoint_files import check_checkpoint, write_checksums
 from training_arb.cli.command_line import exit_code
 from training_arb.data.block_windows import WindowedBlocks
 from training_arb.ranks.rank_loss import RanksPartedError
@@ -121,7 +121,7 @@ def name_a_gone_file(index):
     index.write_text(json.dumps(stored))
 
 
-# the file and what happens to it, with checksums.json beside it or not, and what is said
+# the file and what happens to it, whether checksums.json shows it, and what is said
 CHECKPOINT_FAULTS = {
     "weights-cut": ("model.safetensors", cut, False, "damaged or truncated"),
     "weights-bit": ("model.safetensors", flip, True, "its sha256 is not the one"),
@@ -166,7 +166,7 @@ def test_a_checkpoint_that_is_no_place_to_go_on(corpus, run_dir, capsys, fault):
     checkpoint = run_dir / "checkpoint-2"
     damage(checkpoint / name)
     if not summed:
-        (checkpoint / "checksums.json").unlink()
+        write_checksums(checkpoint)
     before = names_in(run_dir)
     capsys.readouterr()
     assert run_script("pretrain", *lines(corpus, run_dir, resume_from_checkpoint="auto")) == 2
@@ -228,7 +228,7 @@ OPTION_FAULTS = [
     ({"eval_blocks": 0}, "eval_blocks=0 must be at least 1"),
     ({"eval_bytes": 3}, "eval_bytes=3 must be at least 4"),
     ({"stream_above_mb": -1}, "stream_above_mb=-1 must be at least 0"),
-    ({"prompt": "caf\udce9"}, "prompt='caf\\udce9' is no UTF-8"),
+    ({"prompt": "caf\udce9"}, "prompt='caf\\udce9' is not UTF-8"),
     ({"seed": -1}, "Seed must be between 0 and 2**32 - 1"),
     ({"learning_rate": "nan"}, "learning_rate=nan must be in [0, 1)"),
     ({"learning_rate": "fast"}, "--learning_rate/--learning-rate: invalid float value: 'fast'"),
@@ -249,8 +249,8 @@ OPTION_FAULTS = [
     ({"data": "DIR/garbage.gz"}, "garbage.gz' is damaged: Not a gzipped file"),
     ({"data": "DIR/garbage.parquet"}, "garbage.parquet' is damaged"),
     ({"data": None, "dataset": "DIR/dataset"}, "dataset' cannot be read: "),
-    ({"output_dir": "DIR/file"}, "file' is no folder"),
-    ({"output_dir": "DIR/loop"}, "loop' is no folder"),
+    ({"output_dir": "DIR/file"}, "file' is not a folder"),
+    ({"output_dir": "DIR/loop"}, "loop' is not a folder"),
     ({"output_dir": "DIR/file/run"}, "Not a directory"),
     ({"resume_from_checkpoint": "DIR/loop"}, "loop': no such folder"),
     ({"resume_from_checkpoint": "DIR/file"}, "file': no such folder"),
@@ -288,7 +288,7 @@ def test_options_that_cannot_be_meant(corpus, odd_files, tmp_path, capsys, optio
 
 def test_a_measure_that_is_not_taken(corpus, tmp_path, capsys):
     assert run_script("pretrain", *lines(corpus, tmp_path / "run", eval_steps=2, metric_for_best_model="luck")) == 2
-    assert "metric_for_best_model='luck' is none of epoch, eval_bits_per_byte, eval_loss," in the_error(capsys)
+    assert "metric_for_best_model='luck' is not one of epoch, eval_bits_per_byte, eval_loss," in the_error(capsys)
 
 
 DATA_FAULTS = {

@@ -17,16 +17,11 @@ import time
 
 import pytest
 
-from support.pretraining import STEPS, TEXT, arguments, final_hash, step_pointed_to
+from support.pretraining import STEPS, TEXT, arguments, final_hash, is_saving, step_pointed_to
 from support.scripting import ROOT, run_script
-from training_arb.checkpoints.checkpoint_files import (
-    check_checkpoint,
-    newest_sound_checkpoint,
-    numbered_checkpoints,
-    pointed,
-    step_of,
-)
-from training_arb.train import trainer_arb
+from training_arb.checkpoints.checkpoint_files import check_checkpoint, write_checksums
+from training_arb.checkpoints.run_checkpoints import newest_sound_checkpoint, numbered_checkpoints, pointed, step_of
+from training_arb.train import saving_trainer
 from training_arb.train.interruption import Interruption
 from training_arb.train.trainer_arb import ArbTrainer
 
@@ -85,7 +80,7 @@ def test_killed_at_any_moment_and_resumed(corpus, tmp_path):
         wanted = stood + 2 * draw.choice([1, 2])
         wait_for(process, lambda wanted=wanted: step_pointed_to(output_dir) >= wanted)
         if seed % 2:
-            wait_for(process, (output_dir / ".writing").exists)
+            wait_for(process, lambda: is_saving(output_dir))
         time.sleep(draw.uniform(0, 0.02 if seed % 2 else 0.3))
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL
@@ -185,14 +180,14 @@ def test_a_signal_to_one_rank_stops_all(corpus, tmp_path):
 
 def fill_disk_at(monkeypatch, *steps):
     """The disk is full once a checkpoint of these steps is nearly written."""
-    write_checksums = trainer_arb.write_checksums
+    write_checksums = saving_trainer.write_checksums
 
     def write(folder):
         if step_of(folder) in steps:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder / "checksums.json"))
         write_checksums(folder)
 
-    monkeypatch.setattr(trainer_arb, "write_checksums", write)
+    monkeypatch.setattr(saving_trainer, "write_checksums", write)
 
 
 def test_a_full_disk_costs_one_checkpoint(corpus, finished, tmp_path, monkeypatch, caplog):
@@ -234,7 +229,7 @@ def test_other_write_errors_end_the_run_in_one_line(corpus, tmp_path, monkeypatc
     def refuse(folder):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
 
-    monkeypatch.setattr(trainer_arb, "write_checksums", refuse)
+    monkeypatch.setattr(saving_trainer, "write_checksums", refuse)
     assert run_script("pretrain", *arguments(corpus, tmp_path / "run")) == 2
     assert len([line for line in capsys.readouterr().err.splitlines() if "Permission denied" in line]) == 1
     assert not list((tmp_path / "run").glob("*"))
@@ -324,21 +319,55 @@ def test_a_flipped_bit_is_found_in_every_file(run_dir, name):
 @pytest.mark.parametrize(
     "content", [b"", b"\x80\x02garbage", b"[1]", b"\xff" * 99], ids=["empty", "text", "list", "ones"]
 )
-def test_damage_without_checksums_is_one_line_too(run_dir, name, content):
-    """A checkpoint from before checksums.json: every file of it is read before anything is trained."""
+def test_damage_that_checksums_do_not_show_is_one_line_too(run_dir, name, content):
+    """Checksums of files that were damaged before: every file is read before anything is trained."""
     checkpoint = run_dir / "checkpoint-4"
-    (checkpoint / "checksums.json").unlink()
     (checkpoint / name).write_bytes(content)
+    write_checksums(checkpoint)
     with pytest.raises(ValueError) as caught:
         check_checkpoint(checkpoint)
     assert str(checkpoint / name) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_checkpoint_from_before_checksums_resumes(corpus, finished, run_dir):
-    (run_dir / "checkpoint-6" / "checksums.json").unlink()
+def test_an_unfinished_checkpoint_is_not_used(corpus, finished, run_dir, capsys):
+    """Without checksums.json, which is written last, the run goes on from the one before, and the folder is removed."""
+    unfinished = run_dir / "checkpoint-7"
+    os.rename(run_dir / "checkpoint-6", unfinished)
+    (unfinished / "checksums.json").unlink()
+    assert run_script("pretrain", *arguments(corpus, run_dir, resume_from_checkpoint=unfinished)) == 2
+    for script in (["generate"], ["evaluate", "--data", corpus], ["audit_state"], ["export_hub", run_dir / "out"]):
+        assert run_script(script[0], unfinished, *script[1:]) == 2
+    errors = errors_in(capsys.readouterr().err)
+    said = f"{unfinished}: unfinished checkpoint, checksums.json is missing"
+    assert len(errors) == 5 and all(said in error for error in errors)
     assert run_script("pretrain", *arguments(corpus, run_dir, resume_from_checkpoint="auto")) == 0
     assert final_hash(run_dir) == final_hash(finished)
-    assert pointed(run_dir, "latest").name == "checkpoint-8"
+    assert pointed(run_dir, "latest").name == "checkpoint-8" and steps_in(run_dir) == [2, 4, 6, 8]
+    assert not unfinished.exists()
+
+
+def test_a_run_killed_in_its_first_checkpoint_begins_again(corpus, finished, run_dir, capsys):
+    for step in (2, 4):
+        shutil.rmtree(run_dir / f"checkpoint-{step}")
+    (run_dir / "checkpoint-6" / "checksums.json").unlink()
+    for resume, said in ((None, "already holds a run"), ("latest", "no whole checkpoint; checkpoint-6 is unfinished")):
+        assert run_script("pretrain", *arguments(corpus, run_dir, resume_from_checkpoint=resume)) == 2
+        (error,) = errors_in(capsys.readouterr().err)
+        assert said in error
+    assert run_script("pretrain", *arguments(corpus, run_dir, resume_from_checkpoint="auto")) == 0
+    assert "checkpoint-6: unfinished, checksums.json is missing; the run begins" in capsys.readouterr().err
+    assert final_hash(run_dir) == final_hash(finished)
+
+
+def test_a_checkpoint_of_another_trainer_is_left_alone(corpus, run_dir):
+    """It has neither run.json nor checksums.json."""
+    other = run_dir / "checkpoint-3"
+    shutil.copytree(run_dir / "checkpoint-2", other)
+    for name in ("run.json", "checksums.json"):
+        (other / name).unlink()
+    assert run_script("pretrain", *arguments(corpus, run_dir, resume_from_checkpoint="auto", save_total_limit=1)) == 0
+    assert run_script("generate", other, "--prompt", "a", "--max_new_tokens", 1) == 0
+    assert steps_in(run_dir) == [8]
 
 
 def test_no_best_checkpoint_to_resume(corpus, run_dir, capsys):
