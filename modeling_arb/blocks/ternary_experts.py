@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -57,7 +59,7 @@ class GroupedLinearFunction(torch.autograd.Function):
         return grad_x.to(grad_y.dtype), None, None, None
 
 
-def stacked_weights(layers: nn.ModuleList) -> tuple[torch.Tensor, torch.Tensor]:
+def stacked_weights(layers: Sequence[TernaryLinear]) -> tuple[torch.Tensor, torch.Tensor]:
     """Trits float32 (E, N, K) and row scales float32 (E, N) of equally large layers: transients of one product."""
     packed = torch.cat([layer.T_packed for layer in layers])
     trits = unpack_trits(packed, layers[0].columns, torch.float32)
@@ -78,6 +80,7 @@ class TernaryExperts(ObservedState):
     loop.
     """
 
+    expert_bias: torch.Tensor
     grouped: bool | None = None
 
     def __init__(self, config: ArbConfig):

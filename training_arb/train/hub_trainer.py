@@ -6,7 +6,7 @@ import logging
 import shutil
 from concurrent.futures import Future
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from huggingface_hub import CommitInfo
 from safetensors import SafetensorError
@@ -40,7 +40,7 @@ class HubTrainer(SavingTrainer):
         """Create the repository. Raises ValueError when the hub refuses, or when the strategy would push pickles."""
         if self.args.hub_strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE):
             raise ValueError(
-                f"hub_strategy={self.args.hub_strategy.value!r} would push the pickles of a training checkpoint:"
+                f"hub_strategy={HubStrategy(self.args.hub_strategy).value!r} would push the pickles of a training checkpoint:"
                 " use 'every_save' or 'end', and for a checkpoint scripts/export_hub.py --training_state"
             )
         if not self.is_world_process_zero():
@@ -61,7 +61,8 @@ class HubTrainer(SavingTrainer):
         """Push the model as it is, in the background, unless an earlier push is still under way."""
         if not self.args.push_to_hub or self.args.hub_strategy == HubStrategy.END or not self.is_world_process_zero():
             return
-        busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        in_progress: Any = self.push_in_progress
+        busy = in_progress is not None and not in_progress.is_done()
         if busy and not self.args.hub_always_push:
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
@@ -77,7 +78,7 @@ class HubTrainer(SavingTrainer):
         future = hf_api().run_as_future(self._upload, export, message, self.args.hub_token, self.args.hub_revision)
         future.add_done_callback(lambda future: _warn(future, step))
         if busy:
-            self.push_in_progress.jobs.append(future)
+            in_progress.jobs.append(future)
         else:
             self.push_in_progress = PushInProgress([future])
 

@@ -35,6 +35,7 @@ class ArbTrainer(HubTrainer):
     """
 
     args: ArbTrainingArguments
+    model: ArbForCausalLM
     arguments_class = ArbTrainingArguments
     shown = ("loss", "bits_per_byte", "learning_rate", "flip_rate", "bytes_per_second", "seconds_left")
 
