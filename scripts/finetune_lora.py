@@ -125,7 +125,9 @@ def sample_answers(model: PeftModel, conversations: Sequence[Conversation]) -> l
 
 def build_parser() -> HfArgumentParser:
     parser = HfArgumentParser(
-        (LoraArguments, LoraTrainingArguments), description=__doc__, formatter_class=HelpFormatter
+        (LoraArguments, LoraTrainingArguments),  # pyright: ignore[reportArgumentType], an alias of Any
+        description=__doc__,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("model", help="a pretrained model's folder or hub name; with --merge also an adapter's folder")
     return parser

@@ -157,7 +157,9 @@ def sample(model: ArbForCausalLM, tokenizer: ArbTokenizer, prompt: str, length: 
 
 def build_parser() -> HfArgumentParser:
     return HfArgumentParser(
-        (PretrainArguments, ArbTrainingArguments), description=__doc__, formatter_class=HelpFormatter
+        (PretrainArguments, ArbTrainingArguments),  # pyright: ignore[reportArgumentType], an alias of Any
+        description=__doc__,
+        formatter_class=HelpFormatter,
     )
 
 

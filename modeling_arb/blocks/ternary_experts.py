@@ -89,9 +89,11 @@ class TernaryExperts(ObservedState):
         self.num_experts, self.top_k, self.eps = options["num_experts"], options["top_k"], config.rms_norm_eps
         size = options["expert_size"] or 2 * width
         self.centroids = TernaryEmbedding(self.num_experts, width, config)
-        self.up_proj = nn.ModuleList(TernaryLinear(width, size, config) for _ in range(self.num_experts))
-        self.down_proj = nn.ModuleList(TernaryLinear(size, width, config) for _ in range(self.num_experts))
-        for matrix in (self.centroids, *self.up_proj, *self.down_proj):
+        up = [TernaryLinear(width, size, config) for _ in range(self.num_experts)]
+        down = [TernaryLinear(size, width, config) for _ in range(self.num_experts)]
+        self.columns = (width, size)
+        self.up_proj, self.down_proj = nn.ModuleList(up), nn.ModuleList(down)
+        for matrix in (self.centroids, *up, *down):
             matrix.shared = True
         self.register_state(config.training_state)
 
@@ -132,7 +134,7 @@ class TernaryExperts(ObservedState):
     def _is_grouped(self, x: torch.Tensor) -> bool:
         small = self.num_experts * 4 * self.up_proj[0].logical_weights <= GROUPED_BYTES
         wanted = x.is_cuda and small if self.grouped is None else self.grouped
-        aligned = all(layers[0].columns % GROUPED_MULTIPLE == 0 for layers in (self.up_proj, self.down_proj))
+        aligned = all(columns % GROUPED_MULTIPLE == 0 for columns in self.columns)
         return wanted and aligned and self.centroids.integer_matmuls
 
     @torch.no_grad()

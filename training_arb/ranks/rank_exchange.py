@@ -117,8 +117,7 @@ def join_ranks(mine: Tensors | None, device: torch.device) -> Tensors | None:
     for rank, form in enumerate(forms):
         if form is not None:
             new = (torch.empty(shape, dtype=dtype, device=device) for shape, dtype in form)
-            own = mine is not None and rank == this_rank()
-            tensors = [tensor.contiguous() for tensor in mine] if own else list(new)
+            tensors = list(new) if mine is None or rank != this_rank() else [tensor.contiguous() for tensor in mine]
             SentState(tensors, rank).wait()
             given.append(tensors)
     return tuple(torch.cat(column) for column in zip(*given, strict=True)) if given else None

@@ -6,7 +6,7 @@ Figures are made without pyplot, whose backend and list of open figures are glob
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,7 @@ def plot_finetuning(
     save(figure, path)
 
 
-def plot_comparison(curves: dict[str, Sequence[tuple[int, float]]], path: str | Path, title: str) -> None:
+def plot_comparison(curves: Mapping[str, Sequence[tuple[int, float]]], path: str | Path, title: str) -> None:
     """Held-out losses (step, nats per byte) per configuration, to a PNG.
 
     The last point is over all held-out text and the others over its beginning: it stands alone, off the line.
