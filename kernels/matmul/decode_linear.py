@@ -1,4 +1,4 @@
-"""Quantised activations times ternary weights that were laid out once: what evaluation and generation run."""
+"""Quantised activations times ternary weights in their decoding form, for evaluation and generation."""
 
 from __future__ import annotations
 

@@ -2,9 +2,9 @@
 
 A weight gradient sums over tokens and an input gradient over outputs, so the two need the gradient quantised with
 scales along different axes, each with the other operand's scales folded in: no scale then varies along a sum.
-Activations round to nearest (SwitchBack and BitNet do the same), gradients stochastically, or small ones would
-vanish. The random bits are a hash of the gradient's own largest value and the element's place: a run, its resume and
-every backend draw the same ones, without a counter to keep.
+Activations round to nearest (as in SwitchBack and BitNet), gradients stochastically, or small ones would vanish. The
+random bits are a hash of the gradient's largest value and the element's place, so a run, its resume and every backend
+draw the same bits without a stored counter.
 """
 
 from __future__ import annotations

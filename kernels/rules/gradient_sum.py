@@ -20,6 +20,7 @@ from arb_kernels.backend import uses_native, uses_triton
 from arb_kernels.formats.exponents import octave_scale
 from arb_kernels.formats.gradient_sum_format import BEYOND_127, BLOCK, EXPONENT_OFFSET, LARGEST_EXPONENT, LEAST_EXPONENT
 from arb_kernels.formats.groups import num_groups, split_groups, spread_groups
+from arb_kernels.formats.rule_states import overwrite
 from arb_kernels.native_library import native_library, pointer
 from arb_kernels.random_bits import random_bits, uniform_from_low_bits
 
@@ -48,7 +49,7 @@ def _covering_exponent(absmax: torch.Tensor) -> torch.Tensor:
 
 
 def naive_value(total: GradientSum) -> torch.Tensor:
-    """float32 (N, K): what the codes stand for."""
+    """float32 (N, K): the value of the sum."""
     step = octave_scale(total.exponents.int())
     return total.codes * spread_groups(step, BLOCK, total.codes.shape[1])
 
@@ -70,14 +71,13 @@ def add_gradient(total: GradientSum, dW: torch.Tensor, key: int) -> None:
     elif uses_triton(*total, dW):
         triton_add_gradient(*total, dW, key)
     else:
-        for tensor, new in zip(total, naive_add_gradient(total, dW, key), strict=True):
-            tensor.copy_(new)
+        overwrite(total, naive_add_gradient(total, dW, key))
         return
     increment_version(tuple(total))
 
 
 def add_sum(dW: torch.Tensor, total: GradientSum) -> None:
-    """Add what the sum stands for to dW float32 (N, K), in place."""
+    """Add the value of the sum to dW float32 (N, K), in place."""
     if uses_native(*total, dW):
         native_library().arb_add_sum(*map(pointer, (dW, *total)), *dW.shape)
     elif uses_triton(*total, dW):

@@ -1,4 +1,4 @@
-"""TernaryExperts: a few ternary MLPs of which each token visits its best ones, balanced without an auxiliary loss."""
+"""TernaryExperts: ternary MLPs; each token visits its best few, balanced without an auxiliary loss."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from modeling_arb.layers.ternary_linear import FloatLinearFunction, Int8LinearFu
 BIAS_STEP = 1 / 16  # of a logit
 MAX_BIAS = 127
 BIASES = ((-MAX_BIAS, MAX_BIAS),)
-GROUPED_MULTIPLE = 4  # torch's grouped product wants strides of 16 bytes
+GROUPED_MULTIPLE = 4  # torch's grouped product needs strides of 16 bytes
 GROUPED_BYTES = 1 << 26  # of stacked float32 weights at most: larger experts fill a GPU one by one
 
 
@@ -27,7 +27,7 @@ class GroupedLinearFunction(torch.autograd.Function):
 
     Codes and trits are small integers whose float32 sums are exact up to 2^24 / 127 = 132104 columns (in TF32 too): the
     forward has the bits of Int8LinearFunction. The backward multiplies float32 gradients, which then need no rounding
-    to int8. x (M, K), expert int64 (M,), rising, ends int32 (E,), one past each segment -> (M, N).
+    to int8. x (M, K), expert int64 (M,), ascending, ends int32 (E,), one past each segment -> (M, N).
     """
 
     @staticmethod

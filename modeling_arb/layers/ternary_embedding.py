@@ -13,7 +13,7 @@ from .ternary_matrix import TernaryMatrix
 
 
 class TernaryEmbeddingFunction(torch.autograd.Function):
-    """`anchor` is an empty tensor that requires grad: without a float parameter, nothing else would start autograd."""
+    """`anchor`: an empty tensor that requires grad, because ids and integer state do not start autograd."""
 
     @staticmethod
     def forward(ctx, ids, anchor, layer, dtype):
@@ -31,7 +31,7 @@ class TernaryEmbeddingFunction(torch.autograd.Function):
 
 
 def sum_by_row(ids: torch.Tensor, gradient: torch.Tensor, rows: int) -> torch.Tensor:
-    """ids int64 (N,), gradient float32 (N, K) -> float32 (rows, K), in an order that the device does not choose."""
+    """ids int64 (N,), gradient float32 (N, K) -> float32 (rows, K), summed in the same order on every device."""
     return torch.ops.aten.embedding_dense_backward(gradient, ids, rows, -1, False)
 
 

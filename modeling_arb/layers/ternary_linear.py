@@ -19,7 +19,7 @@ ZERO_ROW_TRACE = 2.0**-20
 
 
 class FloatLinearFunction(torch.autograd.Function):
-    """The reference. Saves only x; W_eff is made again in backward, and dW dies there."""
+    """The float reference. Saves only x; backward computes W_eff again, and frees dW once the sink has it."""
 
     @staticmethod
     def forward(ctx, x, layer):
@@ -72,7 +72,7 @@ class Int8LinearFunction(torch.autograd.Function):
 class TernaryLinear(TernaryMatrix, nn.Linear):
     """(..., in_features) -> (..., out_features), no bias. An nn.Linear without a float weight, so that peft finds it.
 
-    `qweight`, `W_q` and `dequantize` are what peft asks of a quantised layer: its device, and W_eff for DoRA.
+    peft reads `qweight`, `W_q` and `dequantize` of a quantised layer: its device, and W_eff for DoRA.
     """
 
     def __init__(self, in_features: int, out_features: int, config: ArbConfig):
@@ -108,7 +108,7 @@ class TernaryLinear(TernaryMatrix, nn.Linear):
         return Int8LinearFunction.apply(x, self) if torch.is_grad_enabled() else self._infer(x)
 
     def _infer(self, x: torch.Tensor) -> torch.Tensor:
-        """The same result from weights that are laid out once: what evaluation and generation run."""
+        """The same result from weights in their decoding form, for evaluation and generation."""
         weight, scale = self.inference_weight()
         values = x.reshape(-1, self.columns).float()
         y = decode_linear(values, weight, self.rows, scale)

@@ -215,7 +215,7 @@ class IntegerOptimizer(torch.optim.Optimizer):
         """Whether dW can be used. On a GPU always: a dW that is not finite is flagged and set to zero there, and
         `step` raises, because reading the answer here would make backward wait for the device.
 
-        On a CPU one process raises at once. Of several ranks none stops alone: they tell each other in `step`.
+        On a CPU one process raises at once. With several ranks all raise in `step`, so that none waits for another.
         """
         finite = dW.sum().isfinite()
         if dW.device.type not in self.immediate_devices:
