@@ -21,7 +21,9 @@ ALLOWED = {
     "modeling_arb/blocks/ternary_experts.py:TernaryExperts._visit": "large experts run one by one, each on its rows",
     "modeling_arb/generation/contrastive_search.py:contrastive_search": "once a byte, to end; so does transformers",
     "modeling_arb/layers/ternary_matrix.py:TernaryMatrix.reset_state": "a number made on the CPU, at initialisation",
-    "modeling_arb/layers/ternary_table.py:TernaryTable.receive_gradient": "the touched rows are the work of the update",
+    "modeling_arb/layers/ternary_table.py:TernaryTable.pass_on_gradient": "the touched rows are the work of the update",
+    "training_arb/optim/integer_optimizer.py:IntegerOptimizer._update_rows": "once a step: which rows any rank touched",
+    "training_arb/optim/step_flags.py:StepFlags.take": "once a step, for all gradients together",
 }
 
 
