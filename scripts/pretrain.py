@@ -75,7 +75,7 @@ class PretrainArguments:
         default=None,
         metadata={
             "help": "Finetune: start from the weights and the shape of a checkpoint, a folder or a hub name;"
-            " residual and momentum start at zero."
+            " residuals and momentum come along where it has them."
         },
     )
     revision: str | None = field(default=None, metadata={"help": "Of --init_from on the hub: branch, tag or commit."})

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from configuration_arb.configuration_arb import ArbConfig
 from modeling_arb.layers.ternary_embedding import TernaryEmbedding
 
 TRIGRAM = 3
@@ -20,7 +21,7 @@ def preceded_by(history: torch.Tensor, ids: torch.Tensor, count: int, pad_token_
 class ByteEmbedding(nn.Module):
     """Sum of three ternary tables (288, D), one for each byte of the trigram."""
 
-    def __init__(self, config):
+    def __init__(self, config: ArbConfig):
         super().__init__()
         self.pad_token_id = config.pad_token_id
         self.tables = nn.ModuleList(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from configuration_arb.configuration_arb import ArbConfig
 from modeling_arb.layers.norm import rms_norm
 from modeling_arb.layers.ternary_linear import TernaryLinear
 
@@ -12,10 +13,10 @@ from modeling_arb.layers.ternary_linear import TernaryLinear
 class OutputRouter(nn.Module):
     """(B, T, D) -> (B, T, D), added to the residual stream by the caller."""
 
-    def __init__(self, config):
+    def __init__(self, config: ArbConfig):
         super().__init__()
-        self.eps, self.num_heads = config.rms_norm_eps, config.output_router["num_heads"]
-        gate_size, width = config.output_router["gate_size"], config.hidden_size
+        self.eps, self.num_heads = config.rms_norm_eps, config.block("output_router")["num_heads"]
+        gate_size, width = config.block("output_router")["gate_size"], config.hidden_size
         self.gate_in = TernaryLinear(width, gate_size, config)
         self.gate_out = TernaryLinear(gate_size, self.num_heads, config)
         self.heads = nn.ModuleList(TernaryLinear(width, width, config) for _ in range(self.num_heads))

@@ -9,6 +9,7 @@ from torch import nn
 from arb_kernels.formats.packing import unpack_trits
 from arb_kernels.formats.state_layout import StateTensor
 from arb_kernels.matmul.quantise import quantise_tokens
+from configuration_arb.configuration_arb import ArbConfig
 from modeling_arb.layers.integer_state import ObservedState
 from modeling_arb.layers.norm import rms_norm
 from modeling_arb.layers.ternary_embedding import TernaryEmbedding
@@ -79,9 +80,9 @@ class TernaryExperts(ObservedState):
 
     grouped: bool | None = None
 
-    def __init__(self, config):
+    def __init__(self, config: ArbConfig):
         nn.Module.__init__(self)
-        options, width = config.moe_graph, config.hidden_size
+        options, width = config.block("moe_graph"), config.hidden_size
         self.num_experts, self.top_k, self.eps = options["num_experts"], options["top_k"], config.rms_norm_eps
         size = options["expert_size"] or 2 * width
         self.centroids = TernaryEmbedding(self.num_experts, width, config)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from arb_kernels.formats.scaled_rows import gather_rows
+from configuration_arb.configuration_arb import ArbConfig
 
 from .ternary_matrix import TernaryMatrix
 
@@ -37,7 +38,7 @@ def sum_by_row(ids: torch.Tensor, gradient: torch.Tensor, rows: int) -> torch.Te
 class TernaryEmbedding(TernaryMatrix):
     """ids (...) int64 -> (..., columns). Entries have variance 1 at the start."""
 
-    def __init__(self, num_embeddings: int, embedding_dim: int, config):
+    def __init__(self, num_embeddings: int, embedding_dim: int, config: ArbConfig):
         nn.Module.__init__(self)
         self.setup_state(num_embeddings, embedding_dim, config, init_fan_in=1)
 

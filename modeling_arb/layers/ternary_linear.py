@@ -10,6 +10,7 @@ from arb_kernels.formats.two_bit_layout import decoding_bytes
 from arb_kernels.matmul.decode_linear import decode_linear
 from arb_kernels.matmul.int8_matmul import int8_matmul
 from arb_kernels.matmul.quantise import quantise_gradient, quantise_tokens
+from configuration_arb.configuration_arb import ArbConfig
 
 from .ternary_matrix import DECODED, ROW_SCALES, TernaryMatrix
 
@@ -74,7 +75,7 @@ class TernaryLinear(TernaryMatrix, nn.Linear):
     peft reads `qweight`, `W_q` and `dequantize` of a quantised layer: its device, and W_eff for DoRA.
     """
 
-    def __init__(self, in_features: int, out_features: int, config):
+    def __init__(self, in_features: int, out_features: int, config: ArbConfig):
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
         self.register_parameter("bias", None)

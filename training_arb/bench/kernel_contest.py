@@ -1,4 +1,4 @@
-"""What bench_kernels.py runs: every kernel with its inputs, what it must do at least, and who else does it.
+"""Cases of bench_kernels.py: each kernel with its inputs, its least work, and other implementations of it.
 
 Operations are multiplies and adds. A matmul of (M, K) with (N, K) does 2 * M * N * K; `momentum_update` 30 a weight, of
 which 8 fold, 4 form the Nesterov direction, 10 normalise it and 8 move (momentum.py, line by line), without its
@@ -176,7 +176,7 @@ def quantise_contest(shape: tuple[int, int], batch: int, cold_bytes: float) -> C
 
 
 def batches_of(op: str, batches: list[int]) -> list[int | None]:
-    """The batches of `batches` that an operation runs at. Raises ValueError when there is none."""
+    """The batches of `batches` that an operation runs at. Raises ValueError when it runs at none of them."""
     fitting: list[int | None] = {
         "cpu_matvec": [batch for batch in batches if batch <= MATVEC_TOKENS],
         "cpu_matmul": [batch for batch in batches if batch > MATVEC_TOKENS],

@@ -1,4 +1,4 @@
-"""One way to time, to say where, and to know what the machine could do at best.
+"""Times jobs, describes the machine, and measures its physical limits.
 
 Competitors are timed round-robin in a random order, so that noise on a shared machine hits all of them alike, and rows
 hold percentiles instead of a mean. The physical limits are measured among them, in the same rounds, and are medians
@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 from tqdm.auto import tqdm
 
 from arb_kernels.backend import describe_backend, instruction_set
@@ -90,7 +91,7 @@ def rotating(call: Callable[[int], object], copies: int) -> Callable[[], object]
 
 @dataclass(frozen=True)
 class Limits:
-    """What the machine can do, with the threads that torch has; None where there is no native kernel to ask."""
+    """What the machine can do, with the threads that torch has; None without the native kernels."""
 
     dram_gb_per_s: float | None = None
     int8_gops: float | None = None
@@ -155,6 +156,7 @@ def describe_environment(device: str = "cpu") -> dict[str, object]:
         "backend": describe_backend(torch.device(device)),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "transformers": transformers.__version__,
         "commit": _commit(),
         "date": date.today().isoformat(),
     }

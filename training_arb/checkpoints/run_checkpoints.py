@@ -45,7 +45,7 @@ def unfinished_checkpoints(run_dir: str | Path) -> list[Path]:
 
 
 def discard(checkpoint: Path) -> None:
-    """Delete a checkpoint, which is unfinished from the first moment on."""
+    """Delete a checkpoint; without its checksums, which go first, it counts as unfinished."""
     (checkpoint / CHECKSUMS_FILE).unlink(missing_ok=True)
     shutil.rmtree(checkpoint, ignore_errors=True)
 

@@ -115,7 +115,7 @@ def read_conversations(path: str | Path, ctx: int) -> Conversations:
                 try:
                     yield place, json.loads(line)
                 except (ValueError, RecursionError) as error:
-                    raise ValueError(f"{place} is no JSON: {error}") from error
+                    raise ValueError(f"{place} is not JSON: {error}") from error
 
     return _not_empty(f"data={str(path)!r}", encode_rows(rows(), ctx))
 

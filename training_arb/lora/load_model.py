@@ -1,4 +1,4 @@
-"""Loads a model by folder or hub name, with its adapter where the folder is one's."""
+"""Loads a model by folder or hub name; the folder of an adapter gives its base with the adapter on it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from training_arb.checkpoints.checkpoint_source import find_checkpoint
 
 
 def load_model(name: str) -> ArbForCausalLM:
-    """An ArbForCausalLM in evaluation mode, from a folder or a hub name. Raises ValueError when there is none.
+    """An ArbForCausalLM in evaluation mode, from a folder or a hub name.
 
-    The folder of a peft adapter gives its base with the adapter on it.
+    The folder of a peft adapter gives its base with the adapter on it. Raises ValueError when nothing is found.
     """
     if (Path(name) / "adapter_config.json").is_file():
         try:

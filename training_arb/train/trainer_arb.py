@@ -91,7 +91,7 @@ class ArbTrainer(HubTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs.pop("grad_norm", None)  # there are no gradients left to measure
+            logs.pop("grad_norm", None)  # gradients are gone by now, and their norm is not measured
             if self.compute_loss_func is None:
                 logs["bits_per_byte"] = logs["loss"] / math.log(2)
             logs["flip_rate"] = self.integer_optimizer.take_flip_rate()

@@ -1,7 +1,7 @@
-"""What becomes of every training option: honoured, without meaning here, or refused.
+"""Says of every training option whether it is honoured, meaningless here, or refused.
 
-transformers' TrainingArguments have far over a hundred fields, and a Trainer ignores without a word what its optimizer
-or its model cannot use. The tables here name each field once; a test compares them with the dataclasses.
+transformers' TrainingArguments have far over a hundred fields, and Trainer ignores silently what its optimizer or its
+model cannot use. The tables here name each field once; a test compares them with the dataclasses.
 """
 
 from __future__ import annotations
@@ -203,7 +203,7 @@ OFF = ("", "no", "false", "0")
 
 
 def set_options(args: TrainingArguments, options: dict[str, Option], standing: str) -> dict[str, object]:
-    """name -> value of the options of that standing that are not at their class's default."""
+    """name -> value of the options with that standing that differ from their class's default."""
     found = {}
     for option in fields(args):
         default = option.default if option.default_factory is MISSING else option.default_factory()
@@ -214,7 +214,7 @@ def set_options(args: TrainingArguments, options: dict[str, Option], standing: s
 
 
 def check_launcher(args: TrainingArguments, options: dict[str, Option]) -> None:
-    """Raises ValueError on what a launcher's variables or accelerator_config ask for and cannot be had."""
+    """Raises ValueError on settings of a launcher's variables or of accelerator_config that are not supported."""
     for variable, name in LAUNCHER.items():
         value = os.environ.get(variable, "")
         if value.lower() not in OFF:
@@ -233,7 +233,7 @@ def check_launcher(args: TrainingArguments, options: dict[str, Option]) -> None:
 
 @dataclass
 class CheckedTrainingArguments(TrainingArguments):
-    """Refuses what `options` refuses, and says once what has no meaning."""
+    """TrainingArguments that refuse what `options` refuses, and say once what has no effect."""
 
     options: ClassVar[dict[str, Option]] = OPTIONS
 
