@@ -9,6 +9,8 @@ examples:
 
 from __future__ import annotations
 
+import training_arb.common.thread_waiting  # noqa: F401
+
 import json
 import sys
 from pathlib import Path
@@ -26,8 +28,8 @@ NAMES = {
     "TrueTernary": "ARB",
     "Adam_STE": "AdamW, ternary forward",
     "Adam_FP32": "AdamW, float32",
-    "Adam_BF16": "AdamW, bfloat16",
-    "Adam_8bit": "AdamW, 8 bits",
+    "Adam_BF16": "AdamW, bfloat16 matmuls",
+    "Adam_8bit": "AdamW, 8-bit moments",
 }
 OURS, OTHERS, FAINT = "#1b6ca8", "#b9bec5", "#8a8a8a"
 QUALITY = (
@@ -86,7 +88,7 @@ def draw(path: Path) -> None:
                 continue
             axis.barh(place, value, height=0.66, color=OURS if name == "TrueTernary" else OTHERS)
             axis.text(value + 0.02 * largest, place, panel.style.format(value), va="center", fontsize=9)
-        axis.set(xlim=(0, 1.2 * largest), yticks=range(len(names)), xticks=[])
+        axis.set(xlim=(0, 1.25 * largest), ylim=(-0.6, len(names) - 0.4), yticks=range(len(names)), xticks=[])
         axis.set_yticklabels([NAMES[name] for name in names], fontsize=9.5)
         axis.set_title(panel.title, fontsize=10, loc="left")
         axis.set_xlabel("\n".join(panel.files), fontsize=6.5, color=FAINT, loc="left")

@@ -13,23 +13,16 @@ from torch import nn
 
 from arb_kernels.formats.packing import unpack_trits
 from configuration_arb import ArbConfig
+from configuration_arb.optional_blocks import EMBEDDING_AREA, OPTIONAL_BLOCKS, OTHER_HEADS_AREA
 from modeling_arb import ArbForCausalLM
 from modeling_arb.checkpoints.integrity import describe_illegal, load_pickle, open_tensor_file, read_config
 from modeling_arb.layers.ternary_matrix import TernaryMatrix
 
-OTHER_HEADS = "video/talker heads"
-AREAS = {
-    "byte_embedding": "embedding + sequencer",
-    "text_sequencer": "embedding + sequencer",
-    "memgram": "MemGram",
-    "blocks": "MLA attention",  # with the block's MLP
-    "shared_vq": "shared VQ + bridge",
-    "moe_graph": "MoEGraph",
-    "composite": "KG VQ + composite",
-    "output_router": "router",
+AREAS = {  # by the last name of a module
+    "byte_embedding": EMBEDDING_AREA,
+    "blocks": "MLA attention",  # with the MLPs
     "byte_head": "ByteHead",
-    "video_head": OTHER_HEADS,
-    "talker_head": OTHER_HEADS,
+    **{block.part.rpartition(".")[2]: block.area for block in OPTIONAL_BLOCKS.values() if block.part},
 }
 
 
@@ -195,7 +188,7 @@ def generation_caches(model: ArbForCausalLM, device: str = "cpu") -> list[CacheR
     return [
         CacheRow(name, kind, size, area_of(name))
         for name, matrix in model.ternary_matrices().items()
-        if area_of(name) != OTHER_HEADS
+        if area_of(name) != OTHER_HEADS_AREA
         for kind, size in matrix.generation_caches(torch.device(device)).items()
     ]
 
