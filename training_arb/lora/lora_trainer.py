@@ -51,7 +51,6 @@ class LoraTrainingArguments(CheckedTrainingArguments):
 class LoraTrainer(SavingTrainer):
     """Trains an adapter. run_description: what a resumed run must have in common with the one that it continues."""
 
-    model: PeftModel
     args: LoraTrainingArguments
     model: PeftModel
     arguments_class = LoraTrainingArguments

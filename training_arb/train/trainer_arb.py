@@ -34,7 +34,6 @@ class ArbTrainer(HubTrainer):
     ValueError on any other optimizer, which could move nothing.
     """
 
-    model: ArbForCausalLM
     args: ArbTrainingArguments
     model: ArbForCausalLM
     arguments_class = ArbTrainingArguments
