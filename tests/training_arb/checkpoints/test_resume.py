@@ -27,7 +27,7 @@ def run(output_dir, blocks, resume=None, **settings):
     )
     model = ArbForCausalLM(preset_config("arb-tiny"))
     trainer = ArbTrainer(model, args, train_dataset=ByteBlocks(IDS[: blocks * CTX], CTX), data_collator=collate_blocks)
-    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    trainer.train(resume_from_checkpoint=resume if resume in (None, True) else str(resume))
     return trainer
 
 
@@ -52,6 +52,20 @@ def test_a_run_by_epochs_goes_on_bit_for_bit(tmp_path, case):
         assert (resumed.state.global_step, state_hash(resumed.model)) == (steps, state_hash(whole.model)), step
         losses = [[entry["loss"] for entry in run.state.log_history if "loss" in entry] for run in (whole, resumed)]
         assert losses[0] == losses[1], step
+
+
+def test_true_resumes_the_newest_checkpoint_that_is_finished(tmp_path):
+    whole = run(tmp_path, 8, max_steps=3)
+    (tmp_path / "latest").unlink()
+    (tmp_path / "checkpoint-3" / "checksums.json").unlink()
+    resumed = run(tmp_path, 8, resume=True, max_steps=3)
+    assert (tmp_path / "checkpoint-3" / "checksums.json").exists()
+    assert resumed._initial_global_step == 2 and state_hash(resumed.model) == state_hash(whole.model)
+
+
+def test_arguments_come_back_after_training(tmp_path):
+    assert run(tmp_path, 8, max_steps=2, save_total_limit=1).args.save_total_limit == 1
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2"]
 
 
 def test_a_checkpoint_without_optimizer_is_not_resumed(tmp_path):
