@@ -1,4 +1,4 @@
-"""ArbConfig: every dial of the model, checked at construction."""
+"""ArbConfig: every setting of the model, checked at construction."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from modeling_arb.layers.ternary_matrix import TernaryMatrix
 
 
 class ArbPreTrainedModel(SavesItsCode, CheckedLoading):
-    """What ARB models share: no parameter at all, so device, dtype and counts come from buffers and config."""
+    """Base of the ARB models. They have no parameters: device, dtype and counts come from buffers and the config."""
 
     config: ArbConfig
     config_class = ArbConfig
@@ -47,7 +47,7 @@ class ArbPreTrainedModel(SavesItsCode, CheckedLoading):
         return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
     def parameters(self, recurse: bool = True) -> Iterator[torch.Tensor]:
-        """An adapter's; without one a stand-in, see AbsentParameters."""
+        """The parameters of an adapter; without one a stand-in, see AbsentParameters."""
         found = list(super().parameters(recurse))
         return iter(found or [AbsentParameters(buffer.device) for buffer in islice(self.buffers(), 1)])
 

@@ -1,4 +1,4 @@
-"""MoEGraph: ternary experts in a loop that each position leaves when it has had enough, fed by messages of motifs."""
+"""MoEGraph: ternary experts in a loop with adaptive computation time, with messages between motifs as input."""
 
 from __future__ import annotations
 

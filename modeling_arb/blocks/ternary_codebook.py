@@ -1,4 +1,4 @@
-"""TernaryCodebook: vector quantisation against a packed ternary book of any size (seeds 000 and 004).
+"""TernaryCodebook: vector quantisation against a packed ternary book of any size.
 
 A small book is searched whole, tile by tile. In a large one the signs of the input, turned by fixed random signs, name
 candidate rows: several hashes, and of each the probes with the least certain signs turned over (multi-probe LSH, Lv et

@@ -74,8 +74,8 @@ class TernaryExperts(ObservedState):
     core uses it several times per forward.
 
     grouped: True and False force one product over all experts or a loop over them; None goes by the device and the
-    experts' size. Without integer matmuls (one scale a row), or with widths that are no multiple of 4, it is always the
-    loop.
+    experts' size. Without integer matmuls (one scale a row), or with widths that are not a multiple of 4, it is always
+    the loop.
     """
 
     grouped: bool | None = None

@@ -1,4 +1,4 @@
-"""Text sequencer: a ternary LSTM over the embedded bytes, added to them; its state carries over from call to call."""
+"""Text sequencer: a ternary LSTM over the embedded bytes, added to them; the cache keeps its state between calls."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class TextSequencer(nn.Module):
         state: LSTMState | None = None,
         states: list[LSTMState] | None = None,
     ) -> tuple[torch.Tensor, LSTMState]:
-        """x (B, T, D); mask bool (B, T), False where there is nothing to read and the state stays as it was; state
+        """x (B, T, D); mask bool (B, T), False under padding, where the state stays as it was; state
         hidden (B, H) and cell float32 (B, H), None before the first byte -> the addition (B, T, D), the state after.
         states: takes the state after each position, for a reader who may have to go back."""
         projected = self.cell.project(x)
