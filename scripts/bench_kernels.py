@@ -98,9 +98,9 @@ def main() -> None:
         if op == "cpu_update":
             contest = update_contest(shape, cold_bytes)
         elif op == "cpu_quantise":
-            contest = quantise_contest(shape, batch, cold_bytes)
+            contest = quantise_contest(shape, batch or 1, cold_bytes)
         else:
-            contest = matmul_contest(op, shape, batch, cold_bytes, threads, ggml)
+            contest = matmul_contest(op, shape, batch or 1, cold_bytes, threads, ggml)
         jobs = {name: competitor.job() for name, competitor in contest.competitors.items()}
         timings = interleaved({**jobs, **limit_jobs.jobs}, args.repeats, BURST_SECONDS, contest.title)
         rows += contest_rows(contest, timings, limit_jobs.limits(timings), threads)

@@ -28,6 +28,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -111,9 +112,9 @@ class TimedRule:
     """An update rule whose updates are timed, those of tables' rows among them."""
 
     def __init__(self, rule: UpdateRule | TableRule, timed: Callable[[Callable], Callable]):
-        self.update = timed(rule.update)
-        if hasattr(rule, "update_rows"):
-            self.update_rows = timed(rule.update_rows)
+        for name in ("update", "update_rows"):
+            if hasattr(rule, name):
+                setattr(self, name, timed(getattr(rule, name)))
 
 
 def build(name: str, compute: str, args: argparse.Namespace) -> Trainee:
@@ -129,8 +130,8 @@ def build(name: str, compute: str, args: argparse.Namespace) -> Trainee:
         trainee.optimizer.step = trainee.timed(trainee.optimizer.step)
     else:
         model = ArbForCausalLM(config).to(device)
-        trainee = Trainee(model, IntegerOptimizer(model, seed=args.seed), block)
-        optimizer = trainee.optimizer
+        optimizer: Any = IntegerOptimizer(model, seed=args.seed)
+        trainee = Trainee(model, optimizer, block)
         optimizer.rule = TimedRule(optimizer.rule, trainee.timed)
         optimizer.table_rules = {key: TimedRule(rule, trainee.timed) for key, rule in optimizer.table_rules.items()}
     return trainee

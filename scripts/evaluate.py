@@ -16,6 +16,7 @@ from __future__ import annotations
 import training_arb.common.thread_waiting  # noqa: F401
 
 import argparse
+from typing import Any
 
 import torch
 
@@ -84,7 +85,7 @@ def read_documents(args: argparse.Namespace) -> list[bytes]:
 
 def scores_of(evaluated: EvaluatedModel, documents: list[bytes], args: argparse.Namespace) -> dict:
     """A model's row of the table, and the results of its tasks."""
-    row = {"model": evaluated.name}
+    row: dict[str, Any] = {"model": evaluated.name}
     if documents:
         row |= score(evaluated, documents, args.ctx, args.stride, args.batch, args.start, progress=True)
     if args.lm_eval:

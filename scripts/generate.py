@@ -17,13 +17,14 @@ from __future__ import annotations
 import training_arb.common.thread_waiting  # noqa: F401
 
 import argparse
+import io
 import os
 import sys
 
 from transformers import set_seed
 from transformers.utils import logging
 
-from tokenization_arb import ArbTokenizer
+from tokenization_arb import SPECIAL_IDS, ArbTokenizer
 from training_arb.chat.terminal_chat import TURN_ENDS, Conversation, TerminalStreamer, talk, without_controls
 from training_arb.chat.text_generation import TextGenerator
 from training_arb.cli.command_line import run, script_parser
@@ -89,7 +90,7 @@ def options(args: argparse.Namespace, tokenizer: ArbTokenizer) -> dict:
 def complete(generator: TextGenerator, tokenizer: ArbTokenizer, data: bytes, stream: bool) -> None:
     """Print the bytes and what the model adds to them."""
     spell_controls = sys.stdout.isatty()
-    ids = tokenizer.encode_bytes(data) or [tokenizer.eos_token_id]
+    ids = tokenizer.encode_bytes(data) or [SPECIAL_IDS["EOS"]]
     streamer = TerminalStreamer(tokenizer, skip_prompt=False, spell_controls=spell_controls) if stream else None
     new = generator(ids, streamer)
     if not stream:
@@ -111,7 +112,7 @@ def main() -> None:
         logging.set_verbosity_error()
         logging.disable_progress_bar()
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):
-        if hasattr(stream, "reconfigure"):
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=errors)
     data = sys.stdin.buffer.read() if args.prompt == "-" else os.fsencode(args.prompt)
     tokenizer = ArbTokenizer()

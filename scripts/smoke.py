@@ -62,7 +62,7 @@ def main() -> None:
     if args.max_moe_iters is not None and config.moe_graph is None:
         raise ValueError(f"max_moe_iters={args.max_moe_iters}: preset={args.preset!r} has no expert graph to iterate")
     if args.max_moe_iters is not None:
-        loop = {**config.moe_graph, "max_iterations": args.max_moe_iters}
+        loop = {**config.block("moe_graph"), "max_iterations": args.max_moe_iters}
         config = preset_config(args.preset, update_rule=args.update_rule, moe_graph=loop)
     if args.ctx > config.max_position_embeddings:
         raise ValueError(f"ctx={args.ctx} is more than the {config.max_position_embeddings} positions of the preset")

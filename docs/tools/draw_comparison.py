@@ -9,6 +9,8 @@ examples:
 
 from __future__ import annotations
 
+import training_arb.common.thread_waiting  # noqa: F401
+
 import json
 import sys
 from pathlib import Path

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from arb_kernels.backend import backend_for, instruction_set, uses_triton
-from arb_kernels.native_library import native_library, pointer
+from arb_kernels.native_library import native_kernels, native_library, pointer
 
 from .packing import unpack_trits
 
@@ -61,7 +61,7 @@ def in_huge_pages(tensor: torch.Tensor) -> torch.Tensor:
     room = torch.empty(tensor.nbytes + HUGE_PAGE, dtype=torch.uint8)
     start = -room.data_ptr() % HUGE_PAGE
     aligned = room[start : start + tensor.nbytes]
-    native_library().arb_advise_huge_pages(pointer(aligned), tensor.nbytes // HUGE_PAGE * HUGE_PAGE)
+    native_kernels().arb_advise_huge_pages(pointer(aligned), tensor.nbytes // HUGE_PAGE * HUGE_PAGE)
     return aligned.view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from arb_kernels.backend import instruction_set, uses_native, uses_triton
-from arb_kernels.native_library import native_library, pointer
+from arb_kernels.native_library import native_kernels, pointer
 
 from .quantise_triton import triton_scale_sums
 
@@ -100,7 +100,7 @@ def int8_matmul(
         return naive_int8_matmul(rows, columns, row_scale, column_scale, transposed=transposed, trits=trits)
     R, K, C = *rows.shape, columns.shape[1 if transposed else 0]
     out = torch.empty(R, C)
-    native_library().arb_int8_matmul(
+    native_kernels().arb_int8_matmul(
         instructions,
         pointer(rows),
         pointer(columns),

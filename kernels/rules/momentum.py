@@ -37,8 +37,8 @@ from arb_kernels.formats.momentum_format import (
 )
 from arb_kernels.formats.packing import pack_trits, unpack_trits
 from arb_kernels.formats.rule_states import MomentumState, overwrite
-from arb_kernels.native_library import native_library, pointer
-from arb_kernels.random_bits import random_bits, random_bits_of_rows, uniform_from_high_bits, uniform_from_low_bits
+from arb_kernels.native_library import native_kernels, pointer
+from arb_kernels.random_bits import random_bits_of_rows, uniform_from_high_bits, uniform_from_low_bits
 
 from .momentum_triton import triton_momentum_update
 
@@ -144,7 +144,8 @@ def naive_momentum_update(
     """
     form, columns = state.form, dW.shape[1]
     residual, codes = form.split(state.accum)
-    noise = random_bits(key, *dW.shape, dW.device) if row_ids is None else random_bits_of_rows(key, row_ids, columns)
+    row_ids = torch.arange(len(dW), dtype=torch.int32, device=dW.device) if row_ids is None else row_ids
+    noise = random_bits_of_rows(key, row_ids, columns)
     codes, exponent = fold_momentum(codes, state.accum_exp, dW, uniform_from_low_bits(noise), beta, form)
     update = normalise(_dequantise(codes, exponent).mul_(beta) + dW * (1 - beta))
     trits = unpack_trits(state.T_packed, columns)
@@ -159,7 +160,7 @@ def momentum_update(state: MomentumState, dW: torch.Tensor, key: int, lr: float,
     of changed trits, int64 ().
     """
     if state.accum.dtype == torch.uint8 and uses_native(*state, dW):
-        flips = native_library().arb_momentum_update(
+        flips = native_kernels().arb_momentum_update(
             *map(pointer, (*state, dW)),
             *dW.shape,
             key,

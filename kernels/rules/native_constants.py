@@ -73,7 +73,7 @@ def _type_of(value: int | float) -> str:
 
 
 def _literal(value: int | float) -> str:
-    return repr(value) if value < 1 << 16 else f"0x{value:X}"
+    return repr(value) if isinstance(value, float) or value < 1 << 16 else f"0x{value:X}"
 
 
 def header() -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -12,7 +14,7 @@ from modeling_arb.layers.ternary_embedding import TernaryEmbedding
 TRIGRAM = 3
 
 
-def preceded_by(history: torch.Tensor, ids: torch.Tensor, count: int, pad_token_id: int) -> torch.Tensor:
+def preceded_by(history: torch.Tensor, ids: torch.Tensor, count: int, pad_token_id: int | None) -> torch.Tensor:
     """(B, count + T): ids (B, T) after the last `count` of history (B, P); PAD stands before the start."""
     context = torch.cat([history[:, max(0, history.shape[1] - count) :], ids], dim=1)
     return F.pad(context, (count + ids.shape[1] - context.shape[1], 0), value=pad_token_id)
@@ -32,7 +34,8 @@ class ByteEmbedding(nn.Module):
         """ids (B, T); history (B, P): the ids before them, oldest first. Before the start stands PAD. -> (B, T, D)."""
         length = ids.shape[1]
         context = preceded_by(history, ids, TRIGRAM - 1, self.pad_token_id)
-        return sum(
+        parts = (
             table(context[:, TRIGRAM - 1 - back : TRIGRAM - 1 - back + length], dtype)
             for back, table in enumerate(self.tables)
         )
+        return reduce(torch.add, parts)

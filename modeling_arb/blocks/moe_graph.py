@@ -51,7 +51,7 @@ class MoEGraph(nn.Module):
         Returns what to add to the residual stream, (B, T, D), and the ponder cost () averaged over positions.
         """
         injected = x
-        if self.motif_graph is not None and motif_ids is not None:
+        if self.motif_graph is not None and self.message_proj is not None and motif_ids is not None:
             messages = self.motif_graph(motif_ids, motif_rows, is_byte).to(x.dtype)
             # without a gradient to pass on, autograd would skip the projection, and it would never learn
             injected = x + self.message_proj(messages.requires_grad_(torch.is_grad_enabled()))

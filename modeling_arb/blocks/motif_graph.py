@@ -24,6 +24,10 @@ class MotifGraph(ObservedState):
     earlier steps.
     """
 
+    active_edge_src: torch.Tensor
+    active_edge_dst: torch.Tensor
+    edge_steps: torch.Tensor
+
     def __init__(self, config: ArbConfig):
         nn.Module.__init__(self)
         self.num_motifs = config.block("codebook")["size"]
@@ -48,9 +52,10 @@ class MotifGraph(ObservedState):
         init.constant_(self.active_edge_src, EMPTY)
         init.constant_(self.active_edge_dst, EMPTY)
 
-    def edges(self) -> tuple[torch.Tensor, ...]:
+    def edges(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """src, dst, sign and score, each (active_edges,)."""
-        return tuple(getattr(self, name) for name in EDGE_TENSORS)
+        src, dst, sign, score = (getattr(self, name) for name in EDGE_TENSORS)
+        return src, dst, sign, score
 
     def forward(
         self,

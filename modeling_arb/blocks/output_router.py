@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 from torch import nn
 
@@ -24,4 +26,5 @@ class OutputRouter(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = rms_norm(x, self.eps)
         gates = torch.softmax(self.gate_out(rms_norm(self.gate_in(x), self.eps)), dim=-1)  # (B, T, heads)
-        return sum(gate * head(x) for gate, head in zip(gates.split(1, dim=-1), self.heads, strict=True))
+        gated = (gate * head(x) for gate, head in zip(gates.split(1, dim=-1), self.heads, strict=True))
+        return reduce(torch.add, gated)

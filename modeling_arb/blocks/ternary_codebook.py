@@ -39,6 +39,9 @@ class Quantised(NamedTuple):
 class TernaryCodebook(ObservedState):
     """`size` rows of `dim`; `usage` int16 counts how often a row was chosen, fading."""
 
+    usage: torch.Tensor
+    fade_position: torch.Tensor
+
     def __init__(self, settings: dict, config: ArbConfig):
         super().__init__()
         self.size, self.dim = settings["size"], settings["dim"]

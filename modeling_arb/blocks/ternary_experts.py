@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -57,7 +59,7 @@ class GroupedLinearFunction(torch.autograd.Function):
         return grad_x.to(grad_y.dtype), None, None, None
 
 
-def stacked_weights(layers: nn.ModuleList) -> tuple[torch.Tensor, torch.Tensor]:
+def stacked_weights(layers: Sequence[TernaryLinear]) -> tuple[torch.Tensor, torch.Tensor]:
     """Trits float32 (E, N, K) and row scales float32 (E, N) of equally large layers: transients of one product."""
     packed = torch.cat([layer.T_packed for layer in layers])
     trits = unpack_trits(packed, layers[0].columns, torch.float32)
@@ -78,6 +80,7 @@ class TernaryExperts(ObservedState):
     the loop.
     """
 
+    expert_bias: torch.Tensor
     grouped: bool | None = None
 
     def __init__(self, config: ArbConfig):
@@ -86,9 +89,11 @@ class TernaryExperts(ObservedState):
         self.num_experts, self.top_k, self.eps = options["num_experts"], options["top_k"], config.rms_norm_eps
         size = options["expert_size"] or 2 * width
         self.centroids = TernaryEmbedding(self.num_experts, width, config)
-        self.up_proj = nn.ModuleList(TernaryLinear(width, size, config) for _ in range(self.num_experts))
-        self.down_proj = nn.ModuleList(TernaryLinear(size, width, config) for _ in range(self.num_experts))
-        for matrix in (self.centroids, *self.up_proj, *self.down_proj):
+        up = [TernaryLinear(width, size, config) for _ in range(self.num_experts)]
+        down = [TernaryLinear(size, width, config) for _ in range(self.num_experts)]
+        self.columns = (width, size)
+        self.up_proj, self.down_proj = nn.ModuleList(up), nn.ModuleList(down)
+        for matrix in (self.centroids, *up, *down):
             matrix.shared = True
         self.register_state(config.training_state)
 
@@ -129,7 +134,7 @@ class TernaryExperts(ObservedState):
     def _is_grouped(self, x: torch.Tensor) -> bool:
         small = self.num_experts * 4 * self.up_proj[0].logical_weights <= GROUPED_BYTES
         wanted = x.is_cuda and small if self.grouped is None else self.grouped
-        aligned = all(layers[0].columns % GROUPED_MULTIPLE == 0 for layers in (self.up_proj, self.down_proj))
+        aligned = all(columns % GROUPED_MULTIPLE == 0 for columns in self.columns)
         return wanted and aligned and self.centroids.integer_matmuls
 
     @torch.no_grad()

@@ -50,6 +50,7 @@ class TernaryEmbedding(TernaryMatrix):
 
     def pass_on_gradient(self, ids: torch.Tensor, gradient: torch.Tensor) -> None:
         """ids (N,) and the gradient of the rows looked up, float32 (N, columns): sum by row and hand to the sink."""
+        assert self.gradient_sink is not None
         self.gradient_sink.dense(self, sum_by_row(ids, gradient, self.rows))
 
     def forward(self, ids: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:

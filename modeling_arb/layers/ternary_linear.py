@@ -65,6 +65,7 @@ class Int8LinearFunction(torch.autograd.Function):
         )
         grad_x = int8_matmul(by_token, layer.trits(), by_token_scale, transposed=True, trits=True)
         if layer.armed:
+            assert by_output is not None and output_scale is not None
             layer.gradient_sink.dense(layer, int8_matmul(by_output, codes, output_scale, transposed=True))
         return grad_x.to(grad_y.dtype).view(*grad_y.shape[:-1], layer.columns), None
 

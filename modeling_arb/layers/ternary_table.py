@@ -61,5 +61,6 @@ class TernaryTable(TernaryEmbedding):
 
     def pass_on_gradient(self, ids: torch.Tensor, gradient: torch.Tensor) -> None:
         """As in an embedding, for the touched rows alone."""
+        assert self.gradient_sink is not None
         row_ids, place = ids.unique(return_inverse=True)
         self.gradient_sink.rows(self, row_ids, sum_by_row(place, gradient, len(row_ids)))

@@ -52,7 +52,8 @@ def train(rank: int, config: str, args: argparse.Namespace, folder: str, answers
     torch.set_num_threads(args.ranks // ranks)
     keep_freed_memory()
     if ranks > 1:
-        store = dist.FileStore(str(Path(folder) / "store"), ranks)
+        path = str(Path(folder) / "store")
+        store = dist.FileStore(path, ranks)  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
     if config == WAITING:
         import training_arb.ranks.gradient_exchange as exchange_module

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from arb_kernels.backend import describe_backend, instruction_set
 from arb_kernels.formats.two_bit_layout import in_huge_pages
-from arb_kernels.native_library import native_library, pointer
+from arb_kernels.native_library import native_kernels, pointer
 
 MICROSECONDS, MILLISECONDS = 1e6, 1e3  # in a second
 REGISTER_ROUNDS = 300_000  # about ten milliseconds of vector instructions
@@ -117,10 +117,10 @@ class LimitJobs:
             self.jobs = {self.READ: self._read, self.MULTIPLY: self._multiply}
 
     def _read(self) -> None:
-        native_library().arb_read_memory(pointer(self.buffer), self.buffer.numel())
+        native_kernels().arb_read_memory(pointer(self.buffer), self.buffer.numel())
 
     def _multiply(self) -> None:
-        self.operations = native_library().arb_multiply_registers(self.instructions, REGISTER_ROUNDS)
+        self.operations = native_kernels().arb_multiply_registers(self.instructions, REGISTER_ROUNDS)
 
     def limits(self, timings: Mapping[str, Timing]) -> Limits:
         if not self.jobs:

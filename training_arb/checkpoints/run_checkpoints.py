@@ -22,7 +22,7 @@ Check = Callable[[Path], None]
 
 def step_of(checkpoint: str | Path) -> int:
     """The step that a numbered checkpoint was written at."""
-    return int(NUMBERED.fullmatch(Path(checkpoint).name)[1])
+    return int(Path(checkpoint).name.removeprefix("checkpoint-"))
 
 
 def _numbered_folders(run_dir: str | Path) -> Iterator[Path]:

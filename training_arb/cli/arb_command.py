@@ -29,7 +29,9 @@ COMPLETION_SUMMARY = "Print the completion of names, options and files for bash 
 
 def scripts_folder() -> Path:
     """scripts/ of a checkout, or of the installed package."""
-    return Path(find_spec("arb_scripts").submodule_search_locations[0])
+    spec = find_spec("arb_scripts")
+    assert spec is not None and spec.submodule_search_locations is not None
+    return Path(spec.submodule_search_locations[0])
 
 
 def script_files() -> dict[str, Path]:
@@ -41,7 +43,7 @@ def summaries() -> dict[str, str]:
     """Script name -> the first line of its docstring; nothing is imported."""
     found = {}
     for name, path in sorted(script_files().items()):
-        found[name] = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))).partition("\n")[0]
+        found[name] = str(ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))).partition("\n")[0]
     return found
 
 
@@ -60,7 +62,7 @@ def load_script(name: str) -> ModuleType:
     """The script as a module whose help speaks of `arb NAME`; its `main` reads sys.argv."""
     path = script_files()[name].relative_to(scripts_folder()).with_suffix("")
     module = importlib.import_module(".".join(["arb_scripts", *path.parts]))
-    text = re.sub(r"python scripts/(?:developer/)?(\w+)\.py", r"arb \1", module.__doc__)
+    text = re.sub(r"python scripts/(?:developer/)?(\w+)\.py", r"arb \1", str(module.__doc__))
     module.__doc__ = re.sub(r"scripts/(\w+)\.py", r"-m arb_scripts.\1", text)
     return module
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from huggingface_hub import constants
 from huggingface_hub.errors import (
     HfHubHTTPError,
-    HTTPError,
+    HTTPError,  # pyright: ignore[reportPrivateImportUsage]
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,

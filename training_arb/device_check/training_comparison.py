@@ -44,7 +44,7 @@ class Run:
 
 def text_blocks(steps: int, batch: int, ctx: int) -> Iterator[torch.Tensor]:
     """int64 (batch, ctx), a block a step, of the repository's own documents."""
-    data = b"".join(path.read_bytes() for path in sorted(ROOT.glob("docs/*.md")))
+    data = b"".join(path.read_bytes() for path in sorted(ROOT.glob("docs/**/*.md")))
     if not data:
         raise ValueError(f"docs={str(ROOT / 'docs')!r} has no documents: run this from a checkout of the repository")
     ids = torch.frombuffer(bytearray(data), dtype=torch.uint8).long()

@@ -32,10 +32,10 @@ def import_installed(name: str) -> ModuleType:
     """
     folder = Path(str(distribution(name).locate_file("")))
     loaded = sys.modules.get(name)
-    if loaded is not None and Path(loaded.__file__).is_relative_to(folder / name):
+    if loaded is not None and Path(str(loaded.__file__)).is_relative_to(folder / name):
         return loaded
     spec = PathFinder.find_spec(name, [str(folder)])
-    if spec is None:
+    if spec is None or spec.loader is None:
         raise ImportError(f"{name} is not in {folder}")
     module = sys.modules[name] = module_from_spec(spec)
     spec.loader.exec_module(module)

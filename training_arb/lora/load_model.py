@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 from modeling_arb import ArbForCausalLM
 from training_arb.checkpoints.checkpoint_source import find_checkpoint
@@ -18,5 +19,5 @@ def load_model(name: str) -> ArbForCausalLM:
             from .lora_adapter import load_adapter
         except ImportError as error:
             raise ValueError(f"model={name!r} is an adapter, and peft is not there to load it: {error}") from error
-        return load_adapter(name)
+        return cast(ArbForCausalLM, load_adapter(name))  # peft's model passes on what it does not have itself
     return ArbForCausalLM.from_pretrained(find_checkpoint(name).folder).eval()

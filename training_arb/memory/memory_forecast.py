@@ -109,7 +109,8 @@ def forecast_step(model: ArbForCausalLM, batch: int, ctx: int, **settings) -> St
         if first.events == second.events:
             return _extrapolate_trace(first, second, batch).memory()
         few, more = max(FEW, batch // 4), max(MORE, batch // 2)
-        return _extrapolate(*((size, measure_step(model, optimizer, size, ctx)) for size in (few, more)), batch)
+        small, large = ((size, measure_step(model, optimizer, size, ctx)) for size in (few, more))
+        return _extrapolate(small, large, batch)
     finally:
         optimizer.detach()
 

@@ -200,8 +200,9 @@ class IntegerOptimizer(torch.optim.Optimizer):
             self._exchange.send(matrix, dW)
 
     @torch.no_grad()
-    def rows(self, table: TernaryTable, row_ids: torch.Tensor, dW: torch.Tensor) -> None:
+    def rows(self, table: TernaryMatrix, row_ids: torch.Tensor, dW: torch.Tensor) -> None:
         """Take dW float32 (R, columns) of rows row_ids int64 (R,), each once, inside backward."""
+        assert isinstance(table, TernaryTable)
         if self._keep_finite(table, dW):
             self._touched[table].append((row_ids, dW))
 

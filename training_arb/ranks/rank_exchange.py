@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -45,7 +46,7 @@ class AveragedGradient:
 
     def __init__(self, dW: torch.Tensor, owner: int):
         self._parts = [dW]
-        self._works = []
+        self._works: list[Any] = []
         if num_ranks() > 1 and owner == this_rank():
             self._parts = [dW if rank == owner else torch.empty_like(dW) for rank in range(num_ranks())]
             self._works = [dist.irecv(part, rank) for rank, part in enumerate(self._parts) if rank != owner]
@@ -76,7 +77,7 @@ class SentState:
 
     def __init__(self, tensors: list[torch.Tensor], owner: int):
         self._tensors = tensors
-        self._works = [dist.broadcast(_bytes_of(tensor), owner, async_op=True) for tensor in tensors]
+        self._works: list[Any] = [dist.broadcast(_bytes_of(tensor), owner, async_op=True) for tensor in tensors]
 
     def wait(self) -> None:
         for work in self._works:
@@ -116,7 +117,7 @@ def join_ranks(mine: Tensors | None, device: torch.device) -> Tensors | None:
     for rank, form in enumerate(forms):
         if form is not None:
             new = (torch.empty(shape, dtype=dtype, device=device) for shape, dtype in form)
-            tensors = [tensor.contiguous() for tensor in mine] if rank == this_rank() else list(new)
+            tensors = list(new) if mine is None or rank != this_rank() else [tensor.contiguous() for tensor in mine]
             SentState(tensors, rank).wait()
             given.append(tensors)
     return tuple(torch.cat(column) for column in zip(*given, strict=True)) if given else None
@@ -127,7 +128,7 @@ def check_ranks_agree(model: nn.Module, step: int) -> None:
     if num_ranks() == 1:
         return
     state = sorted(model.state_dict().items())
-    mine = [zlib.crc32(_bytes_of(tensor.cpu().contiguous()).numpy()) for _, tensor in state]
+    mine = [zlib.crc32(_bytes_of(tensor.cpu().contiguous()).numpy().data) for _, tensor in state]
     everyone: list[list[int]] = [[]] * num_ranks()
     dist.all_gather_object(everyone, mine)
     for rank, sums in enumerate(everyone):

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 # gloo raises plain RuntimeErrors that name the place in its sources, whatever failed
 GLOO_PLACE = re.compile(r"\[\S*gloo/\S*\] ")
@@ -36,8 +38,8 @@ def meet_on_cpus(timeout: int) -> None:
         return
     wait = timedelta(seconds=timeout)
     try:
-        store, rank, size = next(dist.rendezvous("env://", timeout=wait))
-        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        store, rank, size = next(rendezvous("env://", timeout=wait))
+        store = PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=wait)
     except RuntimeError as error:
         if not is_connection_error(error):

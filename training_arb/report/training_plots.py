@@ -6,8 +6,9 @@ Figures are made without pyplot, whose backend and list of open figures are glob
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -27,10 +28,11 @@ def _series(history: Sequence[dict], key: str | None) -> tuple[list[int], list[f
 
 def draw_curve(panel: Axes, history: Sequence[dict], training: str, held_out: str | None, title: str) -> None:
     """One measure over steps, from a Trainer's log history: in training, and on held-out text where it is measured."""
-    for key, style in (
+    styles: tuple[tuple[str | None, dict[str, Any]], ...] = (
         (training, {"color": COLOURS[0], "label": "training"}),
         (held_out, {"color": COLOURS[1], "label": "held out", "marker": "o", "markersize": 4}),
-    ):
+    )
+    for key, style in styles:
         steps, values = _series(history, key)
         if steps:
             panel.plot(steps, values, **style)
@@ -83,7 +85,7 @@ def plot_finetuning(
     save(figure, path)
 
 
-def plot_comparison(curves: dict[str, Sequence[tuple[int, float]]], path: str | Path, title: str) -> None:
+def plot_comparison(curves: Mapping[str, Sequence[tuple[int, float]]], path: str | Path, title: str) -> None:
     """Held-out losses (step, nats per byte) per configuration, to a PNG.
 
     The last point is over all held-out text and the others over its beginning: it stands alone, off the line.

@@ -11,6 +11,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import ClassVar, NamedTuple
 
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -221,13 +222,15 @@ def check_launcher(args: TrainingArguments, options: dict[str, Option]) -> None:
             raise ValueError(f"{variable}={value}: {name} is not supported: {options[name].why}")
     if args.mixed_precision not in ("no", "bf16", *(["fp16"] if options["fp16"] is HONOURED else [])):
         raise ValueError(f"ACCELERATE_MIXED_PRECISION={args.mixed_precision}: {OPTIONS['fp16'].why}")
-    accumulation = args.accelerator_config.gradient_accumulation_kwargs or {}
+    config = args.accelerator_config
+    assert isinstance(config, AcceleratorConfig)  # TrainingArguments makes one of whatever it was given
+    accumulation = config.gradient_accumulation_kwargs or {}
     if "num_steps" in accumulation:
         raise ValueError(
             f"accelerator_config: num_steps={accumulation['num_steps']} of gradient_accumulation_kwargs; say it by"
             " gradient_accumulation_steps"
         )
-    if args.accelerator_config.split_batches:
+    if config.split_batches:
         raise ValueError("accelerator_config: split_batches=True; say by per_device_train_batch_size what a rank reads")
 
 
