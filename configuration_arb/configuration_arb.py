@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from .block_options import BLOCK_OPTIONS, LARGEST_WIDTH, MOST_MODULES, check_blocks, complete_block, is_int
+from .optional_blocks import LARGEST_WIDTH, MOST_MODULES, OPTIONAL_BLOCKS, check_blocks, complete_settings, is_int
 
 VOCAB_SIZE = 288
 PAD_ID, EOS_ID, BOS_ID = 256, 257, 258
@@ -50,12 +50,9 @@ class ArbConfig(PreTrainedConfig):
     activations' dtype; auto: int8 where one exponent a row lets it, that is with group_size 0).
     Head: `head_layers` (residual MLPs before the 288-way projection), `head_intermediate_size` (theirs; 0: four times
     the width).
-    Blocks, each a dict or None for off; keys and defaults stand in block_options.py: `text_sequencer` (an LSTM over the
-    embedding), `memgram` (hashed n-gram memory), `windowed_attention` (attention to the last bytes, older ones by the
-    block), `codebook` (shared vector quantisation: motifs), `moe_graph` (looped experts, messages along motif edges),
-    `composite` (a second book, of motif pairs), `output_router`, `video_head`, `talker_head`.
+    Blocks: each name in OPTIONAL_BLOCKS (optional_blocks.py) is a field, a dict of its settings or None for off.
 
-    Raises ValueError naming the field and its value when a combination makes no model.
+    Raises ValueError naming the field and its value when they describe no model.
     """
 
     model_type = "arb"
@@ -103,8 +100,8 @@ class ArbConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         self._check_sizes()
         self._check_state()
-        for name in BLOCK_OPTIONS:
-            setattr(self, name, complete_block(name, getattr(self, name)))
+        for name in OPTIONAL_BLOCKS:
+            setattr(self, name, complete_settings(name, getattr(self, name)))
         check_blocks(self)
         self.intermediate_size = self.intermediate_size or 4 * self.hidden_size
         self.head_intermediate_size = self.head_intermediate_size or 4 * self.hidden_size
@@ -147,6 +144,12 @@ class ArbConfig(PreTrainedConfig):
     def _require(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
             raise ValueError(f"{name}={getattr(self, name)!r} must be {expected}")
+
+    def block(self, name: str) -> dict[str, Any]:
+        """The settings of a block that is switched on."""
+        settings = getattr(self, name)
+        assert settings is not None, name
+        return settings
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> ArbConfig:

@@ -1,9 +1,9 @@
-"""Which implementation of a kernel runs: decided here, overridden by ARB_BACKEND or, in tests, by `use_backend`.
+"""Chooses the implementation of each kernel; ARB_BACKEND or, in tests, `use_backend` overrides the choice.
 
-All of them give the same integers, so the choice is one of speed only. A backend asked for by name runs or fails: the
-first kernel called on tensors of a device that the backend has no kernels for raises ValueError. `native` has them for
-the CPU, `triton` for GPUs (and for the CPU under TRITON_INTERPRET=1), `torch` for every device. Where a backend lacks
-one kernel, or cannot take strided tensors, torch runs that call.
+All backends give the same integers, so the choice affects speed only. `native` has kernels for the CPU, `triton` for
+GPUs (and for the CPU under TRITON_INTERPRET=1), `torch` for every device. A backend that is named runs or fails: it
+raises ValueError at the first kernel called on a device that it has no kernels for. Where a backend lacks one kernel,
+or cannot take strided tensors, torch runs that call.
 """
 
 from __future__ import annotations

@@ -42,6 +42,13 @@ class NativeSearch(NamedTuple):
     fault: str = ""
 
 
+def native_kernels() -> ctypes.CDLL:
+    """The loaded library, for callers that `uses_native` or `instruction_set` told that it is there."""
+    library = native_library()
+    assert library is not None
+    return library
+
+
 def native_library() -> ctypes.CDLL | None:
     """The loaded library, or None where it is not installed, is of another version, or cannot be loaded."""
     return find_native_library().library

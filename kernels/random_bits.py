@@ -1,6 +1,6 @@
 """Counter-based random bits: a pure integer hash of (seed, step, tensor id, row, column).
 
-No generator state: a run, its resume and another rank draw the same bits for the same element. The mixer is
+There is no generator state: a run, its resume and another rank draw the same bits for the same element. The mixer is
 lowbias32 (C. Wellons, "Prospecting for Hash Functions"), 32-bit arithmetic with wrap-around, so that torch, Triton
 and C++ agree bit for bit.
 """

@@ -1,7 +1,7 @@
-"""Triton where it is installed: the guard every kernel file uses, how kernels are launched, and what several share.
+"""Import guard, launcher and shared device functions of the Triton kernels; importable without Triton.
 
 The kernels give the same bits as the torch reference. That needs float operations that round one by one: no
-contraction into FMAs (pinned in `launch`), and division and square root correctly rounded (tl.div_rn, tl.sqrt_rn).
+contraction into FMAs (set in `launch`), and division and square root correctly rounded (tl.div_rn, tl.sqrt_rn).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def triton_runs_on(device: torch.device) -> bool:
 
 @cache
 def _is_capable(device: torch.device) -> bool:
-    """Asked once a device: every operation of every layer wants to know."""
+    """Cached: every operation of every layer needs it."""
     return torch.cuda.get_device_capability(device) >= _LEAST_CAPABILITY
 
 
@@ -66,8 +66,12 @@ def signed_word(word: int) -> int:
 
 
 def launch(kernel, grid: tuple[int, ...], *arguments, **options) -> None:
-    """Run a kernel on the device of its first argument, a tensor, with every float operation rounded by itself."""
-    device = arguments[0].device
+    """Run a kernel on the device of its first argument, with every float operation rounded by itself.
+
+    An argument may be a NamedTuple of tensors and numbers, whose fields the kernel reads by name.
+    """
+    first = arguments[0][0] if isinstance(arguments[0], tuple) else arguments[0]
+    device = first.device
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[grid](*arguments, enable_fp_fusion=False, **options)
 

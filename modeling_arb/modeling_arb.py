@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -24,6 +25,7 @@ from modeling_arb.blocks.modality_heads import TalkerHead, VideoHead
 from modeling_arb.blocks.moe_graph import MoEGraph
 from modeling_arb.blocks.output_router import OutputRouter
 from modeling_arb.blocks.shared_vq import SharedVQ
+from modeling_arb.blocks.ternary_codebook import Quantised
 from modeling_arb.blocks.text_sequencer import TextSequencer
 from modeling_arb.generation.cache_layers import SideLayers
 from modeling_arb.generation.generation_mixin import ArbGenerationMixin
@@ -47,6 +49,18 @@ class ContextBlock(GradientCheckpointingLayer):
     def forward(self, x, attention_mask, angles, past_key_values, windowed):
         x = x + self.attention(x, attention_mask, angles, past_key_values, windowed)
         return x + self.mlp(x)
+
+
+class Reading(NamedTuple):
+    """The bytes of one forward and where they stand, the same for all layers. P: those before them, in the cache."""
+
+    ids: torch.Tensor  # int64 (B, T), PAD where the mask is False
+    history: torch.Tensor  # int64 (B, at most P), the ids before them as far as blocks look back
+    is_byte: torch.Tensor | None  # bool (B, T), False under padding: it must not reach its neighbours. None: all True
+    positions: torch.Tensor  # int64 (1 or B, T)
+    attention_mask: torch.Tensor | None  # as the caller gave it
+    cache: Cache | None
+    is_plain: bool  # whole rows of bytes from their start: causal attention needs no mask
 
 
 @dataclass
@@ -86,76 +100,102 @@ class ArbModel(ArbPreTrainedModel):
     ) -> ArbModelOutput:
         """input_ids (B, T), attention_mask (B, P + T) with P cached positions. hidden_states, where asked for: what
         each block reads, and the last hidden state."""
+        reading = self._read(input_ids, attention_mask, position_ids, past_key_values, use_cache)
+        x = self.byte_embedding(reading.ids, reading.history, self.dtype)  # (B, T, D), and so after every line
+        x = self._sequence(x, reading)
+        x = self._remember(x, reading)
+        x, layers = self._attend(x, reading, output_hidden_states)
+        x, motifs = self._quantise(x)
+        x, ponder_loss = self._deliberate(x, motifs, reading)
+        x, pair_loss = self._propose(x, motifs, reading)
+        return ArbModelOutput(
+            last_hidden_state=x,
+            past_key_values=reading.cache,
+            hidden_states=None if layers is None else (*layers, x),
+            auxiliary_loss=total(None if motifs is None else motifs.loss, ponder_loss, pair_loss),
+        )
+
+    def _read(self, input_ids, attention_mask, position_ids, past_key_values, use_cache) -> Reading:
+        """What the caller gave, checked and completed. The new ids join the cache."""
         if input_ids is None:
             raise ValueError("input_ids=None: a byte is read with those before it, so inputs_embeds cannot replace ids")
         cache = self._cache(past_key_values, use_cache)
-        is_byte = _unmasked(attention_mask, input_ids)  # (B, T) or None
-        input_ids = input_ids if is_byte is None else input_ids.masked_fill(~is_byte, self.config.pad_token_id)
+        is_byte = None
+        if attention_mask is not None and attention_mask.dim() == 2:
+            is_byte = attention_mask[:, -input_ids.shape[1] :] != 0
+        ids = input_ids if is_byte is None else input_ids.masked_fill(~is_byte, self.config.pad_token_id)
         past = 0 if cache is None else cache.get_seq_length()
-        history = self.side_layers.append_tokens(cache, "ids", input_ids)
-        x = self.byte_embedding(input_ids, history, self.dtype)  # (B, T, D)
-        if self.text_sequencer is not None:
-            x = x + self._sequence(x, is_byte, cache)
-        if self.memgram is not None:
-            x = x + self.memgram(x, input_ids, history)
+        history = self.side_layers.append_tokens(cache, "ids", ids)
+        is_plain = attention_mask is None and position_ids is None and cache is None
         positions = self._positions(position_ids, attention_mask, input_ids, past)
-        plain = attention_mask is None and position_ids is None and cache is None
-        layers = [] if self._wanted(output_hidden_states) else None
-        x = self._attend(x, attention_mask, positions, cache, plain, layers)
-        losses = []
-        if self.shared_vq is not None:
-            addition, motifs = self.shared_vq(x)
-            x = x + addition
-            losses.append(motifs.loss)
-        if self.moe_graph is not None:
-            on_motifs = (None, None) if self.shared_vq is None else (motifs.ids, self.shared_vq.book.rows_of)
-            addition, ponder = self.moe_graph(x, *on_motifs, is_byte)
-            x = x + addition
-            losses.append(self.config.moe_graph["ponder_cost"] * ponder)
-        if self.composite is not None:
-            addition, loss = self.composite(x, motifs.ids, self._previous(motifs.ids, is_byte, cache))
-            x = x + addition
-            losses.append(loss)
-        return ArbModelOutput(
-            last_hidden_state=x,
-            past_key_values=cache,
-            hidden_states=None if layers is None else (*layers, x),
-            auxiliary_loss=sum(losses) if losses else None,
-        )
+        return Reading(ids, history, is_byte, positions, attention_mask, cache, is_plain)
 
-    def _sequence(self, x: torch.Tensor, is_byte: torch.Tensor | None, cache: Cache | None) -> torch.Tensor:
+    def _sequence(self, x: torch.Tensor, reading: Reading) -> torch.Tensor:
+        """Add the text sequencer, whose state goes through the cache."""
+        if self.text_sequencer is None:
+            return x
+        cache = reading.cache
         states = None if cache is None else []
-        addition, _ = self.text_sequencer(x, is_byte, self.side_layers.read_state(cache, "sequencer"), states)
-        if cache is not None:
+        addition, _ = self.text_sequencer(x, reading.is_byte, self.side_layers.read_state(cache, "sequencer"), states)
+        if cache is not None and states is not None:
             self.side_layers.write_states(cache, "sequencer", states)
-        return addition
+        return x + addition
 
-    def _wanted(self, output_hidden_states: bool | None) -> bool:
-        return self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+    def _remember(self, x: torch.Tensor, reading: Reading) -> torch.Tensor:
+        """Add the n-gram memory."""
+        return x if self.memgram is None else x + self.memgram(x, reading.ids, reading.history)
 
-    def _attend(self, x, attention_mask, position_ids, cache: Cache | None, plain: bool, layers) -> torch.Tensor:
-        """plain: whole rows of bytes from their start, for which transformers would look at the ids to find as much.
-        layers: None, or a list that takes what each block reads."""
+    def _attend(
+        self, x: torch.Tensor, reading: Reading, output_hidden_states: bool | None
+    ) -> tuple[torch.Tensor, list[torch.Tensor] | None]:
+        """Go through the context blocks. Returns also what each of them reads, where that is asked for."""
+        config, cache, positions = self.config, reading.cache, reading.positions
         mask = None
-        if not plain:
-            mask = create_causal_mask(self.config, x, attention_mask, cache, position_ids=position_ids)
-        angles = rotary_angles(position_ids, self.config.qk_rope_head_dim, self.config.rope_theta)
+        if not reading.is_plain:
+            mask = create_causal_mask(config, x, reading.attention_mask, cache, position_ids=positions)
+        angles = rotary_angles(positions, config.qk_rope_head_dim, config.rope_theta)
         windowed = None
-        if self.config.windowed_attention is not None:
-            past = 0 if cache is None else cache.get_seq_length()
-            positions = key_positions(position_ids, attention_mask, past)
-            windowed = windowed_context(mask, positions, x.shape[1], **self.config.windowed_attention)
+        if config.windowed_attention is not None:
+            keys = key_positions(positions, reading.attention_mask, 0 if cache is None else cache.get_seq_length())
+            windowed = windowed_context(mask, keys, x.shape[1], **config.windowed_attention)
+        wanted = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        layers = [] if wanted else None
         for block in self.blocks:
             if layers is not None:
                 layers.append(x)
             x = block(x, mask, angles, cache, windowed)
-        return x
+        return x, layers
 
-    def _previous(self, ids: torch.Tensor, is_byte: torch.Tensor | None, cache: Cache | None) -> torch.Tensor:
-        """The motif before each position, (B, T)."""
-        ids = ids if is_byte is None else ids.masked_fill(~is_byte, NO_MOTIF)
-        history = self.side_layers.append_tokens(cache, "motifs", ids)
-        return preceded_by(history, ids, 1, NO_MOTIF)[:, :-1]
+    def _quantise(self, x: torch.Tensor) -> tuple[torch.Tensor, Quantised | None]:
+        """Add the nearest motifs. Returns also which they are, and their loss."""
+        if self.shared_vq is None:
+            return x, None
+        addition, motifs = self.shared_vq(x)
+        return x + addition, motifs
+
+    def _deliberate(
+        self, x: torch.Tensor, motifs: Quantised | None, reading: Reading
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Add what the looped experts make of x and of messages between motifs. Returns also the cost of the loops."""
+        if self.moe_graph is None:
+            return x, None
+        ids = rows_of = None
+        if motifs is not None and self.shared_vq is not None:
+            ids, rows_of = motifs.ids, self.shared_vq.book.rows_of
+        addition, ponder = self.moe_graph(x, ids, rows_of, reading.is_byte)
+        return x + addition, self.config.block("moe_graph")["ponder_cost"] * ponder
+
+    def _propose(
+        self, x: torch.Tensor, motifs: Quantised | None, reading: Reading
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Add what the pair of each motif and the one before it proposes. Returns also the loss of the pairs' book."""
+        if self.composite is None or motifs is None:
+            return x, None
+        ids = motifs.ids if reading.is_byte is None else motifs.ids.masked_fill(~reading.is_byte, NO_MOTIF)
+        history = self.side_layers.append_tokens(reading.cache, "motifs", ids)
+        previous = preceded_by(history, ids, 1, NO_MOTIF)[:, :-1]  # (B, T)
+        addition, loss = self.composite(x, motifs.ids, previous)
+        return x + addition, loss
 
     def _cache(self, past_key_values: Cache | None, use_cache: bool | None) -> Cache | None:
         """The caller's cache, or a new one outside training."""
@@ -176,11 +216,10 @@ class ArbModel(ArbPreTrainedModel):
         return torch.arange(past, past + input_ids.shape[1], device=input_ids.device)[None]
 
 
-def _unmasked(attention_mask: torch.Tensor | None, input_ids: torch.Tensor) -> torch.Tensor | None:
-    """bool (B, T), False under padding: what stands there must not reach its neighbours. None where nothing is."""
-    if attention_mask is None or attention_mask.dim() != 2:
-        return None
-    return attention_mask[:, -input_ids.shape[1] :] != 0
+def total(*losses: torch.Tensor | None) -> torch.Tensor | None:
+    """The sum of those that exist, in their order; None where none does."""
+    given = [loss for loss in losses if loss is not None]
+    return sum(given[1:], given[0]) if given else None
 
 
 @dataclass
@@ -241,31 +280,47 @@ class ArbForCausalLM(ArbPreTrainedModel, ArbGenerationMixin):
         video_targets (B, T, latent_dim) and talker_labels (B, T) train those heads; output_modalities: return theirs.
         """
         outputs = self.model(input_ids, attention_mask, position_ids, past_key_values, use_cache, output_hidden_states)
-        x = outputs.last_hidden_state
-        if self.training and x.requires_grad:
-            say_when_nothing_learns(self, x)
-        if self.output_router is not None:
-            x = x + self.output_router(x)
+        say_when_nothing_learns(self, outputs.last_hidden_state)
+        x = self._route(outputs.last_hidden_state)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.byte_head(x[:, kept])
-        loss = None if labels is None else next_byte_loss(logits, labels, num_items_in_batch, label_smoothing)
-        asked = {"video": (self.video_head, video_targets), "talker": (self.talker_head, talker_labels)}
-        spoken, auxiliary = {}, [outputs.auxiliary_loss]
-        for name, (head, targets) in asked.items():
-            if head is not None and (output_modalities or targets is not None):
-                spoken[name] = head(x)
-                auxiliary.append(None if targets is None else head.loss(spoken[name], targets))
-        given = [term for term in auxiliary if term is not None]
-        auxiliary_loss = sum(given) if given else None
-        if loss is not None and auxiliary_loss is not None:
-            weighted = auxiliary_loss * batch_share(labels, num_items_in_batch)
-            loss = loss + (weighted - weighted.detach())
+        video, video_loss = _ask(self.video_head, x, video_targets, output_modalities)
+        talker, talker_loss = _ask(self.talker_head, x, talker_labels, output_modalities)
+        auxiliary_loss = total(outputs.auxiliary_loss, video_loss, talker_loss)
+        loss = None
+        if labels is not None:
+            loss = next_byte_loss(logits, labels, num_items_in_batch, label_smoothing)
+            loss = _with_gradient_of(loss, auxiliary_loss, batch_share(labels, num_items_in_batch))
         return ArbCausalLMOutput(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             auxiliary_loss=auxiliary_loss,
-            video_latents=spoken.get("video"),
-            talker_logits=spoken.get("talker"),
+            video_latents=video,
+            talker_logits=talker,
         )
+
+    def _route(self, x: torch.Tensor) -> torch.Tensor:
+        """Add the output router."""
+        return x if self.output_router is None else x + self.output_router(x)
+
+
+def _ask(
+    head: VideoHead | TalkerHead | None, x: torch.Tensor, targets: torch.Tensor | None, output_modalities: bool
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """What a head says of x, where it exists and its output or its loss is asked for, and its loss."""
+    if head is None or not (output_modalities or targets is not None):
+        return None, None
+    spoken = head(x)
+    return spoken, None if targets is None else head.loss(spoken, targets)
+
+
+def _with_gradient_of(
+    loss: torch.Tensor, auxiliary_loss: torch.Tensor | None, share: torch.Tensor | float
+) -> torch.Tensor:
+    """The value of `loss`, with the gradient of share * auxiliary_loss beside its own."""
+    if auxiliary_loss is None:
+        return loss
+    weighted = auxiliary_loss * share
+    return loss + (weighted - weighted.detach())

@@ -44,7 +44,7 @@ class ArbPreTrainedModel(SavesItsCode, CheckedLoading):
     def dtype(self) -> torch.dtype:
         """The dtype of activations; integer state has its own."""
         dtype = self.config.dtype
-        return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        return dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype))
 
     def parameters(self, recurse: bool = True) -> Iterator[torch.Tensor]:
         """An adapter's; without one a stand-in, see AbsentParameters."""

@@ -18,22 +18,29 @@ from pathlib import Path
 from training_arb.bench.ablation import BACKBONE, VARIANTS, AblationRow, ablate, step_times, variant_config
 from training_arb.bench.measurement import describe_environment
 from training_arb.bench.quality_benchmark import BenchmarkSettings
-from training_arb.cli.command_line import HelpFormatter, run
+from training_arb.cli.command_line import check_known, check_least, run, script_parser
 from training_arb.common.atomic_files import write_json
 from training_arb.common.cpu_allocator import keep_freed_memory
+from training_arb.common.text_table import format_table
 from training_arb.data.byte_data import load_corpus
 from training_arb.report.training_plots import plot_ablation
 
-HEADER = (
-    f"{'variant':<20}{'equal steps':>12}{'equal time':>12}{'its steps':>11}{'step, ms':>10}"
-    f"{'weights':>12}{'state, bytes':>14}{'spike':>7}"
-)
+COLUMNS = {
+    "variant": "",
+    "equal steps": ".4f",
+    "equal time": ".4f",
+    "its steps": "d",
+    "step, ms": ".1f",
+    "weights": ",",
+    "state, bytes": ",",
+    "spike": ".2f",
+}
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+def build_parser() -> argparse.ArgumentParser:
+    parser = script_parser(__doc__)
     add = parser.add_argument
-    add("--variants", nargs="+", default=list(VARIANTS), help="the backbone is always among them")
+    add("--variants", nargs="+", default=list(VARIANTS), help="which blocks; the backbone is always among them")
     add("--preset", default="arb-small", help="whose backbone it is")
     add("--steps", type=int, default=600, help="training steps")
     add("--batch", type=int, default=16, help="windows per step")
@@ -42,17 +49,13 @@ def parse() -> argparse.Namespace:
     add("--data", nargs="+", help="files, folders, globs; default: the running Python's standard library")
     add("--seed", type=int, default=0, help="seed of initial weights, data order and rounding")
     add("--json", metavar="OUT", help="write the results here, and a plot beside it")
-    return parser.parse_args()
+    return parser
 
 
 def main() -> None:
-    args = parse()
-    for name in args.variants:
-        if name not in VARIANTS:
-            raise ValueError(f"variants={name!r} is not one of {', '.join(VARIANTS)}")
-    for field, least in (("steps", 1), ("batch", 1), ("ctx", 8)):
-        if getattr(args, field) < least:
-            raise ValueError(f"{field}={getattr(args, field)} must be at least {least}")
+    args = build_parser().parse_args()
+    check_known("variants", args.variants, VARIANTS)
+    check_least(args, {"steps": 1, "batch": 1, "ctx": 8})
     names = [BACKBONE, *(name for name in args.variants if name != BACKBONE)]
     for name in names:
         variant_config(args.preset, name)
@@ -72,17 +75,27 @@ def main() -> None:
     rows: dict[str, AblationRow] = {}
     for name in names:
         rows[name] = ablate(name, times, settings, args.rate, train_ids, held_out)
-        print("\n".join([HEADER, *(line(*item) for item in rows.items())]), flush=True)
+        print(table(rows), flush=True)
         if args.json:
             save(args, settings, rows)
 
 
-def line(name: str, row: AblationRow) -> str:
-    return (
-        f"{name:<20}{row.bits_per_byte_equal_steps:>12.4f}{row.bits_per_byte_equal_time:>12.4f}"
-        f"{row.steps_in_equal_time:>11}{row.step_ms:>10.1f}{row.logical_weights:>12,}{row.state_bytes:>14,}"
-        f"{row.worst_spike:>7.2f}"
-    )
+def table(rows: dict[str, AblationRow]) -> str:
+    """A line for each variant: bits per byte at equal steps and at equal time, and what it costs."""
+    lines = [
+        {
+            "variant": name,
+            "equal steps": row.bits_per_byte_equal_steps,
+            "equal time": row.bits_per_byte_equal_time,
+            "its steps": row.steps_in_equal_time,
+            "step, ms": row.step_ms,
+            "weights": row.logical_weights,
+            "state, bytes": row.state_bytes,
+            "spike": row.worst_spike,
+        }
+        for name, row in rows.items()
+    ]
+    return format_table(lines, COLUMNS)
 
 
 def save(args: argparse.Namespace, settings: BenchmarkSettings, rows: dict[str, AblationRow]) -> None:

@@ -1,7 +1,7 @@
 """Audit a model's persistent state: every tensor by role, dtype and bytes, and the weights by area.
 
-What generation will keep in memory beside the state is shown apart, as caches: it is no state, and never saved.
-Exit code 1 when there is a float tensor, an unlisted one, or a byte that holds no trits; 2 when it cannot be read.
+Caches, which generation keeps in memory besides the state and never saves, are shown separately. Exit code 1 when
+there is a float tensor, an unlisted one, or a byte that does not hold trits; 2 when the model cannot be read.
 
 examples:
   python scripts/audit_state.py runs/pretrain/final
@@ -23,11 +23,11 @@ from dataclasses import asdict
 from configuration_arb import PRESETS, ArbConfig, preset_config
 from modeling_arb import ArbForCausalLM
 from training_arb.checkpoints.checkpoint_files import check_finished
-from training_arb.cli.command_line import HelpFormatter, run
+from training_arb.cli.command_line import check_least, run, script_parser
 from training_arb.common.atomic_files import write_json
 from training_arb.common.cpu_allocator import keep_freed_memory
-from training_arb.memory.live_memory import MEGABYTE, peak_memory_mb
-from training_arb.memory.memory_forecast import StepMemory, forecast_step, process_base_mb
+from training_arb.memory.live_memory import MEGABYTE, peak_memory_mb, resident_mb
+from training_arb.memory.memory_forecast import StepMemory, forecast_step
 from training_arb.memory.state_audit import StateAudit, audit_config, audit_folder, audit_model, forecast_caches
 
 
@@ -49,25 +49,41 @@ def forecast(config: ArbConfig, args: argparse.Namespace) -> StepMemory:
     return forecast_step(model, args.batch, args.ctx)
 
 
+def training_base_mb() -> float:
+    """What a training process has resident before it builds a model, in MB; right while this one has done nothing."""
+    import training_arb.report.run_report
+    import training_arb.train.trainer_arb  # noqa: F401
+
+    return resident_mb()
+
+
 def print_step(step: StepMemory, base: float, args: argparse.Namespace) -> None:
     sizes = (size / MEGABYTE for size in (step.peak, step.state, step.saved, step.transient_peak - step.saved))
     print(f"\na training step of {args.batch} x {args.ctx} bytes needs {next(sizes):.1f} MB of tensors:", end=" ")
     print("{:.1f} of state, {:.1f} saved by the forward, {:.1f} in passing".format(*sizes))
-    print(f"a process on the CPU peaks at about {step.process_peak_mb(base):.0f} MB, {base:.0f} of it before the model")
+    print(
+        f"a process on the CPU peaks at {step.process_peak_mb(base):.0f} MB at most: {base:.0f} before the model, and"
+        f" up to {step.margin:g} times its tensors"
+    )
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("model_dir", nargs="?", help="a checkpoint folder")
-    parser.add_argument("--preset", help=f"audit a shape without allocating it: {', '.join(PRESETS)}")
-    parser.add_argument("--update_rule", default="momentum", help="of the preset")
-    parser.add_argument("--allocate", action="store_true", help="build the preset's model and audit the real thing")
-    parser.add_argument("--batch", type=int, help="with --ctx: forecast the memory of a training step of the preset")
-    parser.add_argument("--ctx", type=int, help="bytes per window of that step")
-    parser.add_argument("--gradient_checkpointing", action="store_true", help="of that step: forward again in backward")
-    parser.add_argument("--tensors", action="store_true", help="list every tensor")
-    parser.add_argument("--json", metavar="OUT", help="write the audit here")
-    args = parser.parse_args()
+def build_parser() -> argparse.ArgumentParser:
+    parser = script_parser(__doc__)
+    add = parser.add_argument
+    add("model_dir", nargs="?", help="a checkpoint folder")
+    add("--preset", help=f"audit a shape without allocating it: {', '.join(PRESETS)}")
+    add("--update_rule", default="momentum", help="of the preset")
+    add("--allocate", action="store_true", help="build the preset's model and audit the real thing")
+    add("--batch", type=int, help="with --ctx: forecast the memory of a training step of the preset")
+    add("--ctx", type=int, help="bytes per window of that step")
+    add("--gradient_checkpointing", action="store_true", help="of that step: forward again in backward")
+    add("--tensors", action="store_true", help="list every tensor")
+    add("--json", metavar="OUT", help="write the audit here")
+    return parser
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises ValueError on options that contradict each other or are out of range."""
     if (args.model_dir is None) == (args.preset is None):
         raise ValueError("give either MODEL_DIR or --preset NAME")
     if args.allocate and not args.preset:
@@ -78,11 +94,28 @@ def main() -> int:
         raise ValueError("batch: a training step is forecast for a preset; give --preset NAME")
     if args.gradient_checkpointing and args.batch is None:
         raise ValueError("gradient_checkpointing: it is of a training step; give --batch and --ctx")
-    for field, least in (("batch", 1), ("ctx", 8)):
-        if getattr(args, field) is not None and getattr(args, field) < least:
-            raise ValueError(f"{field}={getattr(args, field)} must be at least {least}")
+    check_least(args, {"batch": 1, "ctx": 8})
+
+
+def show(audit: StateAudit, tensors: bool) -> None:
+    if tensors:
+        for row in audit.tensors:
+            print(f"{row.name:<56}{row.role:<24}{row.dtype:<8}{row.bytes:>12,}  {row.shape}")
+        print()
+    print(audit.table())
+
+
+def show_building(memory: dict[str, float]) -> None:
+    before, peak, state = (memory[key] for key in ("rss_before_mb", "peak_rss_mb", "state_mb"))
+    print(f"\nbuilt in {memory['seconds']:.0f} s; peak memory {peak:.0f} MB, {before:.0f} of it before")
+    print(f"peak over state ({state:.1f} MB): {peak / state:.3f}, built alone {(peak - before) / state:.3f}")
+
+
+def main() -> int:
+    args = build_parser().parse_args()
+    check(args)
     memory = step = None
-    base = process_base_mb() if args.batch else 0.0  # while the process has done nothing else
+    base = training_base_mb() if args.batch else 0.0
     if args.preset:
         config = preset_config(args.preset, update_rule=args.update_rule)
         audit, memory = audit_built(config) if args.allocate else (audit_config(config), None)
@@ -91,15 +124,9 @@ def main() -> int:
         audit = audit_folder(args.model_dir)
     if args.batch:
         step = forecast(config, args)
-    if args.tensors:
-        for row in audit.tensors:
-            print(f"{row.name:<56}{row.role:<24}{row.dtype:<8}{row.bytes:>12,}  {row.shape}")
-        print()
-    print(audit.table())
+    show(audit, args.tensors)
     if memory:
-        before, peak, state = (memory[key] for key in ("rss_before_mb", "peak_rss_mb", "state_mb"))
-        print(f"\nbuilt in {memory['seconds']:.0f} s; peak memory {peak:.0f} MB, {before:.0f} of it before")
-        print(f"peak over state ({state:.1f} MB): {peak / state:.3f}, built alone {(peak - before) / state:.3f}")
+        show_building(memory)
     if step:
         print_step(step, base, args)
     if args.json:

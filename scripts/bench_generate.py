@@ -44,7 +44,7 @@ from training_arb.bench.measurement import (
     interleaved,
     set_threads,
 )
-from training_arb.cli.command_line import HelpFormatter, run
+from training_arb.cli.command_line import check_known, check_least, run, script_parser
 from training_arb.common.device_names import checked_device
 
 MODELS = ("ternary", "fp32", "bf16")
@@ -63,8 +63,8 @@ COLUMNS = {
 }
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+def build_parser() -> argparse.ArgumentParser:
+    parser = script_parser(__doc__)
     add = parser.add_argument
     add("--preset", default="arb-14m,200m", help=f"comma-separated shapes: {', '.join([*PRESETS, *SHAPES])}")
     add("--models", default=",".join(MODELS), help="comma-separated competitors")
@@ -78,7 +78,7 @@ def parse() -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of weights and prompt")
     add("--profile", action="store_true", help="show where the ternary model's time goes")
     add("--json", metavar="OUT", help="write the rows here")
-    return parser.parse_args()
+    return parser
 
 
 class TokenClock(BaseStreamer):
@@ -143,14 +143,10 @@ def _float_bytes(module: nn.Module) -> int:
 
 
 def main() -> None:
-    args = parse()
-    for field, least in (("prompt_bytes", 1), ("new_bytes", 2), ("repeats", 1), ("limit_mb", 1)):
-        if getattr(args, field) < least:
-            raise ValueError(f"{field}={getattr(args, field)} must be at least {least}")
+    args = build_parser().parse_args()
+    check_least(args, {"prompt_bytes": 1, "new_bytes": 2, "repeats": 1, "limit_mb": 1})
     wanted = args.models.split(",")
-    for name in wanted:
-        if name not in MODELS:
-            raise ValueError(f"models={name!r} is not one of {', '.join(MODELS)}")
+    check_known("models", wanted, MODELS)
     configs = {preset: shape_config(preset, training_state=False) for preset in args.preset.split(",")}
     device, batches = checked_device(args.device), parse_batches(args.batch)
     for preset, config in configs.items():

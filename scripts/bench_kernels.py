@@ -44,7 +44,7 @@ from training_arb.bench.measurement import (
     interleaved,
     set_threads,
 )
-from training_arb.cli.command_line import HelpFormatter, run
+from training_arb.cli.command_line import check_known, check_least, run, script_parser
 
 OPS = ("cpu_matvec", "cpu_matmul", "cpu_update", "cpu_quantise")
 BURST_SECONDS = 0.02
@@ -63,8 +63,8 @@ COLUMNS = {
 }
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+def build_parser() -> argparse.ArgumentParser:
+    parser = script_parser(__doc__)
     add = parser.add_argument
     add("--ops", default=",".join(OPS), help="comma-separated kernels")
     add("--shapes", default="4096x4096,2048x8192", help="comma-separated weight matrices, out x in")
@@ -75,15 +75,13 @@ def parse() -> argparse.Namespace:
     add("--ggml", metavar="PATH", help=f"ggml's CPU library or its folder; default: {ENVIRONMENT}")
     add("--seed", type=int, default=0, help="of the operands")
     add("--json", metavar="OUT", help="write the rows here, and a plot beside it")
-    return parser.parse_args()
+    return parser
 
 
 def main() -> None:
-    args = parse()
+    args = build_parser().parse_args()
     ops, shapes, batches = parse_ops(args.ops), parse_shapes(args.shapes), parse_batches(args.batch)
-    for field in ("repeats", "cold_mb"):
-        if getattr(args, field) < 1:
-            raise ValueError(f"{field}={getattr(args, field)} must be at least 1")
+    check_least(args, {"repeats": 1, "cold_mb": 1})
     plan = [(op, shape, batch) for op in ops for batch in batches_of(op, batches) for shape in shapes]
     ggml = find_ggml(args.ggml)
     threads = set_threads(args.threads)
@@ -100,9 +98,9 @@ def main() -> None:
         if op == "cpu_update":
             contest = update_contest(shape, cold_bytes)
         elif op == "cpu_quantise":
-            contest = quantise_contest(shape, batch, cold_bytes)
+            contest = quantise_contest(shape, batch or 1, cold_bytes)
         else:
-            contest = matmul_contest(op, shape, batch, cold_bytes, threads, ggml)
+            contest = matmul_contest(op, shape, batch or 1, cold_bytes, threads, ggml)
         jobs = {name: competitor.job() for name, competitor in contest.competitors.items()}
         timings = interleaved({**jobs, **limit_jobs.jobs}, args.repeats, BURST_SECONDS, contest.title)
         rows += contest_rows(contest, timings, limit_jobs.limits(timings), threads)
@@ -144,9 +142,7 @@ def contest_rows(contest: Contest, timings: dict[str, Timing], limits: Limits, t
 
 def parse_ops(text: str) -> list[str]:
     ops = [op for op in text.split(",") if op]
-    for op in ops or [text]:
-        if op not in OPS:
-            raise ValueError(f"ops={op!r} is not one of {', '.join(OPS)}")
+    check_known("ops", ops or [text], OPS)
     return ops
 
 

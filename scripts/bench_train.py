@@ -28,6 +28,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -38,7 +39,7 @@ from training_arb.bench.bench_report import report
 from training_arb.bench.bench_shapes import SHAPES, shape_config
 from training_arb.bench.measurement import MILLISECONDS, describe_environment, interleaved, set_threads
 from training_arb.bench.quality_benchmark import ADAM_CONFIGS, CONFIGS, GROUP_SIZES, UPDATE_RULES, float_baseline
-from training_arb.cli.command_line import HelpFormatter, run
+from training_arb.cli.command_line import check_known, check_least, run, script_parser
 from training_arb.common.cpu_allocator import keep_freed_memory
 from training_arb.common.device_names import checked_device
 from training_arb.memory.live_memory import peak_device_mb, peak_memory_mb, reset_device_peak, reset_peak_memory
@@ -61,8 +62,8 @@ COLUMNS = {
 }
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+def build_parser() -> argparse.ArgumentParser:
+    parser = script_parser(__doc__)
     add = parser.add_argument
     add("--preset", default="arb-14m", help=f"shape: {', '.join([*PRESETS, *SHAPES])}")
     add("--device", default="cpu", help="cpu, cuda or cuda:N")
@@ -75,7 +76,7 @@ def parse() -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of weights and data")
     add("--json", metavar="OUT", help="write the rows here")
     add("--only-peak-memory", action="store_true", help="run one configuration briefly; print its peak, nothing else")
-    return parser.parse_args()
+    return parser
 
 
 @dataclass
@@ -111,9 +112,9 @@ class TimedRule:
     """An update rule whose updates are timed, those of tables' rows among them."""
 
     def __init__(self, rule: UpdateRule | TableRule, timed: Callable[[Callable], Callable]):
-        self.update = timed(rule.update)
-        if hasattr(rule, "update_rows"):
-            self.update_rows = timed(rule.update_rows)
+        for name in ("update", "update_rows"):
+            if hasattr(rule, name):
+                setattr(self, name, timed(getattr(rule, name)))
 
 
 def build(name: str, compute: str, args: argparse.Namespace) -> Trainee:
@@ -129,15 +130,15 @@ def build(name: str, compute: str, args: argparse.Namespace) -> Trainee:
         trainee.optimizer.step = trainee.timed(trainee.optimizer.step)
     else:
         model = ArbForCausalLM(config).to(device)
-        trainee = Trainee(model, IntegerOptimizer(model, seed=args.seed), block)
-        optimizer = trainee.optimizer
+        optimizer: Any = IntegerOptimizer(model, seed=args.seed)
+        trainee = Trainee(model, optimizer, block)
         optimizer.rule = TimedRule(optimizer.rule, trainee.timed)
         optimizer.table_rules = {key: TimedRule(rule, trainee.timed) for key, rule in optimizer.table_rules.items()}
     return trainee
 
 
 def main() -> None:
-    args = parse()
+    args = build_parser().parse_args()
     keep_freed_memory()
     runs = parse_runs(args)
     set_threads(args.threads)
@@ -175,14 +176,10 @@ def main() -> None:
 
 def parse_runs(args: argparse.Namespace) -> list[tuple[str, str]]:
     """(configuration, how it multiplies), each once."""
-    for field_name, least in (("batch", 1), ("ctx", 8), ("steps", 1)):
-        if getattr(args, field_name) < least:
-            raise ValueError(f"{field_name}={getattr(args, field_name)} must be at least {least}")
+    check_least(args, {"batch": 1, "ctx": 8, "steps": 1})
     names, computes = args.configs.split(","), args.compute.split(",")
-    for field_name, values, known in (("configs", names, CONFIGS), ("compute", computes, COMPUTES)):
-        for value in values:
-            if value not in known:
-                raise ValueError(f"{field_name}={value!r} is not one of {', '.join(known)}")
+    check_known("configs", names, CONFIGS)
+    check_known("compute", computes, COMPUTES)
     checked_device(args.device)
     longest = shape_config(args.preset).max_position_embeddings
     if args.ctx > longest:

@@ -3,7 +3,7 @@
 Adam_FP32    float weights, AdamW: the ceiling           12 bytes of state a weight (weight and two moments)
 Adam_BF16    the same in bfloat16 autocast, on request      12
 Adam_STE     BitNet-style: absmean ternary, straight-through, float latents, AdamW          12
-SignSGD_Old  the seeds' rule: sign votes flip trits (`flip`, groups of 32)                  1.3
+SignSGD_Old  sign votes flip trits (`flip`, groups of 32)                                   1.3
 TrueTernary  int4 residual and int4 momentum (`momentum`), the default                      1.2
 Correlation  fixed trits, scales that follow correlations (`correlation`, groups of 32)     0.5
 
@@ -23,17 +23,13 @@ import training_arb.common.thread_waiting  # noqa: F401
 
 import argparse
 import json
-import os
-import platform
 from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 
-import torch
-import transformers
-
-from arb_kernels.backend import BACKENDS, describe_backend, use_backend
+from arb_kernels.backend import BACKENDS, use_backend
 from configuration_arb import COMPUTE, PRESETS
+from training_arb.bench.measurement import describe_environment
 from training_arb.bench.quality_benchmark import (
     ADAM_CONFIGS,
     CONFIGS,
@@ -44,15 +40,16 @@ from training_arb.bench.quality_benchmark import (
     train,
     tuned,
 )
-from training_arb.cli.command_line import HelpFormatter, run
+from training_arb.cli.command_line import check_known, check_least, run, script_parser
 from training_arb.common.atomic_files import write_json
 from training_arb.common.cpu_allocator import keep_freed_memory
+from training_arb.common.text_table import format_table
 from training_arb.data.byte_data import load_corpus
 from training_arb.report.training_plots import plot_comparison
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+def build_parser() -> argparse.ArgumentParser:
+    parser = script_parser(__doc__)
     add = parser.add_argument
     add("--configs", default=",".join(DEFAULT_CONFIGS), help=f"comma-separated, of {', '.join(CONFIGS)}")
     add("--steps", type=int, default=600, help="training steps")
@@ -76,11 +73,11 @@ def parse() -> argparse.Namespace:
     add("--print-every", type=int, default=100, help="steps between held-out losses of the curve")
     add("--reuse-base", action="store_true", help="train TrueTernary only; the rest from an earlier --json OUT")
     add("--json", metavar="OUT", help="write the results here, and a plot beside it")
-    return parser.parse_args()
+    return parser
 
 
 def main() -> None:
-    args = parse()
+    args = build_parser().parse_args()
     keep_freed_memory()
     with nullcontext() if args.update_backend == "auto" else use_backend(args.update_backend):
         compare(args)
@@ -89,12 +86,8 @@ def main() -> None:
 def compare(args: argparse.Namespace) -> None:
     """Train every configuration, print the table, write JSON and plot."""
     names = [name for name in args.configs.split(",") if name]
-    for name in names:
-        if name not in CONFIGS:
-            raise ValueError(f"configs={name!r} is not one of {', '.join(CONFIGS)}")
-    for field, least in (("steps", 1), ("batch", 1), ("ctx", 8), ("print_every", 1)):
-        if getattr(args, field) < least:
-            raise ValueError(f"{field}={getattr(args, field)} must be at least {least}")
+    check_known("configs", names, CONFIGS)
+    check_least(args, {"steps": 1, "batch": 1, "ctx": 8, "print_every": 1})
     if args.micro_batches < 1 or args.batch % args.micro_batches:
         raise ValueError(f"micro_batches={args.micro_batches} must divide batch={args.batch}")
     rates = {"TrueTernary": parse_rates(args, "ternary_rates")}
@@ -103,7 +96,7 @@ def compare(args: argparse.Namespace) -> None:
     data = " ".join(args.data or ["Python's standard library"])
     train_ids, held_out = load_corpus(args.data, args.ctx)
     reused = reusable_rows(args, settings, data) if args.reuse_base else {}
-    for name in names:  # what cannot be built is refused before the first hour of training
+    for name in names:  # so that a shape that cannot be built is refused before the first hour of training
         for rate in rates.get(name, [NO_RATE]):
             build(name, settings, rate)
 
@@ -115,10 +108,10 @@ def compare(args: argparse.Namespace) -> None:
             results[name] = tuned(
                 rates.get(name, [NO_RATE]), lambda rate, name=name: train(name, settings, rate, train_ids, held_out)
             )
-        print(row(name, results[name]), flush=True)
+        print(table({name: results[name]}), flush=True)
 
     print(f"\n{data}: {args.steps} steps of {args.batch} x {args.ctx} bytes, {args.preset}, seed {args.seed}\n")
-    print("\n".join([HEADER, *(row(name, result) for name, result in results.items())]))
+    print(table(results))
     if args.json:
         write_json(
             args.json,
@@ -128,7 +121,7 @@ def compare(args: argparse.Namespace) -> None:
                 "steps": args.steps,
                 "seed": args.seed,
                 "settings": vars(settings),
-                "env": environment(),
+                "env": describe_environment(),
             },
         )
         curves = {name: result.curve for name, result in results.items()}
@@ -137,31 +130,47 @@ def compare(args: argparse.Namespace) -> None:
 
 
 NO_RATE = 0.0  # votes and correlations have thresholds instead
-HEADER = (
-    f"{'configuration':<14}{'held-out':>10}{'bits/byte':>11}{'bytes/weight':>14}{'at 3B, GB':>11}"
-    f"{'step, ms':>10}{'peak, MB':>10}{'rate':>9}"
-)
+COLUMNS = {
+    "configuration": "",
+    "held-out": ".4f",
+    "bits/byte": ".4f",
+    "bytes/weight": ".3f",
+    "at 3B, GB": ".2f",
+    "step, ms": ".1f",
+    "peak, MB": ".0f",
+    "rate": "g",
+}
 
 
 def parse_rates(args: argparse.Namespace, option: str) -> list[float]:
     try:
         return [float(rate) for rate in getattr(args, option).split(",")]
     except ValueError as error:
-        raise ValueError(f"{option}={getattr(args, option)!r} must be numbers with commas between") from error
+        raise ValueError(f"{option}={getattr(args, option)!r} must be numbers separated by commas") from error
 
 
-def row(name: str, result: BenchmarkResult) -> str:
-    return (
-        f"{name:<14}{result.val_loss:>10.4f}{result.val_bpb:>11.4f}{result.state_bytes_per_weight:>14.3f}"
-        f"{result.state_bytes_at_3b / 1e9:>11.2f}{result.step_ms_median:>10.1f}{result.peak_mem_mb:>10.0f}"
-        f"{result.learning_rate:>9g}"
-    )
+def table(results: dict[str, BenchmarkResult]) -> str:
+    """A line for each configuration."""
+    rows = [
+        {
+            "configuration": name,
+            "held-out": result.val_loss,
+            "bits/byte": result.val_bpb,
+            "bytes/weight": result.state_bytes_per_weight,
+            "at 3B, GB": result.state_bytes_at_3b / 1e9,
+            "step, ms": result.step_ms_median,
+            "peak, MB": result.peak_mem_mb,
+            "rate": result.learning_rate,
+        }
+        for name, result in results.items()
+    ]
+    return format_table(rows, COLUMNS)
 
 
 def reusable_rows(args: argparse.Namespace, settings: BenchmarkSettings, data: str) -> dict[str, BenchmarkResult]:
     """All rows but TrueTernary's of an earlier run with the same settings and data."""
     if not args.json or not Path(args.json).is_file():
-        raise ValueError(f"reuse_base: json={args.json!r} is no earlier result to take rows from")
+        raise ValueError(f"reuse_base: json={args.json!r} is not an earlier result to take rows from")
     earlier = json.loads(Path(args.json).read_text(encoding="utf-8"))
     wanted = {**vars(settings), "data": data}
     del wanted["compute"]  # TrueTernary's alone
@@ -170,18 +179,6 @@ def reusable_rows(args: argparse.Namespace, settings: BenchmarkSettings, data: s
         if found != value:
             raise ValueError(f"reuse_base: {args.json} was measured with {key}={found!r}, not {value!r}")
     return {name: BenchmarkResult(**row) for name, row in earlier["configs"].items() if name != "TrueTernary"}
-
-
-def environment() -> dict:
-    return {
-        "cpu": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "kernels": describe_backend(torch.device("cpu")),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Bits per byte of models on text, by a sliding window; tasks of lm-evaluation-harness.
 
-Any causal language model that transformers loads stands beside ARB's, whatever its tokenizer: what its tokens cost is
-divided by the bytes that they stand for. Each document is scored by itself.
+Any causal language model that transformers loads can be compared with ARB's, whatever its tokenizer: the loss of its
+tokens is divided by the bytes that they stand for. Each document is scored by itself.
 
 examples:
   python scripts/evaluate.py runs/pretrain/final --data book.txt
@@ -16,12 +16,14 @@ from __future__ import annotations
 import training_arb.common.thread_waiting  # noqa: F401
 
 import argparse
+from typing import Any
 
 import torch
 
-from training_arb.cli.command_line import HelpFormatter, run
+from training_arb.cli.command_line import run, script_parser
 from training_arb.common.atomic_files import write_json
 from training_arb.common.device_names import checked_device
+from training_arb.common.text_table import format_table
 from training_arb.data.document_readers import TEXT_COLUMN
 from training_arb.data.text_files import collect_files
 from training_arb.evaluation.eval_documents import MOST_BYTES, as_text, dataset_documents, file_documents, first_bytes
@@ -29,11 +31,11 @@ from training_arb.evaluation.eval_encoders import STARTS
 from training_arb.evaluation.eval_harness import harness_scores, own_tasks
 from training_arb.evaluation.eval_models import DEFAULT_CTX, EvaluatedModel, load_evaluated, score
 
-COLUMNS = ("bits/byte", "nats/byte", "tokens/byte", "bytes", "seconds")
+COLUMNS = {"model": "", "bits/byte": ".4f", "nats/byte": ".4f", "tokens/byte": ".4f", "bytes": ",", "seconds": ".1f"}
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+def build_parser() -> argparse.ArgumentParser:
+    parser = script_parser(__doc__)
     add = parser.add_argument
     add("model", nargs="+", help="checkpoint folders or hub names")
     add("--data", nargs="+", help="files, folders, globs")
@@ -51,7 +53,12 @@ def parse() -> argparse.Namespace:
     add("--trust_remote_code", action="store_true", help="run the code that another's checkpoint brings")
     add("--lm_eval", metavar="TASK[,TASK]", help=f"run tasks of lm-eval; ARB's own: {', '.join(own_tasks())}")
     add("--json", metavar="OUT", help="write the scores here")
-    args = parser.parse_args()
+    return parser
+
+
+def parse() -> argparse.Namespace:
+    """The command line. Raises ValueError on options that contradict each other or are out of range."""
+    args = build_parser().parse_args()
     if args.max_bytes < 0 or args.batch < 1:
         raise ValueError(f"max_bytes={args.max_bytes}, batch={args.batch}: need max_bytes >= 0 and batch >= 1")
     if args.ctx < 0 or args.stride < 0:
@@ -78,7 +85,7 @@ def read_documents(args: argparse.Namespace) -> list[bytes]:
 
 def scores_of(evaluated: EvaluatedModel, documents: list[bytes], args: argparse.Namespace) -> dict:
     """A model's row of the table, and the results of its tasks."""
-    row = {"model": evaluated.name}
+    row: dict[str, Any] = {"model": evaluated.name}
     if documents:
         row |= score(evaluated, documents, args.ctx, args.stride, args.batch, args.start, progress=True)
     if args.lm_eval:
@@ -97,12 +104,7 @@ def scores_of(evaluated: EvaluatedModel, documents: list[bytes], args: argparse.
 
 def table(rows: list[dict]) -> str:
     """Bits per byte, a line for each model."""
-    width = max(len(row["model"]) for row in rows)
-    lines = [" " * width + "".join(f"{name:>14}" for name in COLUMNS)]
-    for row in rows:
-        rates = "".join(f"{row[key]:>14.4f}" for key in ("bits_per_byte", "nats_per_byte", "tokens_per_byte"))
-        lines.append(f"{row['model']:<{width}}{rates}{row['bytes']:>14,}{row['seconds']:>14.1f}")
-    return "\n".join(lines)
+    return format_table([{name: row[name.replace("/", "_per_")] for name in COLUMNS} for row in rows], COLUMNS)
 
 
 def task_lines(rows: list[dict]) -> list[str]:
@@ -122,7 +124,7 @@ def main() -> None:
     if not all(evaluated.encoder.reads_any_bytes for evaluated in models):
         documents, replaced = as_text(documents)
     if replaced:
-        print(f"{replaced} of {len(documents)} documents are no UTF-8: U+FFFD stands for what is not, for every model")
+        print(f"{replaced} of {len(documents)} documents are not UTF-8: U+FFFD replaces what is not, for every model")
     rows = [scores_of(evaluated, documents, args) for evaluated in models]
     if documents:
         print(table(rows))

@@ -26,26 +26,30 @@ from pathlib import Path
 from modeling_arb import ArbForCausalLM
 from training_arb.checkpoints.checkpoint_files import verify_checksums
 from training_arb.checkpoints.checkpoint_source import find_checkpoint
-from training_arb.cli.command_line import HelpFormatter, run
+from training_arb.cli.command_line import run, script_parser
 from training_arb.common.atomic_files import new_folder
 from training_arb.hub.hub_export import SHARD_SIZE, export_model
 from training_arb.hub.hub_push import check_target, push_folder
 from training_arb.report.run_facts import facts_of
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("model", help="a checkpoint folder or hub name")
-    parser.add_argument("output", nargs="?", help="the folder to write; must not exist; may be left out with --push")
-    parser.add_argument("--push", metavar="USER/NAME", help="also commit the export to this repository of the hub")
-    parser.add_argument("--private", action="store_true", help="of --push: to a private repository")
-    parser.add_argument("--branch", help="of --push: the branch to commit to, made where it is missing")
-    parser.add_argument("--revision", help="of a model on the hub: branch, tag or commit")
-    parser.add_argument(
-        "--max_shard_size", default=SHARD_SIZE, help="split the weights into files of at most this size"
-    )
-    parser.add_argument("--training_state", action="store_true", help="keep the update rule's accumulators")
-    args = parser.parse_args()
+def build_parser() -> argparse.ArgumentParser:
+    parser = script_parser(__doc__)
+    add = parser.add_argument
+    add("model", help="a checkpoint folder or hub name")
+    add("output", nargs="?", help="the folder to write; must not exist; may be left out with --push")
+    add("--push", metavar="USER/NAME", help="also commit the export to this repository of the hub")
+    add("--private", action="store_true", help="of --push: to a private repository")
+    add("--branch", help="of --push: the branch to commit to, made where it is missing")
+    add("--revision", help="of a model on the hub: branch, tag or commit")
+    add("--max_shard_size", default=SHARD_SIZE, help="split the weights into files of at most this size")
+    add("--training_state", action="store_true", help="keep the update rule's accumulators")
+    return parser
+
+
+def parse() -> argparse.Namespace:
+    """The command line. Raises ValueError on options that contradict each other or are out of range."""
+    args = build_parser().parse_args()
     if args.output is None and args.push is None:
         raise ValueError("output: name a folder to write, or a repository with --push")
     if args.output is not None and Path(args.output).exists():
@@ -58,7 +62,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    args = parse_arguments()
+    args = parse()
     if args.push:
         check_target(args.push, args.private)
     source = find_checkpoint(args.model, args.revision).folder

@@ -29,7 +29,6 @@ import torch
 from peft import PeftModel
 from transformers import HfArgumentParser, set_seed
 
-from modeling_arb import ArbForCausalLM
 from tokenization_arb import ArbTokenizer
 from training_arb.checkpoints.checkpoint_files import write_checksums
 from training_arb.checkpoints.run_checkpoints import checkpoint_to_resume
@@ -107,11 +106,11 @@ def read_data(arguments: LoraArguments) -> Data:
     if arguments.dataset:
         read = load_hub_conversations(arguments.dataset, arguments.split, arguments.ctx)
     else:
-        read = read_conversations(arguments.data, arguments.ctx)
+        read = read_conversations(arguments.data or INSTRUCTIONS, arguments.ctx)
     return Data(*split_conversations(read.kept, arguments.hold_out_every), read)
 
 
-def sample_answers(model: ArbForCausalLM, conversations: Sequence[Conversation]) -> list[dict[str, str]]:
+def sample_answers(model: PeftModel, conversations: Sequence[Conversation]) -> list[dict[str, str]]:
     """Greedy answers to the first turns of held-out conversations, beside what was wanted."""
     tokenizer, shown = ArbTokenizer(), []
     for ids, said in conversations[:SAMPLES]:
@@ -126,7 +125,9 @@ def sample_answers(model: ArbForCausalLM, conversations: Sequence[Conversation])
 
 def build_parser() -> HfArgumentParser:
     parser = HfArgumentParser(
-        (LoraArguments, LoraTrainingArguments), description=__doc__, formatter_class=HelpFormatter
+        (LoraArguments, LoraTrainingArguments),  # pyright: ignore[reportArgumentType], an alias of Any
+        description=__doc__,
+        formatter_class=HelpFormatter,
     )
     parser.add_argument("model", help="a pretrained model's folder or hub name; with --merge also an adapter's folder")
     return parser
@@ -146,7 +147,7 @@ class PreparedRun:
 
     @property
     def source(self) -> str:
-        return self.arguments.dataset or self.arguments.data
+        return str(self.arguments.dataset or self.arguments.data)
 
     @property
     def base_sha256(self) -> str:

@@ -17,21 +17,22 @@ from __future__ import annotations
 import training_arb.common.thread_waiting  # noqa: F401
 
 import argparse
+import io
 import os
 import sys
 
 from transformers import set_seed
 from transformers.utils import logging
 
-from tokenization_arb import ArbTokenizer
+from tokenization_arb import SPECIAL_IDS, ArbTokenizer
 from training_arb.chat.terminal_chat import TURN_ENDS, Conversation, TerminalStreamer, talk, without_controls
 from training_arb.chat.text_generation import TextGenerator
-from training_arb.cli.command_line import HelpFormatter, run
+from training_arb.cli.command_line import run, script_parser
 from training_arb.lora.load_model import load_model
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+def build_parser() -> argparse.ArgumentParser:
+    parser = script_parser(__doc__)
     add = parser.add_argument
     add("model", help="a checkpoint folder or hub name")
     add("--prompt", default="", help="text to continue; -: all of standard input")
@@ -48,9 +49,7 @@ def parse() -> argparse.Namespace:
     add("--stream", action="store_true", help="show characters as they come")
     add("--no_cache", action="store_true", help="read the whole text again for every byte")
     add("--quiet", action="store_true", help="nothing on standard error")
-    args = parser.parse_args()
-    check(args)
-    return args
+    return parser
 
 
 def check(args: argparse.Namespace) -> None:
@@ -76,7 +75,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def options(args: argparse.Namespace, tokenizer: ArbTokenizer) -> dict:
-    """What `generate` is told."""
+    """Arguments of `generate`."""
     told = {name: getattr(args, name) for name in ("max_new_tokens", "num_beams", "repetition_penalty")}
     told |= {"use_cache": not args.no_cache, "do_sample": args.temperature > 0}
     if args.temperature > 0:
@@ -91,7 +90,7 @@ def options(args: argparse.Namespace, tokenizer: ArbTokenizer) -> dict:
 def complete(generator: TextGenerator, tokenizer: ArbTokenizer, data: bytes, stream: bool) -> None:
     """Print the bytes and what the model adds to them."""
     spell_controls = sys.stdout.isatty()
-    ids = tokenizer.encode_bytes(data) or [tokenizer.eos_token_id]
+    ids = tokenizer.encode_bytes(data) or [SPECIAL_IDS["EOS"]]
     streamer = TerminalStreamer(tokenizer, skip_prompt=False, spell_controls=spell_controls) if stream else None
     new = generator(ids, streamer)
     if not stream:
@@ -107,12 +106,13 @@ def chat(generator: TextGenerator, tokenizer: ArbTokenizer, args: argparse.Names
 
 
 def main() -> None:
-    args = parse()
+    args = build_parser().parse_args()
+    check(args)
     if args.quiet:
         logging.set_verbosity_error()
         logging.disable_progress_bar()
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):
-        if hasattr(stream, "reconfigure"):
+        if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=errors)
     data = sys.stdin.buffer.read() if args.prompt == "-" else os.fsencode(args.prompt)
     tokenizer = ArbTokenizer()

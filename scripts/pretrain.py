@@ -35,12 +35,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from huggingface_hub import CommitInfo
 from transformers import HfArgumentParser, set_seed
 
 from arb_kernels.backend import describe_backend
 from configuration_arb import PRESETS, ArbConfig, preset_config
 from modeling_arb import ArbForCausalLM
-from tokenization_arb import ArbTokenizer
+from tokenization_arb import SPECIAL_TOKENS, ArbTokenizer
 from training_arb.checkpoints.checkpoint_files import write_checksums
 from training_arb.checkpoints.run_checkpoints import checkpoint_to_resume
 from training_arb.checkpoints.starting_point import describe_start, start_from
@@ -75,7 +76,7 @@ class PretrainArguments:
         default=None,
         metadata={
             "help": "Finetune: start from the weights and the shape of a checkpoint, a folder or a hub name;"
-            " residual and momentum start at zero."
+            " residuals and momentum come along where it has them."
         },
     )
     revision: str | None = field(default=None, metadata={"help": "Of --init_from on the hub: branch, tag or commit."})
@@ -115,7 +116,7 @@ class PretrainArguments:
     @property
     def beginning(self) -> str:
         """What the run begins with, for titles."""
-        return self.preset or self.init_from
+        return str(self.preset or self.init_from)
 
 
 def parse_blocks(text: str) -> dict:
@@ -143,20 +144,22 @@ def first_model(arguments: PretrainArguments, resume: str | None) -> tuple[ArbFo
     if arguments.revision is not None:
         raise ValueError(f"revision={arguments.revision!r} goes with --init_from only")
     fields = {"max_position_embeddings": max(arguments.ctx, 4096), **fields}
-    return ArbForCausalLM(preset_config(arguments.preset, **fields)), None
+    return ArbForCausalLM(preset_config(arguments.preset or DEFAULT_PRESET, **fields)), None
 
 
 def sample(model: ArbForCausalLM, tokenizer: ArbTokenizer, prompt: str, length: int = 400) -> str:
     """A seeded sample that continues `prompt`."""
     set_seed(0)
-    inputs = tokenizer(prompt or tokenizer.eos_token, return_tensors="pt").to(model.device)
+    inputs = tokenizer(prompt or SPECIAL_TOKENS["EOS"], return_tensors="pt").to(model.device)
     ids = model.generate(**inputs, max_new_tokens=length, do_sample=True, top_p=0.9)
-    return tokenizer.decode(ids[0])
+    return str(tokenizer.decode(ids[0]))
 
 
 def build_parser() -> HfArgumentParser:
     return HfArgumentParser(
-        (PretrainArguments, ArbTrainingArguments), description=__doc__, formatter_class=HelpFormatter
+        (PretrainArguments, ArbTrainingArguments),  # pyright: ignore[reportArgumentType], an alias of Any
+        description=__doc__,
+        formatter_class=HelpFormatter,
     )
 
 
@@ -244,7 +247,7 @@ def show_start(prepared: PreparedRun) -> None:
     print(f"compute   {config.compute}, {describe_backend(args.device)}")
     print(f"data      {prepared.corpus}, and {len(prepared.held_out):,} held out")
     start = prepared.resume or arguments.init_from or "scratch"
-    length = f"steps {args.max_steps}" if args.max_steps > 0 else f"epochs {args.num_train_epochs:g} in steps"
+    length = f"steps {args.max_steps}" if (args.max_steps or 0) > 0 else f"epochs {args.num_train_epochs:g} in steps"
     print(f"training  {length} of {step_bytes:,} bytes on {args.device}, from {start}")
 
 
@@ -318,6 +321,7 @@ def push(trainer: ArbTrainer, output_dir: Path) -> None:
     except ValueError as error:
         how = f"scripts/export_hub.py {output_dir}/final --push {trainer.hub_model_id}"
         raise ValueError(f"{error}; the run is whole, {how} pushes it") from error
+    assert isinstance(commit, CommitInfo)  # on the first rank, which waited for it
     print(f"pushed      {commit.repo_url}, commit {commit.oid}")
 
 

@@ -15,16 +15,20 @@ import training_arb.common.thread_waiting  # noqa: F401
 import argparse
 from pathlib import Path
 
-from training_arb.cli.command_line import HelpFormatter, run
+from training_arb.cli.command_line import run, script_parser
 from training_arb.report.run_report import write_report
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+def build_parser() -> argparse.ArgumentParser:
+    parser = script_parser(__doc__)
     parser.add_argument("run_dir", help="the folder that pretrain.py writes to")
     parser.add_argument("--html", metavar="OUT", help="the page; report.html in the folder when nothing is asked for")
     parser.add_argument("--png", metavar="OUT", help="the plots alone")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = build_parser().parse_args()
     html = args.html if args.html or args.png else Path(args.run_dir) / "report.html"
     for line in write_report(args.run_dir, html, args.png):
         print(f"missing     {line}")

@@ -29,7 +29,7 @@ from arb_kernels.backend import describe_backend
 from configuration_arb import PRESETS, preset_config
 from modeling_arb import ArbForCausalLM
 from training_arb.bench.measurement import describe_environment
-from training_arb.cli.command_line import HelpFormatter, run
+from training_arb.cli.command_line import check_least, run, script_parser
 from training_arb.common.atomic_files import write_json
 from training_arb.common.cpu_allocator import keep_freed_memory
 from training_arb.common.device_names import checked_device
@@ -39,8 +39,8 @@ from training_arb.memory.state_audit import audit_model
 from training_arb.optim.integer_optimizer import IntegerOptimizer
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+def build_parser() -> argparse.ArgumentParser:
+    parser = script_parser(__doc__)
     add = parser.add_argument
     add("--preset", default="arb-tiny", help=f"shape: {', '.join(PRESETS)}")
     add("--device", default="cpu", help="cpu, cuda or cuda:N")
@@ -52,19 +52,17 @@ def parse() -> argparse.Namespace:
     add("--update-rule", default="momentum", help="momentum, flip or correlation")
     add("--seed", type=int, default=0, help="of weights and bytes")
     add("--json", metavar="OUT", help="write the result here")
-    return parser.parse_args()
+    return parser
 
 
 def main() -> None:
-    args = parse()
-    for field, least in (("ctx", 4), ("batch", 1), ("steps", 1)):
-        if getattr(args, field) < least:
-            raise ValueError(f"{field}={getattr(args, field)} must be at least {least}")
+    args = build_parser().parse_args()
+    check_least(args, {"ctx": 4, "batch": 1, "steps": 1})
     config = preset_config(args.preset, update_rule=args.update_rule)
     if args.max_moe_iters is not None and config.moe_graph is None:
         raise ValueError(f"max_moe_iters={args.max_moe_iters}: preset={args.preset!r} has no expert graph to iterate")
     if args.max_moe_iters is not None:
-        loop = {**config.moe_graph, "max_iterations": args.max_moe_iters}
+        loop = {**config.block("moe_graph"), "max_iterations": args.max_moe_iters}
         config = preset_config(args.preset, update_rule=args.update_rule, moe_graph=loop)
     if args.ctx > config.max_position_embeddings:
         raise ValueError(f"ctx={args.ctx} is more than the {config.max_position_embeddings} positions of the preset")

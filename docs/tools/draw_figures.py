@@ -24,6 +24,7 @@ from matplotlib.patches import FancyArrowPatch, Rectangle
 from arb_kernels.formats.exponents import EIGHTHS, QUARTERS, power_of_two
 from arb_kernels.formats.momentum_format import MomentumFormat
 from arb_kernels.formats.packing import TRITS_PER_BYTE, pack_trits, packed_width, unpack_trits
+from arb_kernels.formats.rule_states import MomentumState
 from arb_kernels.random_bits import random_bits, stream_key, uniform_from_high_bits, uniform_from_low_bits
 from arb_kernels.rules.momentum import fold_momentum, momentum_update, move_weights, normalise
 
@@ -190,7 +191,7 @@ class Matrix:
         return stream_key(0, self.steps, 0, 1)
 
     def step(self, dW: torch.Tensor, lr: float) -> None:
-        momentum_update(self.packed, self.accum, self.accum_exp, dW, self.key(), lr, BETA)
+        momentum_update(MomentumState(self.packed, self.accum, self.accum_exp), dW, self.key(), lr, BETA)
         self.steps += 1
 
 
@@ -287,7 +288,7 @@ def draw_update(path: Path) -> None:
     residual, codes = FORM.split(matrix.accum)
     old_step = power_of_two(matrix.accum_exp, QUARTERS)
     dW, noise = matrix.gradient(), random_bits(matrix.key(), 8, 16)
-    new_codes, exponent = fold_momentum(codes, matrix.accum_exp, dW, uniform_from_low_bits(noise), BETA, FORM.levels)
+    new_codes, exponent = fold_momentum(codes, matrix.accum_exp, dW, uniform_from_low_bits(noise), BETA, FORM)
     step = power_of_two(exponent, QUARTERS)
     direction = BETA * new_codes * step + (1 - BETA) * dW
     update = normalise(direction.clone())

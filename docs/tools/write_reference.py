@@ -24,7 +24,7 @@ from transformers import TrainingArguments
 
 from arb_scripts.pretrain import PretrainArguments
 from configuration_arb import PRESETS, ArbConfig, preset_config
-from configuration_arb.block_options import BLOCK_OPTIONS, REQUIRED
+from configuration_arb.optional_blocks import OPTIONAL_BLOCKS, REQUIRED
 from training_arb.cli.arb_command import script_files, scripts_folder, summaries
 from training_arb.memory.state_audit import audit_config
 from training_arb.train.training_args_arb import ArbTrainingArguments
@@ -59,52 +59,12 @@ FIELD_MEANINGS = {
     "packing_version": "version of the packed format; the only value that is accepted",
     "head_layers": "residual MLPs before the projection to the vocabulary",
     "head_intermediate_size": "width of these MLPs; 0: 4 x `hidden_size`",
-    "text_sequencer": "block: ternary LSTM over the byte embedding",
-    "memgram": "block: table of hashed byte n-grams",
-    "windowed_attention": "block: attention to the last bytes one by one and to older bytes in blocks",
-    "codebook": "block: shared vector quantisation",
-    "moe_graph": "block: looped top-k experts with messages along a graph of codebook entries",
-    "composite": "block: second codebook, of pairs of codebook entries",
-    "output_router": "block: several gated output projections",
-    "video_head": "block: head for video latents",
-    "talker_head": "block: head for audio codes",
+    **{name: f"block: {block.about}" for name, block in OPTIONAL_BLOCKS.items()},
     "use_cache": "return a cache from forward calls in evaluation mode",
     "tie_word_embeddings": "without effect: input and output matrices are always separate",
     "pad_token_id": "id of `<|pad|>`",
     "bos_token_id": "id of `<|bos|>`",
     "eos_token_id": "id of `<|eos|>`",
-}
-OPTION_MEANINGS = {
-    ("text_sequencer", "hidden_size"): "width of the LSTM; 0: `hidden_size` of the model",
-    ("memgram", "slots"): "rows of the table",
-    ("memgram", "dim"): "width of a row",
-    ("memgram", "orders"): "n-gram lengths in bytes",
-    ("windowed_attention", "window"): "last bytes that are attended to one by one",
-    ("windowed_attention", "stride"): "bytes in a block of older context; 0: older context is not seen",
-    ("codebook", "size"): "entries",
-    ("codebook", "dim"): "width of an entry",
-    ("codebook", "commitment"): "weight of the commitment loss",
-    ("codebook", "hashes"): "hash functions of the candidate search in large codebooks",
-    ("codebook", "probes"): "buckets that are searched per hash",
-    ("moe_graph", "num_experts"): "number of experts",
-    ("moe_graph", "top_k"): "experts per position",
-    ("moe_graph", "expert_size"): "width of an expert; 0: 2 x `hidden_size`",
-    ("moe_graph", "max_iterations"): "most iterations of the loop",
-    ("moe_graph", "halt_threshold"): "halting probability at which a position stops",
-    ("moe_graph", "ponder_cost"): "weight of the mean number of iterations in the loss",
-    ("moe_graph", "lti_decay"): "share of the state that an iteration keeps",
-    ("moe_graph", "active_edges"): "edges kept in the graph; 0: no graph; needs `codebook`",
-    ("moe_graph", "neighbours"): "edges read per entry",
-    ("composite", "size"): "entries; needs `codebook`",
-    ("composite", "dim"): "width of an entry",
-    ("composite", "hidden_size"): "width of the projection to the head; 0: `hidden_size` of the model",
-    ("composite", "hashes"): "hash functions of the candidate search",
-    ("output_router", "num_heads"): "output projections",
-    ("output_router", "gate_size"): "width of the gate",
-    ("video_head", "latent_dim"): "width of a video latent",
-    ("video_head", "hidden_size"): "width of the head's MLP; 0: 4 x `hidden_size` of the model",
-    ("talker_head", "num_codes"): "size of the audio code vocabulary",
-    ("talker_head", "hidden_size"): "width of the head's MLP; 0: 4 x `hidden_size` of the model",
 }
 
 
@@ -129,14 +89,11 @@ def field_rows() -> str:
 
 
 def block_rows() -> str:
-    known = {(block, key) for block, options in BLOCK_OPTIONS.items() for key in options}
-    if known != OPTION_MEANINGS.keys():
-        raise ValueError(f"OPTION_MEANINGS and BLOCK_OPTIONS differ in {sorted(known ^ OPTION_MEANINGS.keys())}")
     rows = []
-    for block, options in BLOCK_OPTIONS.items():
-        for key, option in options.items():
+    for name, block in OPTIONAL_BLOCKS.items():
+        for key, option in block.options.items():
             default = "required" if option.default is REQUIRED else code(option.default)
-            rows.append((f"`{block}`", f"`{key}`", default, option.expected, OPTION_MEANINGS[block, key]))
+            rows.append((f"`{name}`", f"`{key}`", default, option.expected, option.meaning))
     return table(("block", "key", "default", "accepted", "meaning"), rows)
 
 
@@ -147,7 +104,7 @@ def preset_rows() -> str:
         config = preset_config(name)
         audit = audit_config(config)
         changed = [key for key in ArbConfig.__annotations__ if getattr(config, key) != getattr(plain, key)]
-        blocks = [key for key in changed if key in BLOCK_OPTIONS]
+        blocks = [key for key in changed if key in OPTIONAL_BLOCKS]
         shape = [f"{key}={getattr(config, key)}" for key in changed if key not in blocks]
         bytes_a_weight = f"{audit.state_bytes / audit.logical_weights:.3f}"
         rows.append((f"`{name}`", f"{audit.logical_weights:,}", bytes_a_weight, ", ".join(shape), ", ".join(blocks)))

@@ -3,8 +3,8 @@
 An edge is src int32, dst int32, sign int8 and score int8, in four tensors (A,). Valid edges come first, in the order
 (dst, falling score, src), so that one search finds a motif's incoming edges with the strongest ahead; empty slots
 have src = dst = -1. Everything goes by sorting unique keys dst * num_motifs + src and by integer sums: a result
-depends on which pairs were seen and how often, not on their order or the device. The bounded edge state is that of
-seed 004, section 2; counting, decay and eviction are ours (as in the "space saving" sketch, Metwally et al. 2005).
+depends on which pairs were seen and how often, not on their order or the device. Counting, decay and eviction follow
+the "space saving" sketch (Metwally et al. 2005).
 """
 
 from __future__ import annotations

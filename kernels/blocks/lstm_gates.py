@@ -3,8 +3,8 @@
     new cell = sigmoid(forget + 1) * cell + sigmoid(input) * tanh(candidate)
     hidden   = sigmoid(output) * tanh(new cell)
 
-The matmuls that make the gates are the caller's. Everything is computed in float32, and the cell stays float32
-whatever the gates are: it is a sum over the whole text. Backward makes the non-linearities again from the gates.
+The caller computes the matmuls that give the gates. Everything is computed in float32, and the cell stays float32
+whatever the gates' dtype: it is a sum over the whole text. Backward recomputes the non-linearities from the gates.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The gates of one LSTM step (lstm_gates.py) on Triton: one pass forward, one backward, nothing kept in between.
+"""The gates of one LSTM step (lstm_gates.py) on Triton: one pass forward, one backward, no saved activations.
 
-Exponentials are the GPU's own, so results are compared with the reference by error ratio, not bit by bit.
+Exponentials use the GPU's instruction, so results are compared with the reference by error ratio, not bit by bit.
 """
 
 from __future__ import annotations
@@ -52,14 +52,7 @@ def _store(pointers, x, mask):
 
 @jit
 def lstm_gates_forward_kernel(
-    gates_ptr,
-    cell_ptr,
-    hidden_ptr,
-    new_cell_ptr,
-    elements,
-    H,
-    FORGET_BIAS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    gates_ptr, cell_ptr, hidden_ptr, new_cell_ptr, elements, H, FORGET_BIAS: tl.constexpr, BLOCK: tl.constexpr
 ):
     mask, element, place = _places(elements, H, BLOCK)
     input_gate, forget_gate, candidate, output_gate = _load_activations(gates_ptr, place, H, mask, FORGET_BIAS)
@@ -98,17 +91,17 @@ def lstm_gates_backward_kernel(
     _store(p_grad + 3 * H, b_grad_hidden * squashed * output_gate * (1.0 - output_gate), mask)
 
 
+def _launch(kernel, forget_bias: float, gates: torch.Tensor, cell: torch.Tensor, *others: torch.Tensor) -> None:
+    elements, H = cell.numel(), cell.shape[1]
+    grid = (ceil_div(elements, _BLOCK),)
+    launch(kernel, grid, gates, cell, *others, elements, H, FORGET_BIAS=forget_bias, BLOCK=_BLOCK)
+
+
 def triton_lstm_gates(gates: torch.Tensor, cell: torch.Tensor, forget_bias: float) -> tuple[torch.Tensor, torch.Tensor]:
     """`lstm_gates`: gates (B, 4H) float32 or half, cell float32 (B, H) -> hidden like gates, new cell like cell."""
     gates, cell = gates.contiguous(), cell.contiguous()
     hidden, new_cell = torch.empty_like(cell, dtype=gates.dtype), torch.empty_like(cell)
-    launch(
-        lstm_gates_forward_kernel,
-        (ceil_div(cell.numel(), _BLOCK),),
-        *(gates, cell, hidden, new_cell, cell.numel(), cell.shape[1]),
-        FORGET_BIAS=forget_bias,
-        BLOCK=_BLOCK,
-    )
+    _launch(lstm_gates_forward_kernel, forget_bias, gates, cell, hidden, new_cell)
     return hidden, new_cell
 
 
@@ -123,11 +116,5 @@ def triton_lstm_gates_backward(
     """What `triton_lstm_gates` took and gave, and the gradients of its results -> those of gates and cell."""
     inputs = [tensor.contiguous() for tensor in (gates, cell, new_cell, grad_hidden, grad_new_cell)]
     grad_gates, grad_cell = torch.empty_like(inputs[0]), torch.empty_like(inputs[1])
-    launch(
-        lstm_gates_backward_kernel,
-        (ceil_div(cell.numel(), _BLOCK),),
-        *(*inputs, grad_gates, grad_cell, cell.numel(), cell.shape[1]),
-        FORGET_BIAS=forget_bias,
-        BLOCK=_BLOCK,
-    )
+    _launch(lstm_gates_backward_kernel, forget_bias, *inputs, grad_gates, grad_cell)
     return grad_gates, grad_cell

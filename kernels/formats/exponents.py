@@ -1,7 +1,7 @@
 """Exponents in fractions of an octave, and scale arithmetic that gives the same bits on every backend.
 
-Powers of two come from tables of correctly rounded float32 constants instead of exp2, and the inverse (which
-exponent covers this value?) compares mantissa bits instead of taking a logarithm.
+Powers of two come from tables of correctly rounded float32 constants instead of exp2. The inverse, the least exponent
+that covers a value, compares mantissa bits instead of taking a logarithm.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import torch
 
 EIGHTHS = 8
 QUARTERS = 4
+SQRT_HALF = 0.5**0.5
+HALF_OCTAVE_FRACTION = 0x3504F3  # the fraction bits of float32(SQRT_HALF)
 
 
 @cache
@@ -31,7 +33,7 @@ def quarter_octaves_covering(square: torch.Tensor) -> torch.Tensor:
     sqrt(square) = 2^(e/4) means square = 2^(e/2): two steps an octave of the square, told apart by its mantissa.
     """
     mantissa, octave = torch.frexp(square)  # square = mantissa * 2^octave, mantissa in [0.5, 1)
-    half_octaves = 2 * (octave - 1) + (mantissa > 0.5).int() + (mantissa > 0.5**0.5).int()
+    half_octaves = 2 * (octave - 1) + (mantissa > 0.5).int() + (mantissa > SQRT_HALF).int()
     half_octaves = torch.where(square > 0, half_octaves, -127).masked_fill(square.isinf(), 127)
     return half_octaves.clamp(-127, 127).to(torch.int8)
 

@@ -1,4 +1,4 @@
-"""What every implementation of the gradient sum agrees on (native/gradient_sum.cpp has the same numbers)."""
+"""Constants that every implementation of the gradient sum shares."""
 
 BLOCK = 64  # columns that share a step
 LEAST_EXPONENT, LARGEST_EXPONENT = -126, 121  # the step and its inverse are normal float32 numbers

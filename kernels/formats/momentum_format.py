@@ -1,4 +1,4 @@
-"""What every implementation of the momentum rule agrees on: its constants, and how accum holds two numbers a weight."""
+"""Constants that every implementation of the momentum rule shares, and how accum holds two numbers a weight."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 import torch
 
-BLOCK = 64
-CLIP_RMS = 2.5
-MAX_UPDATE = 2.0
-STATISTIC_BITS = 15
-STATISTIC_OCTAVES = 64
-UPDATE_STEPS = 1024.0
-UPDATE_LIMIT = 31.0
+BLOCK = 64  # columns that share a momentum step
+CLIP_RMS = 2.5  # of a block's RMS: the largest momentum that its codes reach
+MAX_UPDATE = 2.0  # in RMS of the update
+STATISTIC_BITS = 15  # of a row's or column's largest element in fixed point
+STATISTIC_OCTAVES = 64  # a column's scale is at most so far from the largest row's
+UPDATE_STEPS = 1024.0  # fixed point of the update before it is set to unit RMS
+UPDATE_LIMIT = 31.0 * UPDATE_STEPS  # largest magnitude in it
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,13 @@ class MomentumFormat:
         return 2 ** (self.bits - 1) - 1
 
     @property
+    def clip(self) -> float:
+        """A block's mean square times this is the square of its momentum step."""
+        return (CLIP_RMS / self.levels) ** 2
+
+    @property
     def legal(self) -> tuple[tuple[int, int], ...]:
-        """Ranges of accum's values, in rising order: the momentum code below -levels is none."""
+        """Ranges of accum's values, in ascending order; a momentum code of -levels - 1 is illegal."""
         illegal = -(self.levels + 1) << self.bits  # and the cell - 1 after it
         if self.bits == 4:  # read as unsigned
             return ((0, 127), (illegal + 256 + self.cell, 255))
@@ -49,5 +54,6 @@ class MomentumFormat:
         return (signed << self.bits) >> self.bits, signed >> self.bits
 
     def join(self, residual: torch.Tensor, momentum: torch.Tensor) -> torch.Tensor:
+        """The inverse of `split`: accum (N, K)."""
         joined = (momentum << self.bits) | (residual & (self.cell - 1))
         return joined.view(torch.uint8) if self.bits == 4 else joined

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from arb_kernels.backend import uses_native, uses_triton
-from arb_kernels.native_library import native_library, pointer
+from arb_kernels.native_library import native_kernels, pointer
 
 from .packing_triton import triton_unpack_trits
 
@@ -58,5 +58,5 @@ def unpack_trits(packed: torch.Tensor, num_trits: int, dtype: torch.dtype = torc
     if dtype != torch.int8 or packed.dim() != 2 or not packed.numel() or not uses_native(packed):
         return naive_unpack_trits(packed, num_trits, dtype)
     trits = torch.empty(len(packed), num_trits, dtype=torch.int8)
-    native_library().arb_unpack_trits(pointer(packed), len(packed), num_trits, pointer(trits))
+    native_kernels().arb_unpack_trits(pointer(packed), len(packed), num_trits, pointer(trits))
     return trits

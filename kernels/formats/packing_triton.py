@@ -1,4 +1,4 @@
-"""Planar base-3 packing (packing.py) on Triton: unpack, unpack with scales, gather rows of a table, pack.
+"""Planar base-3 packing (packing.py) on Triton: unpack, unpack with scales, gather rows of a table.
 
 A program decodes a tile of bytes once and writes five runs of columns, one a plane. Addresses are 64-bit: a table of
 ten million rows is longer than 2^31 bytes.
@@ -10,7 +10,6 @@ import torch
 
 from arb_kernels.triton_support import cast_float, ceil_div, digit_of, jit, launch, power_of_two_from, tl
 
-_PLANES = 5  # trits a byte
 _TILE_BYTES, _TILE_ELEMENTS = 256, 1024
 
 
@@ -51,20 +50,6 @@ def unpack_trits_kernel(
         else:
             b_out = trits.to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + row[:, None] * columns + column[None, :], b_out, mask=mask)
-
-
-@jit
-def pack_trits_kernel(trits_ptr, packed_ptr, rows, columns, width, BR: tl.constexpr, BB: tl.constexpr):
-    row = (tl.program_id(0) * BR + tl.arange(0, BR)).to(tl.int64)
-    i_byte = tl.program_id(1) * BB + tl.arange(0, BB)
-    byte_mask = (row < rows)[:, None] & (i_byte < width)[None, :]
-    packed = tl.zeros([BR, BB], tl.int32)
-    for backwards in tl.static_range(5):
-        column = (4 - backwards) * width + i_byte
-        mask = byte_mask & (column < columns)[None, :]
-        trits = tl.load(trits_ptr + row[:, None] * columns + column[None, :], mask=mask, other=0).to(tl.int32)
-        packed = packed * 3 + tl.where(trits < 0, 2, trits)
-    tl.store(packed_ptr + row[:, None] * width + i_byte[None, :], packed.to(tl.uint8), mask=byte_mask)
 
 
 def _tiles(rows: int, width: int) -> tuple[tuple[int, int], dict[str, int]]:
@@ -123,14 +108,3 @@ def triton_gather_rows(
     flat_scale = None if scale is None else scale.reshape(-1, scale.shape[-1])
     out = _unpack(packed, ids.reshape(-1).contiguous(), num_trits, dtype, flat_scale, group_size or num_trits)
     return out.view(*ids.shape, num_trits)
-
-
-def triton_pack_trits(trits: torch.Tensor) -> torch.Tensor:
-    """`pack_trits`: int8 (..., K) in {-1, 0, 1} -> uint8 (..., ceil(K / 5))."""
-    columns = trits.shape[-1]
-    width = ceil_div(columns, _PLANES)
-    flat = trits.reshape(-1, columns).contiguous()
-    packed = torch.empty(len(flat), width, dtype=torch.uint8, device=trits.device)
-    grid, tile = _tiles(len(flat), width)
-    launch(pack_trits_kernel, grid, flat, packed, len(flat), columns, width, **tile)
-    return packed.view(*trits.shape[:-1], width)

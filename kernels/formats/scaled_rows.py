@@ -1,4 +1,4 @@
-"""Float weights S * T, of a whole matrix or of the rows asked for: transients of one matmul or lookup."""
+"""Float weights S * T of a whole matrix or of some of its rows: transients of one matmul or lookup."""
 
 from __future__ import annotations
 

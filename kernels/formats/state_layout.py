@@ -1,4 +1,4 @@
-"""Which tensors a ternary matrix keeps under each update rule: the one table that layers, audit and loader share."""
+"""Lists the tensors that a ternary matrix keeps under each update rule, for layers, audit and loader."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ COUNTER = ((0, torch.iinfo(torch.int64).max),)
 
 @dataclass(frozen=True)
 class StateTensor:
-    """One persistent tensor: its shape and dtype, what it is for, whether inference needs it, and its legal values, as
-    closed ranges in rising order; none: whatever the dtype holds."""
+    """One persistent tensor: shape, dtype, role, whether inference needs it, and its legal values as closed ranges in
+    ascending order; no ranges: every value of the dtype."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -26,7 +26,7 @@ class StateTensor:
     legal: tuple[tuple[int, int], ...] = ()
 
     def count_illegal(self, tensor: torch.Tensor) -> int:
-        """How many values lie in none of the legal ranges; looked at piece by piece."""
+        """How many values lie outside the legal ranges; computed piece by piece."""
         if not self.legal:
             return 0
         return sum(self._count_illegal(piece) for piece in tensor.reshape(-1).split(CHECKED_VALUES))
@@ -42,7 +42,7 @@ class StateTensor:
 
 
 def rule_of_tables(update_rule: str, table_rule: str) -> str:
-    """The rule for the touched rows of a large table: sign votes, or under `momentum` also momentum when asked."""
+    """The rule for the touched rows of a large table: sign votes; under `momentum` also momentum, if table_rule is."""
     if update_rule == "correlation":
         return "correlation"
     return "momentum" if update_rule == table_rule == "momentum" else "flip"

@@ -1,4 +1,4 @@
-"""Two bits a weight in memory, for decoding on a CPU: reading 1.6 bits takes more instructions than it saves traffic.
+"""Two bits a weight in memory, for decoding on a CPU: unpacking 1.6 bits costs more time than its traffic saves.
 
 Blocks of 16 rows of the weight matrix, and in a block chunks of 16 columns in 64 bytes: byte 4 * i + j of a chunk holds
 row i at the columns j, 4 + j, 8 + j and 12 + j, lowest bits first, as trit + 1. Four masked shifts of one vector then
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from arb_kernels.backend import backend_for, instruction_set, uses_triton
-from arb_kernels.native_library import native_library, pointer
+from arb_kernels.native_library import native_kernels, native_library, pointer
 
 from .packing import unpack_trits
 
@@ -21,15 +21,15 @@ HUGE_PAGE = 2 << 20  # bytes
 
 
 def decoding_form(packed: torch.Tensor, columns: int) -> torch.Tensor:
-    """packed uint8 (N, ceil(K / 5)) -> what `decode_linear` reads fastest here, to be made once: the decode layout for
-    the native kernels, the packed bytes themselves for Triton, trits int8 (N, K) for torch."""
+    """packed uint8 (N, ceil(K / 5)) -> the form that `decode_linear` reads fastest, to be computed once: the decode
+    layout for the native kernels, the packed bytes themselves for Triton, trits int8 (N, K) for torch."""
     if _takes_layout(packed.device):
         return to_decode_layout(unpack_trits(packed, columns))
     return packed if uses_triton(packed) else unpack_trits(packed, columns)
 
 
 def decoding_bytes(num_rows: int, columns: int, device: torch.device) -> int:
-    """What `decoding_form` makes of a (num_rows, columns) matrix on a device, in bytes; 0 where packed bytes do."""
+    """Bytes of `decoding_form` of a (num_rows, columns) matrix on a device; 0 where it is the packed bytes."""
     if _takes_layout(device):
         return -(-num_rows // ROWS) * -(-columns // COLUMNS) * 4 * ROWS
     return 0 if uses_triton(torch.empty(0, device=device)) else num_rows * columns
@@ -61,7 +61,7 @@ def in_huge_pages(tensor: torch.Tensor) -> torch.Tensor:
     room = torch.empty(tensor.nbytes + HUGE_PAGE, dtype=torch.uint8)
     start = -room.data_ptr() % HUGE_PAGE
     aligned = room[start : start + tensor.nbytes]
-    native_library().arb_advise_huge_pages(pointer(aligned), tensor.nbytes // HUGE_PAGE * HUGE_PAGE)
+    native_kernels().arb_advise_huge_pages(pointer(aligned), tensor.nbytes // HUGE_PAGE * HUGE_PAGE)
     return aligned.view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
 

@@ -1,4 +1,4 @@
-"""Quantised activations times ternary weights that were laid out once: what evaluation and generation run."""
+"""Quantised activations times ternary weights in their decoding form, for evaluation and generation."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from arb_kernels.backend import instruction_set, uses_native, uses_triton
 from arb_kernels.formats.packing import unpack_trits
 from arb_kernels.formats.two_bit_layout import from_decode_layout
-from arb_kernels.native_library import native_library, pointer
+from arb_kernels.native_library import native_kernels, pointer
 
 from .int8_matmul import int8_matmul, naive_int8_matmul
 from .matvec_triton import triton_packed_matvec
@@ -38,7 +38,7 @@ def _layout_linear(values: torch.Tensor, layout: torch.Tensor, num_rows: int, ro
     if not (fits and isa and uses_native(values, layout, row_scale)):
         return layout_matmul(*quantise_tokens(values), layout, num_rows, row_scale)
     out = torch.empty(M, num_rows)
-    native_library().arb_two_bit_matvec(
+    native_kernels().arb_two_bit_matvec(
         *(isa, values.data_ptr(), layout.data_ptr(), M, num_rows, K, row_scale.data_ptr(), out.data_ptr())
     )
     return out
@@ -52,7 +52,7 @@ def layout_matmul(
     if not codes.numel() or not instruction_set() or not uses_native(codes, token_scale, layout, row_scale):
         return naive_int8_matmul(codes, from_decode_layout(layout, num_rows, K), token_scale, row_scale, trits=True)
     out = torch.empty(M, num_rows)
-    native_library().arb_two_bit_matmul(
+    native_kernels().arb_two_bit_matmul(
         instruction_set(),
         *map(pointer, (codes, layout)),
         *(M, num_rows, K),

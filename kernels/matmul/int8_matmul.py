@@ -3,9 +3,9 @@
 out[r, c] = (sum_k rows[r, k] * columns[c, k]) * row_scale[r] * column_scale[c], in this order of rounding everywhere.
 
 torch's int8 GEMM is exact on GPUs, but not on every CPU: without VNNI or AMX, oneDNN adds 128 to one operand and sums
-pairs of products in 16 bits, which saturate. A trit beside codes of at most 127 stays below (255 * 1 * 2 = 510, or
-129 * 127 * 2 = 32766 with the operands changed over, against 32767); two codes do not. These are multiplied in float32,
-over as many columns at a time as keep every partial sum an integer that float32 holds.
+pairs of products in 16 bits, which saturate. A trit times a code of at most 127 stays below 32767 (255 * 1 * 2 = 510,
+or 129 * 127 * 2 = 32766 with the operands exchanged); two codes do not. Two codes are multiplied in float32, over as
+many columns at a time as keep every partial sum an integer that float32 holds.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 
 from arb_kernels.backend import instruction_set, uses_native, uses_triton
-from arb_kernels.native_library import native_library, pointer
+from arb_kernels.native_library import native_kernels, pointer
 
 from .quantise_triton import triton_scale_sums
 
-TRIT_OFFSET, INT8_OFFSET = 1, 128  # what makes a column operand unsigned, as the CPU's instructions want it
+TRIT_OFFSET, INT8_OFFSET = 1, 128  # make the column operand unsigned, as the CPU's instructions require
 EXACT_COLUMNS = 2**24 // 128**2  # float32 holds the sum of so many products of two int8 codes, in any order
-_CUDA_MULTIPLE, _CUDA_LEAST_ROWS = 16, 17  # what torch._int_mm asks for there
+_CUDA_MULTIPLE, _CUDA_LEAST_ROWS = 16, 17  # required by torch._int_mm
 
 
 def _with_own_strides(matrix: torch.Tensor) -> torch.Tensor:
@@ -53,8 +53,11 @@ def _float_sums(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     return sums
 
 
-def _exact_sums(rows: torch.Tensor, columns: torch.Tensor, trits: bool) -> torch.Tensor:
-    """int8 (R, K) @ int8 (K, C) -> int32 (R, C)."""
+def _exact_sums(
+    rows: torch.Tensor, columns: torch.Tensor, transposed: bool = False, trits: bool = False
+) -> torch.Tensor:
+    """int32 (R, C). The arguments are those of `int8_matmul`."""
+    columns = columns if transposed else columns.T
     if rows.is_cuda:
         return _cuda_sums(rows, columns)
     if trits:
@@ -68,10 +71,10 @@ def naive_int8_matmul(
     columns: torch.Tensor,
     row_scale: torch.Tensor,
     column_scale: torch.Tensor | None = None,
-    transposed: bool = False,
-    trits: bool = False,
+    **form: bool,
 ) -> torch.Tensor:
-    sums = _exact_sums(rows, columns if transposed else columns.T, trits)
+    """`int8_matmul` in torch. form: its `transposed` and `trits`."""
+    sums = _exact_sums(rows, columns, **form)
     out = sums.float() * row_scale[:, None]
     return out if column_scale is None else out * column_scale
 
@@ -89,15 +92,15 @@ def int8_matmul(
     trits: the columns hold nothing but -1, 0 and 1, and the rows nothing below -127. Sums must fit int32: K < 2^17.
     """
     if rows.numel() and columns.numel() and uses_triton(rows, columns, row_scale, column_scale):
-        sums = _exact_sums(rows, columns if transposed else columns.T, trits)
+        sums = _exact_sums(rows, columns, transposed, trits)
         return triton_scale_sums(sums, row_scale, column_scale)
     instructions = instruction_set()
     usable = instructions and rows.numel() and columns.numel()
     if not usable or not uses_native(rows, columns, row_scale, column_scale):
-        return naive_int8_matmul(rows, columns, row_scale, column_scale, transposed, trits)
+        return naive_int8_matmul(rows, columns, row_scale, column_scale, transposed=transposed, trits=trits)
     R, K, C = *rows.shape, columns.shape[1 if transposed else 0]
     out = torch.empty(R, C)
-    native_library().arb_int8_matmul(
+    native_kernels().arb_int8_matmul(
         instructions,
         pointer(rows),
         pointer(columns),

@@ -1,7 +1,7 @@
 """Decoding's matmul on Triton: a few tokens against packed trits, unpacked on the way to the tensor cores.
 
-At most 16 tokens leave the work bound by reading W, so W is read as it is stored: 0.2 bytes a weight, and nothing
-dense is written. The trits are the left operand of the dot, the tokens, padded to 16, the right one. Sums are int32.
+With at most 16 tokens the time is that of reading W, so W is read as it is stored, at 0.2 bytes a weight, and no dense
+matrix is written. The trits are the left operand of the dot, the tokens, padded to 16, the right one. Sums are int32.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 A weight gradient sums over tokens and an input gradient over outputs, so the two need the gradient quantised with
 scales along different axes, each with the other operand's scales folded in: no scale then varies along a sum.
-Activations round to nearest (SwitchBack and BitNet do the same), gradients stochastically, or small ones would
-vanish. The random bits are a hash of the gradient's own largest value and the element's place: a run, its resume and
-every backend draw the same ones, without a counter to keep.
+Activations round to nearest (as in SwitchBack and BitNet), gradients stochastically, or small ones would vanish. The
+random bits are a hash of the gradient's largest value and the element's place, so a run, its resume and every backend
+draw the same bits without a stored counter.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 
 from arb_kernels.backend import uses_native, uses_triton
-from arb_kernels.native_library import native_library, pointer
+from arb_kernels.native_library import native_kernels, pointer
 from arb_kernels.random_bits import random_bits, uniform_from_high_bits, uniform_from_low_bits
 
 from .quantise_triton import triton_quantise_gradient, triton_quantise_tokens
@@ -44,7 +44,7 @@ def quantise_tokens(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if not uses_native(values) or not values.numel():
         return naive_quantise_tokens(values)
     codes, scale = torch.empty_like(values, dtype=torch.int8), values.new_empty(len(values))
-    native_library().arb_quantise_tokens(pointer(values), *values.shape, pointer(codes), pointer(scale))
+    native_kernels().arb_quantise_tokens(pointer(values), *values.shape, pointer(codes), pointer(scale))
     return codes, scale
 
 
@@ -53,7 +53,7 @@ def naive_quantise_gradient(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     by_token = gradient * column_factor
     token_max = by_token.abs().amax(1)
-    bits = random_bits(int(token_max.amax().view(torch.int32)), *gradient.shape, gradient.device)
+    bits = random_bits(int(token_max.amax().view(torch.int32)), len(gradient), gradient.shape[1], gradient.device)
     token_codes = _round_stochastically(by_token * _inverse(token_max)[:, None], uniform_from_low_bits(bits))
     if row_factor is None:
         return token_codes, _scale(token_max), None, None
@@ -78,7 +78,7 @@ def quantise_gradient(
     if row_factor is not None:
         column_codes = torch.empty(columns, tokens, dtype=torch.int8)
         column_scale = gradient.new_empty(columns)
-    native_library().arb_quantise_gradient(
+    native_kernels().arb_quantise_gradient(
         pointer(gradient),
         tokens,
         columns,

@@ -6,6 +6,8 @@ gradient keys its random bits: the second kernel reads it from where the first o
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from arb_kernels.triton_support import (
@@ -64,93 +66,74 @@ def quantise_tokens_kernel(values_ptr, codes_ptr, scale_ptr, columns, BC: tl.con
         tl.store(codes_ptr + row * columns + column, codes, mask=column < columns)
 
 
+class _Gradient(NamedTuple):
+    """What both kernels read, their argument `of`. Without a row factor only the codes by token are made."""
+
+    gradient: torch.Tensor  # (M, N)
+    column_factor: torch.Tensor  # float32 (N,)
+    row_factor: torch.Tensor | None  # float32 (M,)
+    token_max: torch.Tensor  # int32 (M,): bits of each row's largest magnitude, made by the first kernel, as these:
+    column_max: torch.Tensor  # int32 (N,)
+    key: torch.Tensor  # int32 (1,): the largest of all
+    M: int
+    N: int
+
+
 @jit
-def _gradient_tile(gradient_ptr, column_factor_ptr, row_factor_ptr, M, N, BY_COLUMN: tl.constexpr, B: tl.constexpr):
+def _gradient_tile(of, BY_COLUMN: tl.constexpr, B: tl.constexpr):
     """This program's tile: gradient times column factor and times row factor, [B, B] each, and its rows, columns."""
     row = tl.program_id(0) * B + tl.arange(0, B)
     column = tl.program_id(1) * B + tl.arange(0, B)
-    mask = (row < M)[:, None] & (column < N)[None, :]
-    address = row.to(tl.int64)[:, None] * N + column[None, :]
-    b_gradient = tl.load(gradient_ptr + address, mask=mask, other=0.0).to(tl.float32)
-    by_token = b_gradient * tl.load(column_factor_ptr + column, mask=column < N, other=0.0)[None, :]
+    mask = (row < of.M)[:, None] & (column < of.N)[None, :]
+    address = row.to(tl.int64)[:, None] * of.N + column[None, :]
+    b_gradient = tl.load(of.gradient + address, mask=mask, other=0.0).to(tl.float32)
+    by_token = b_gradient * tl.load(of.column_factor + column, mask=column < of.N, other=0.0)[None, :]
     by_column = b_gradient
     if BY_COLUMN:
-        by_column = b_gradient * tl.load(row_factor_ptr + row, mask=row < M, other=0.0)[:, None]
+        by_column = b_gradient * tl.load(of.row_factor + row, mask=row < of.M, other=0.0)[:, None]
     return by_token, by_column, row, column, address, mask
 
 
 @jit
-def gradient_maxima_kernel(
-    gradient_ptr,
-    column_factor_ptr,
-    row_factor_ptr,
-    token_max_ptr,
-    column_max_ptr,
-    key_ptr,
-    M,
-    N,
-    BY_COLUMN: tl.constexpr,
-    B: tl.constexpr,
-):
-    by_token, by_column, row, column, _address, _mask = _gradient_tile(
-        gradient_ptr, column_factor_ptr, row_factor_ptr, M, N, BY_COLUMN, B
-    )
+def gradient_maxima_kernel(of, BY_COLUMN: tl.constexpr, B: tl.constexpr):
+    by_token, by_column, row, column, _address, _mask = _gradient_tile(of, BY_COLUMN, B)
     token_max = tl.max(magnitude_bits(by_token), axis=1)
-    tl.atomic_max(token_max_ptr + row, token_max, mask=row < M, sem="relaxed")
-    tl.atomic_max(key_ptr, tl.max(token_max, axis=0), sem="relaxed")
+    tl.atomic_max(of.token_max + row, token_max, mask=row < of.M, sem="relaxed")
+    tl.atomic_max(of.key, tl.max(token_max, axis=0), sem="relaxed")
     if BY_COLUMN:
-        tl.atomic_max(
-            column_max_ptr + column, tl.max(magnitude_bits(by_column), axis=0), mask=column < N, sem="relaxed"
-        )
+        column_max = tl.max(magnitude_bits(by_column), axis=0)
+        tl.atomic_max(of.column_max + column, column_max, mask=column < of.N, sem="relaxed")
 
 
 @jit
 def quantise_gradient_kernel(
-    gradient_ptr,
-    column_factor_ptr,
-    row_factor_ptr,
-    token_max_ptr,
-    column_max_ptr,
-    key_ptr,
+    of,
     token_codes_ptr,
     token_scale_ptr,
     column_codes_ptr,
     column_scale_ptr,
-    M,
-    N,
     BY_COLUMN: tl.constexpr,
     B: tl.constexpr,
 ):
-    by_token, by_column, row, column, address, mask = _gradient_tile(
-        gradient_ptr, column_factor_ptr, row_factor_ptr, M, N, BY_COLUMN, B
-    )
-    words = random_words(tl.load(key_ptr), row, column)
-    token_max = tl.load(token_max_ptr + row, mask=row < M, other=0)
+    by_token, by_column, row, column, address, mask = _gradient_tile(of, BY_COLUMN, B)
+    words = random_words(tl.load(of.key), row, column)
+    token_max = tl.load(of.token_max + row, mask=row < of.M, other=0)
     codes = _round_to_int8(by_token * _inverse_of(token_max)[:, None], uniform_low(words))
     tl.store(token_codes_ptr + address, codes, mask=mask)
     if tl.program_id(1) == 0:
-        tl.store(token_scale_ptr + row, _scale_of(token_max), mask=row < M)
+        tl.store(token_scale_ptr + row, _scale_of(token_max), mask=row < of.M)
     if BY_COLUMN:
-        column_max = tl.load(column_max_ptr + column, mask=column < N, other=0)
+        column_max = tl.load(of.column_max + column, mask=column < of.N, other=0)
         codes = _round_to_int8(by_column * _inverse_of(column_max)[None, :], uniform_high(words))
-        transposed = column.to(tl.int64)[:, None] * M + row[None, :]
+        transposed = column.to(tl.int64)[:, None] * of.M + row[None, :]
         tl.store(column_codes_ptr + transposed, tl.trans(codes), mask=tl.trans(mask))
         if tl.program_id(0) == 0:
-            tl.store(column_scale_ptr + column, _scale_of(column_max), mask=column < N)
+            tl.store(column_scale_ptr + column, _scale_of(column_max), mask=column < of.N)
 
 
 @jit
 def scale_sums_kernel(
-    sums_ptr,
-    row_scale_ptr,
-    column_scale_ptr,
-    out_ptr,
-    R,
-    C,
-    sums_stride,
-    HAS_COLUMN_SCALE: tl.constexpr,
-    BR: tl.constexpr,
-    BC: tl.constexpr,
+    sums_ptr, row_scale_ptr, column_scale_ptr, out_ptr, R, C, sums_stride, BR: tl.constexpr, BC: tl.constexpr
 ):
     row = tl.program_id(0) * BR + tl.arange(0, BR)
     column = tl.program_id(1) * BC + tl.arange(0, BC)
@@ -158,7 +141,7 @@ def scale_sums_kernel(
     row_64 = row.to(tl.int64)[:, None]
     b_sums = tl.load(sums_ptr + row_64 * sums_stride + column[None, :], mask=mask, other=0)
     out = b_sums.to(tl.float32) * tl.load(row_scale_ptr + row, mask=row < R, other=0.0)[:, None]
-    if HAS_COLUMN_SCALE:
+    if column_scale_ptr is not None:
         out *= tl.load(column_scale_ptr + column, mask=column < C, other=0.0)[None, :]
     tl.store(out_ptr + row_64 * C + column[None, :], cast_float(out, out_ptr.dtype.element_ty), mask=mask)
 
@@ -188,11 +171,11 @@ def triton_quantise_gradient(
     token_codes, token_scale = torch.empty(M, N, dtype=torch.int8, device=device), torch.empty(M, device=device)
     column_codes = torch.empty(N, M, dtype=torch.int8, device=device) if by_column else None
     column_scale = torch.empty(N, device=device) if by_column else None
-    inputs = (gradient, column_factor, row_factor, token_max, column_max, key)
+    of = _Gradient(gradient, column_factor, row_factor, token_max, column_max, key, M, N)
     grid = (ceil_div(M, _TILE), ceil_div(N, _TILE))
-    launch(gradient_maxima_kernel, grid, *inputs, M, N, BY_COLUMN=by_column, B=_TILE)
+    launch(gradient_maxima_kernel, grid, of, BY_COLUMN=by_column, B=_TILE)
     outputs = (token_codes, token_scale, column_codes, column_scale)
-    launch(quantise_gradient_kernel, grid, *inputs, *outputs, M, N, BY_COLUMN=by_column, B=_TILE)
+    launch(quantise_gradient_kernel, grid, of, *outputs, BY_COLUMN=by_column, B=_TILE)
     return outputs
 
 
@@ -212,7 +195,6 @@ def triton_scale_sums(
         (ceil_div(R, _TILE), ceil_div(C, _TILE)),
         *(sums, row_scale.contiguous(), None if column_scale is None else column_scale.contiguous(), out),
         *(R, C, sums.stride(0)),
-        HAS_COLUMN_SCALE=column_scale is not None,
         BR=_TILE,
         BC=_TILE,
     )

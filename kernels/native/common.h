@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "constants.h"
+
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define ARB_X86 1
 #define ARB_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
@@ -15,20 +17,20 @@
 #endif
 #define ARB_API extern "C" __attribute__((visibility("default")))
 
-// What arb_instruction_set returns and the matmuls take (native_library.py has the same numbers).
-enum InstructionSet { AVX2_ONLY = 1, AVX512_VNNI = 2 };
+// What arb_instruction_set returns and the matmuls take.
+constexpr int AVX2_ONLY = native_library::AVX2, AVX512_VNNI = native_library::AVX512_VNNI;
 
 // Below this many elements a second thread costs more than it brings.
 constexpr int64_t PARALLEL_FROM = 1 << 15;
 
-constexpr uint32_t GOLDEN = 0x9E3779B9u;
+constexpr uint32_t GOLDEN = random_bits::GOLDEN_STEP;
 
 // lowbias32 of random_bits.py
 static inline __attribute__((always_inline)) uint32_t mix(uint32_t word) {
     word ^= word >> 16;
-    word *= 0x7FEB352Du;
+    word *= random_bits::MULTIPLIER_1;
     word ^= word >> 15;
-    word *= 0x846CA68Bu;
+    word *= random_bits::MULTIPLIER_2;
     return word ^ (word >> 16);
 }
 

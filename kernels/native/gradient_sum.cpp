@@ -6,14 +6,14 @@
 
 namespace {
 
-constexpr int BLOCK = 64;
+using namespace gradient_sum_format;
 
 inline __attribute__((always_inline)) float power_of_two(int exponent) { return from_bits((exponent + 127) << 23); }
 
 // The least exponent with 127 * 2^exponent >= the number whose bits these are.
 inline int covering_exponent(int32_t absmax_bits) {
-    const int exponent = (absmax_bits >> 23) - 133 + ((absmax_bits & 0x7FFFFF) > 0x7E0000);
-    return std::min(std::max(exponent, -126), 121);
+    const int exponent = (absmax_bits >> 23) - EXPONENT_OFFSET + ((absmax_bits & 0x7FFFFF) > BEYOND_127);
+    return std::min(std::max(exponent, LEAST_EXPONENT), LARGEST_EXPONENT);
 }
 
 ARB_CLONES void add_row(int8_t* codes, int8_t* exponents, const float* dW, int64_t columns, uint32_t row_key) {
@@ -47,7 +47,7 @@ ARB_CLONES void add_value(float* dW, const int8_t* codes, const int8_t* exponent
 
 }  // namespace
 
-// codes (rows, columns) and exponents (rows, blocks of 64) take dW (rows, columns) in.
+// Adds dW (rows, columns) to codes (rows, columns) and exponents (rows, blocks of 64).
 ARB_API void arb_add_gradient(int8_t* codes, int8_t* exponents, const float* dW, int64_t rows, int64_t columns,
                               uint32_t key) {
     const int64_t blocks = (columns + BLOCK - 1) / BLOCK;
@@ -56,7 +56,7 @@ ARB_API void arb_add_gradient(int8_t* codes, int8_t* exponents, const float* dW,
         add_row(codes + n * columns, exponents + n * blocks, dW + n * columns, columns, mix((uint32_t)n ^ key));
 }
 
-// dW (rows, columns) takes in what codes and exponents stand for.
+// Adds the value of codes and exponents to dW (rows, columns).
 ARB_API void arb_add_sum(float* dW, const int8_t* codes, const int8_t* exponents, int64_t rows, int64_t columns) {
     const int64_t blocks = (columns + BLOCK - 1) / BLOCK;
 #pragma omp parallel for if (rows * columns >= PARALLEL_FROM)

@@ -18,9 +18,9 @@
 
 namespace {
 
-constexpr int64_t LANES = 16, PANEL = 2 * LANES, DEPTH = 4, TILE_ROWS = 12, TILES_PER_TASK = 40;
+constexpr int64_t LANES = two_bit_layout::ROWS, PANEL = 2 * LANES, DEPTH = 4, TILE_ROWS = 12, TILES_PER_TASK = 40;
 constexpr int64_t WORDS = DEPTH / 2;  // depths in a step of 16-bit numbers
-constexpr int TRITS = 1;              // the offset that stands for them
+constexpr int TRITS = 1;              // the offset of trits
 constexpr int64_t PREFETCH = 1024;    // bytes ahead in a panel, which streams from the second-level cache
 enum Source { ROW_MAJOR, TRANSPOSED, TWO_BIT };
 
@@ -316,7 +316,7 @@ ARB_API void arb_int8_matmul(int isa, const int8_t* rows, const int8_t* columns,
     multiply({rows, bytes, source, R, C, K, steps, wide ? 0 : offset, wide, row_scale, column_scale, out}, isa);
 }
 
-// codes int8 (M, K) against the decode layout of N weight rows (decode_layout.py).
+// codes int8 (M, K) against the decode layout of N weight rows (two_bit_layout.py).
 ARB_API void arb_two_bit_matmul(int isa, const int8_t* codes, const uint8_t* layout, int64_t M, int64_t N, int64_t K,
                                 const float* token_scale, const float* row_scale, float* out) {
     const int64_t steps = (K + 15) / 16 * 4;

@@ -5,7 +5,7 @@
 
 namespace {
 
-constexpr int64_t LANES = 16, CHUNK = 64;
+constexpr int64_t LANES = two_bit_layout::ROWS, CHUNK = 4 * LANES;  // rows of a chunk, and its bytes
 constexpr int64_t PREFETCH = 4096;  // bytes ahead: the hardware's own prefetch stops at the end of a page
 
 // Codes are masked where they lie, so that a sum is PLACE times too large, and shifted back once at the end: shifts and

@@ -5,6 +5,6 @@
 
 constexpr int64_t MATVEC_ROWS = 8;  // at most
 
-// rows int8 (R, 16 * chunks), zeros behind K; layout: per 16 columns, chunks of 64 bytes (decode_layout.py).
+// rows int8 (R, 16 * chunks), zeros behind K; layout: per 16 columns, chunks of 64 bytes (two_bit_layout.py).
 void two_bit_matvec(int isa, const int8_t* rows, const uint8_t* layout, int64_t R, int64_t C, int64_t chunks,
                     const int32_t* row_sums, const float* row_scale, const float* column_scale, float* out);

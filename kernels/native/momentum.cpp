@@ -1,4 +1,4 @@
-// The momentum rule of momentum_update.py in four passes over dW and state, with no temporary longer than a row.
+// The momentum rule (momentum.py) in four passes over dW and state, with no temporary longer than a row.
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -7,7 +7,11 @@
 
 namespace {
 
-constexpr int BLOCK = 64, LEVELS = 7, CELL = 16, STATISTIC_BITS = 15, STATISTIC_OCTAVES = 64;
+using namespace momentum_format;
+
+constexpr int LOW_HALF = CELL - 1;  // of accum: the residual; the momentum code lies above it
+constexpr float CLIP = (float)((CLIP_RMS / LEVELS) * (CLIP_RMS / LEVELS));
+constexpr float STEPS = (float)UPDATE_STEPS, LIMIT = (float)UPDATE_LIMIT;
 
 struct Rule {
     int64_t columns;
@@ -22,7 +26,7 @@ int covering_exponent(float square) {
     if (std::isinf(square)) return 127;
     int octave;
     const float mantissa = std::frexp(square, &octave);
-    const int half = 2 * (octave - 1) + (mantissa > 0.5f) + (mantissa > (float)0.70710678118654752440);
+    const int half = 2 * (octave - 1) + (mantissa > 0.5f) + (mantissa > (float)exponents::SQRT_HALF);
     return half < -127 ? -127 : half > 127 ? 127 : half;
 }
 
@@ -42,7 +46,17 @@ float square_root(int64_t total) { return (float)std::sqrt((double)(float)total)
 inline __attribute__((always_inline)) void direction_of(const Rule& rule, const uint8_t* accum, float step,
                                                         const float* dW, int length, float* direction) {
     for (int i = 0; i < length; ++i)
-        direction[i] = (float)((int8_t)accum[i] >> 4) * step * rule.beta + dW[i] * rule.share;
+        direction[i] = (float)((int8_t)accum[i] >> BITS) * step * rule.beta + dW[i] * rule.share;
+}
+
+// The update of a block before it is set to unit RMS; returns the block's length.
+inline __attribute__((always_inline)) int unit_of(const Rule& rule, int64_t start, const uint8_t* accum,
+                                                  const int8_t* exponents, const float* dW, float row_scale,
+                                                  const float* column_scale, float* unit) {
+    const int length = rule.columns - start < BLOCK ? (int)(rule.columns - start) : BLOCK;
+    direction_of(rule, accum + start, rule.power[exponents[start / BLOCK] + 128], dW + start, length, unit);
+    for (int i = 0; i < length; ++i) unit[i] = unit[i] * row_scale * column_scale[start + i];
+    return length;
 }
 
 // Folds one row.
@@ -54,19 +68,19 @@ ARB_CLONES void fold_row(const Rule& rule, int64_t row, uint8_t* accum, int8_t* 
         const float step = rule.power[exponent + 128];
         float momentum[BLOCK], square[BLOCK] = {};
         for (int i = 0; i < length; ++i) {
-            momentum[i] = (float)((int8_t)accum[start + i] >> 4) * step * rule.beta + dW[start + i] * rule.share;
+            momentum[i] = (float)((int8_t)accum[start + i] >> BITS) * step * rule.beta + dW[start + i] * rule.share;
             square[i] = momentum[i] * momentum[i];
         }
         for (int half = BLOCK / 2; half; half /= 2)
             for (int i = 0; i < half; ++i) square[i] += square[i + half];
         const float mean = square[0] / (float)length;
-        exponent = (int8_t)covering_exponent(mean * (float)((2.5 / LEVELS) * (2.5 / LEVELS)));
+        exponent = (int8_t)covering_exponent(mean * CLIP);
         const float inverse = rule.power[128 - exponent];
         for (int i = 0; i < length; ++i) {
             const uint32_t bits = mix(row_key + (uint32_t)(start + i) * GOLDEN);
             float code = std::floor(momentum[i] * inverse + uniform_low(bits));
             code = code < -LEVELS ? -LEVELS : code > LEVELS ? LEVELS : code;
-            accum[start + i] = (uint8_t)((int)code << 4 | (accum[start + i] & 15));
+            accum[start + i] = (uint8_t)((int)code << BITS | (accum[start + i] & LOW_HALF));
         }
     }
 }
@@ -112,17 +126,15 @@ ARB_CLONES void add_squares(const Rule& rule, const uint8_t* accum, const int8_t
 
 inline __attribute__((always_inline)) float clamp(float x, float limit) { return x < -limit ? -limit : x > limit ? limit : x; }
 
-// The row's sum of squares of the update before it is set to unit RMS, in 1/1024ths.
+// The row's sum of squares of the update before it is set to unit RMS, in fixed point of UPDATE_STEPS.
 ARB_CLONES int64_t power_row(const Rule& rule, const uint8_t* accum, const int8_t* exponents, const float* dW,
                              float row_scale, const float* column_scale) {
     int64_t total = 0;
     for (int64_t start = 0; start < rule.columns; start += BLOCK) {
-        const int length = rule.columns - start < BLOCK ? (int)(rule.columns - start) : BLOCK;
-        float direction[BLOCK];
-        direction_of(rule, accum + start, rule.power[exponents[start / BLOCK] + 128], dW + start, length, direction);
+        float unit[BLOCK];
+        const int length = unit_of(rule, start, accum, exponents, dW, row_scale, column_scale, unit);
         for (int i = 0; i < length; ++i) {
-            const float unit = direction[i] * row_scale * column_scale[start + i];
-            const int32_t steps = (int32_t)std::nearbyint(clamp(unit * 1024.0f, 31.0f * 1024.0f));
+            const int32_t steps = (int32_t)std::nearbyint(clamp(unit[i] * STEPS, LIMIT));
             total += (int64_t)(steps * steps);
         }
     }
@@ -138,21 +150,19 @@ ARB_CLONES int64_t move_row(const Rule& rule, int64_t row, uint8_t* accum, const
     unpack_row(packed, width, trits);
     int32_t flips = 0;
     for (int64_t start = 0; start < rule.columns; start += BLOCK) {
-        const int length = rule.columns - start < BLOCK ? (int)(rule.columns - start) : BLOCK;
-        float direction[BLOCK];
-        direction_of(rule, accum + start, rule.power[exponents[start / BLOCK] + 128], dW + start, length, direction);
+        float unit[BLOCK];
+        const int length = unit_of(rule, start, accum, exponents, dW, row_scale, column_scale, unit);
         for (int i = 0; i < length; ++i) {
-            const float unit = direction[i] * row_scale * column_scale[start + i];
-            const float update = clamp(unit * inverse_rms, max_update);
+            const float update = clamp(unit[i] * inverse_rms, max_update);
             const uint32_t bits = mix(row_key + (uint32_t)(start + i) * GOLDEN);
             const int32_t shift = (int32_t)std::floor(update * rate + uniform_high(bits));
             const int32_t old_trit = trits[start + i];
-            const int32_t residual = (int8_t)(accum[start + i] << 4) >> 4;
+            const int32_t residual = (int8_t)(accum[start + i] << BITS) >> BITS;
             int32_t latent = shift + old_trit * CELL + residual;
             latent = latent < -3 * CELL / 2 ? -3 * CELL / 2 : latent > 3 * CELL / 2 - 1 ? 3 * CELL / 2 - 1 : latent;
-            const int32_t trit = (latent + CELL / 2) >> 4;
+            const int32_t trit = (latent + CELL / 2) >> BITS;
             trits[start + i] = (int8_t)trit;
-            accum[start + i] = (uint8_t)((accum[start + i] & 0xF0) | ((latent - trit * CELL) & 15));
+            accum[start + i] = (uint8_t)((accum[start + i] & ~LOW_HALF) | ((latent - trit * CELL) & LOW_HALF));
             flips += trit != old_trit;
         }
     }
@@ -162,7 +172,7 @@ ARB_CLONES int64_t move_row(const Rule& rule, int64_t row, uint8_t* accum, const
 
 }  // namespace
 
-// Fold, then move every weight by `rate` = -lr * 16 residual steps per unit of update. Returns the changed trits.
+// Fold, then move every weight by `rate` = -lr * CELL residual steps per unit of update. Returns the changed trits.
 // power: 256 floats, 2^(e / 4) for e from -128.
 ARB_API int64_t arb_momentum_update(uint8_t* packed, uint8_t* accum, int8_t* exponents, const float* dW, int64_t rows,
                                     int64_t columns, uint32_t key, const float* power, float beta, float share,
@@ -220,12 +230,12 @@ ARB_API int64_t arb_momentum_update(uint8_t* packed, uint8_t* accum, int8_t* exp
 #pragma omp parallel for if (parallel) reduction(+ : power_sum)
     for (int64_t n = 0; n < rows; ++n)
         power_sum += power_row(rule, state(n), steps(n), gradient(n), row_scale[n], column_scale.data());
-    const float size_root = (float)(1024.0 * std::sqrt((double)(rows * columns)));
+    const float size_root = (float)(UPDATE_STEPS * std::sqrt((double)(rows * columns)));
     const float inverse_rms = power_sum > 0 ? 1.0f / square_root(power_sum) * size_root : 0.0f;
 
 #pragma omp parallel if (parallel) reduction(+ : flips)
     {
-        std::vector<int8_t> trits(5 * width);
+        std::vector<int8_t> trits(packing::TRITS_PER_BYTE * width);
 #pragma omp for
         for (int64_t n = 0; n < rows; ++n)
             flips += move_row(rule, n, state(n), steps(n), gradient(n), row_scale[n], column_scale.data(), inverse_rms,

@@ -14,7 +14,7 @@ ARB_API void arb_unpack_trits(const uint8_t* packed, int64_t rows, int64_t colum
     const int64_t width = packed_width(columns);
 #pragma omp parallel if (rows * columns >= PARALLEL_FROM)
     {
-        std::vector<int8_t> padded(5 * width);
+        std::vector<int8_t> padded(packing::TRITS_PER_BYTE * width);
 #pragma omp for
         for (int64_t n = 0; n < rows; ++n) {
             unpack(packed + n * width, width, padded.data());

@@ -3,14 +3,16 @@
 
 #include "common.h"
 
-static inline __attribute__((always_inline)) int64_t packed_width(int64_t columns) { return (columns + 4) / 5; }
+static inline __attribute__((always_inline)) int64_t packed_width(int64_t columns) {
+    return (columns + packing::TRITS_PER_BYTE - 1) / packing::TRITS_PER_BYTE;
+}
 
 // One row -> 5 * width trits in {-1, 0, 1}; the caller's buffer holds the padding columns too.
 static inline __attribute__((always_inline)) void unpack_row(const uint8_t* packed, int64_t width, int8_t* trits) {
     for (int64_t b = 0; b < width; ++b) {
         uint16_t code = packed[b];
-        code -= code > 242 ? 243 : 0;
-        for (int j = 0; j < 5; ++j) {
+        code -= code > packing::LARGEST_BYTE ? packing::LARGEST_BYTE + 1 : 0;
+        for (int j = 0; j < packing::TRITS_PER_BYTE; ++j) {
             const uint16_t third = (uint16_t)(code * 171) >> 9;
             const uint16_t digit = code - 3 * third;
             trits[j * width + b] = (int8_t)((digit & 1) - (digit >> 1));
@@ -23,7 +25,7 @@ static inline __attribute__((always_inline)) void unpack_row(const uint8_t* pack
 static inline __attribute__((always_inline)) void pack_row(const int8_t* trits, int64_t width, uint8_t* packed) {
     for (int64_t b = 0; b < width; ++b) {
         uint8_t code = 0;
-        for (int j = 4; j >= 0; --j) {
+        for (int j = packing::TRITS_PER_BYTE - 1; j >= 0; --j) {
             const int8_t trit = trits[j * width + b];
             code = (uint8_t)(code * 3 + (trit < 0 ? 2 : trit));
         }

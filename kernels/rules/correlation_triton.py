@@ -1,56 +1,34 @@
-"""The correlation rule of correlation_update.py on Triton: votes from dW, or from the two factors of dW.
+"""The correlation rule (correlation.py) on Triton: votes from dW, or from the two factors of dW.
 
-The second way makes a tile of dW = grad_y^T @ x in registers, takes its signs and drops it: dW is never written. Its
-sums over tokens are float32 in an order of their own, so a sign may differ from the one of another matmul's dW where
-that dW is all but zero; where the sums are exact, the votes are equal.
+The second kernel computes a tile of dW = grad_y^T @ x in registers, takes its signs and drops it: dW is never written.
+Its float32 sums over tokens have an order of their own, so where dW is nearly zero a sign may differ from that of
+another matmul's dW; where the sums are exact, the votes are equal.
 """
 
 from __future__ import annotations
 
 import torch
+from torch.autograd.graph import increment_version
 
-from arb_kernels.triton_support import ceil_div, digit_of, jit, launch, power_of_two_from, tl
+from arb_kernels.formats.rule_states import CorrelationState
+from arb_kernels.triton_support import ceil_div, jit, launch, power_of_two_from, tl
 
-_GROUP_COLUMNS, _VOTES_ELEMENTS = 128, 2048
+from .group_votes_triton import launch_votes, program_units, sign_of, trits_at, unit_columns
+
 _TILE_ROWS, _TILE_COLUMNS, _TILE_TOKENS = 64, 64, 32
 
 
 @jit
-def _agreement(packed_ptr, row, column, dW, mask, width):
-    """sign(dW) * trit, int32 [R, C], zero outside the mask. row int64 [R, 1], column [R, C] or [1, C]."""
-    b_packed = tl.load(packed_ptr + row * width + column % width, mask=mask, other=0)
-    sign = (dW > 0).to(tl.int32) - (dW < 0).to(tl.int32)
-    return tl.where(mask, sign * digit_of(b_packed, column // width), 0)
-
-
-@jit
-def correlation_votes_kernel(
-    packed_ptr,
-    corr_ptr,
-    dW_ptr,
-    new_corr_ptr,
-    units,
-    columns,
-    width,
-    groups,
-    group_size,
-    BU: tl.constexpr,
-    BC: tl.constexpr,
-):
-    """A unit is a group of a row; BU units, BC columns of each at a time."""
-    unit = tl.program_id(0).to(tl.int64) * BU + tl.arange(0, BU)
-    in_units = unit < units
-    row = (unit // groups)[:, None]
-    first = (unit % groups).to(tl.int32) * group_size
+def correlation_votes_kernel(packed_ptr, corr_ptr, dW_ptr, shape, BU: tl.constexpr, BC: tl.constexpr):
+    """BU units, BC columns of each at a time. shape: VoteShape."""
+    unit, in_units, row = program_units(shape, BU)
     votes = tl.zeros([BU], tl.int32)
-    for start in range(0, group_size, BC):
-        place = start + tl.arange(0, BC)
-        column = first[:, None] + place[None, :]
-        mask = in_units[:, None] & (place < group_size)[None, :] & (column < columns)
-        b_dW = tl.load(dW_ptr + row * columns + column, mask=mask, other=0.0)
-        votes += tl.sum(_agreement(packed_ptr, row, column, b_dW, mask, width), axis=1)
+    for start in range(0, shape.group_size, BC):
+        column, mask = unit_columns(shape, unit, in_units, start, BC)
+        sign = sign_of(tl.load(dW_ptr + row * shape.columns + column, mask=mask, other=0.0))
+        votes += tl.sum(sign * trits_at(packed_ptr, row, column, mask, shape.width), axis=1)
     corr = tl.load(corr_ptr + unit, mask=in_units, other=0)
-    tl.store(new_corr_ptr + unit, corr - votes.to(tl.int64), mask=in_units)
+    tl.store(corr_ptr + unit, corr - votes.to(tl.int64), mask=in_units)
 
 
 @jit
@@ -89,57 +67,42 @@ def correlation_factors_kernel(
         dW = tl.dot(tl.trans(b_grad_y), b_x, dW, input_precision="ieee")
     mask = (row < N)[:, None] & in_columns[None, :]
     row_64 = row.to(tl.int64)[:, None]
-    agreement = _agreement(packed_ptr, row_64, column[None, :], dW, mask, width)
+    agreement = sign_of(dW) * trits_at(packed_ptr, row_64, column[None, :], mask, width)
     votes = tl.sum(tl.reshape(agreement, (BN, GROUPS, PLACES)), axis=2)
     group = (tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)) // parts
     p_corr = corr_ptr + row_64 * groups + group[None, :]
     tl.atomic_add(p_corr, -votes.to(tl.int64), mask=(row < N)[:, None] & (group < groups)[None, :], sem="relaxed")
 
 
-def triton_correlation_update(
-    packed: torch.Tensor, corr_accum: torch.Tensor, step_counter: torch.Tensor, dW: torch.Tensor, group_size: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`correlation_update`: packed uint8 (N, ceil(K/5)), corr_accum int64 (N, groups), step_counter int64 (), dW
-    float32 (N, K) -> the new corr_accum, step_counter."""
-    (rows, columns), groups = dW.shape, corr_accum.shape[1]
-    packed, corr_accum = packed.contiguous(), corr_accum.contiguous()
-    new_corr = torch.empty_like(corr_accum)
-    tile_columns = min(power_of_two_from(group_size), _GROUP_COLUMNS)
-    tile_units = _VOTES_ELEMENTS // tile_columns
-    launch(
-        correlation_votes_kernel,
-        (ceil_div(rows * groups, tile_units),),
-        *(packed, corr_accum, dW.contiguous(), new_corr),
-        *(rows * groups, columns, packed.shape[1], groups, group_size),
-        BU=tile_units,
-        BC=tile_columns,
-    )
-    return new_corr, step_counter + 1
+def triton_correlation_update(state: CorrelationState, dW: torch.Tensor, group_size: int) -> None:
+    """`correlation_update`, in place on contiguous tensors; dW float32 (N, K)."""
+    assert all(tensor.is_contiguous() for tensor in state)
+    votes = (state.T_packed, state.corr_accum)
+    launch_votes(correlation_votes_kernel, votes, dW.contiguous(), state.corr_accum.shape[1], group_size)
+    increment_version(state.corr_accum)
+    state.step_counter.add_(1)
 
 
 def triton_correlation_update_from_factors(
-    packed: torch.Tensor,
-    corr_accum: torch.Tensor,
-    step_counter: torch.Tensor,
-    grad_y: torch.Tensor,
-    x: torch.Tensor,
-    group_size: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    state: CorrelationState, grad_y: torch.Tensor, x: torch.Tensor, group_size: int
+) -> None:
     """`triton_correlation_update` for dW = grad_y^T @ x, which is never written. grad_y (M, N), x (M, K), of one dtype,
-    float32 or a half format -> the new corr_accum, step_counter."""
+    float32 or a half format."""
+    assert all(tensor.is_contiguous() for tensor in state)
     grad_y, x = grad_y.contiguous(), x.contiguous()
-    (M, N), columns, groups = grad_y.shape, x.shape[1], corr_accum.shape[1]
-    new_corr = corr_accum.clone(memory_format=torch.contiguous_format)
+    (M, N), columns, groups = grad_y.shape, x.shape[1], state.corr_accum.shape[1]
     places = min(power_of_two_from(group_size), _TILE_COLUMNS)
     parts = ceil_div(group_size, places)
     tile_groups = _TILE_COLUMNS // places
     launch(
         correlation_factors_kernel,
         (ceil_div(N, _TILE_ROWS), ceil_div(groups * parts, tile_groups)),
-        *(packed.contiguous(), new_corr, grad_y, x, M, N, columns, packed.shape[1], groups, group_size, parts),
+        *(state.T_packed, state.corr_accum, grad_y, x),
+        *(M, N, columns, state.T_packed.shape[1], groups, group_size, parts),
         BN=_TILE_ROWS,
         BM=_TILE_TOKENS,
         GROUPS=tile_groups,
         PLACES=places,
     )
-    return new_corr, step_counter + 1
+    increment_version(state.corr_accum)
+    state.step_counter.add_(1)

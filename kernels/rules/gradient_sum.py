@@ -20,7 +20,8 @@ from arb_kernels.backend import uses_native, uses_triton
 from arb_kernels.formats.exponents import octave_scale
 from arb_kernels.formats.gradient_sum_format import BEYOND_127, BLOCK, EXPONENT_OFFSET, LARGEST_EXPONENT, LEAST_EXPONENT
 from arb_kernels.formats.groups import num_groups, split_groups, spread_groups
-from arb_kernels.native_library import native_library, pointer
+from arb_kernels.formats.rule_states import overwrite
+from arb_kernels.native_library import native_kernels, pointer
 from arb_kernels.random_bits import random_bits, uniform_from_low_bits
 
 from .gradient_sum_triton import triton_add_gradient, triton_add_sum
@@ -48,7 +49,7 @@ def _covering_exponent(absmax: torch.Tensor) -> torch.Tensor:
 
 
 def naive_value(total: GradientSum) -> torch.Tensor:
-    """float32 (N, K): what the codes stand for."""
+    """float32 (N, K): the value of the sum."""
     step = octave_scale(total.exponents.int())
     return total.codes * spread_groups(step, BLOCK, total.codes.shape[1])
 
@@ -58,7 +59,7 @@ def naive_add_gradient(total: GradientSum, dW: torch.Tensor, key: int) -> Gradie
     summed = naive_value(total).add_(dW)
     exponent = _covering_exponent(split_groups(summed.abs(), BLOCK).amax(-1))
     inverse = spread_groups(octave_scale(-exponent), BLOCK, dW.shape[1])
-    uniform = uniform_from_low_bits(random_bits(key, *dW.shape, dW.device))
+    uniform = uniform_from_low_bits(random_bits(key, len(dW), dW.shape[1], dW.device))
     codes = summed.mul_(inverse).add_(uniform).floor_().clamp_(-127, 127)
     return GradientSum(codes.to(torch.int8), exponent.to(torch.int8))
 
@@ -66,20 +67,19 @@ def naive_add_gradient(total: GradientSum, dW: torch.Tensor, key: int) -> Gradie
 def add_gradient(total: GradientSum, dW: torch.Tensor, key: int) -> None:
     """Add dW float32 (N, K) to the sum, in place. key: of this addition's random bits."""
     if uses_native(*total, dW):
-        native_library().arb_add_gradient(*map(pointer, (*total, dW)), *dW.shape, key)
+        native_kernels().arb_add_gradient(*map(pointer, (*total, dW)), *dW.shape, key)
     elif uses_triton(*total, dW):
         triton_add_gradient(*total, dW, key)
     else:
-        for tensor, new in zip(total, naive_add_gradient(total, dW, key), strict=True):
-            tensor.copy_(new)
+        overwrite(total, naive_add_gradient(total, dW, key))
         return
     increment_version(tuple(total))
 
 
 def add_sum(dW: torch.Tensor, total: GradientSum) -> None:
-    """Add what the sum stands for to dW float32 (N, K), in place."""
+    """Add the value of the sum to dW float32 (N, K), in place."""
     if uses_native(*total, dW):
-        native_library().arb_add_sum(*map(pointer, (dW, *total)), *dW.shape)
+        native_kernels().arb_add_sum(*map(pointer, (dW, *total)), *dW.shape)
     elif uses_triton(*total, dW):
         triton_add_sum(dW, *total)
     else:

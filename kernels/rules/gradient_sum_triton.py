@@ -1,4 +1,4 @@
-"""gradient_sum.py on a GPU: a program adds rows of one block of 64 columns."""
+"""The gradient sum (gradient_sum.py) on Triton: a program adds rows of one block of 64 columns."""
 
 from __future__ import annotations
 

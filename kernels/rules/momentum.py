@@ -1,6 +1,6 @@
-"""momentum: the default update rule. 1.2 bytes of state per weight, no float among them.
+"""momentum: the default update rule. 1.2 bytes of integer state per weight.
 
-State of a matrix (N out, K in), beside its packed trits:
+State of a matrix (N out, K in), besides its packed trits:
     accum      (N, K) uint8, or int16 with momentum_bits 8: residual in the low half, momentum code in the high half,
                both two's complement, so that zero means zero
     accum_exp  (N, ceil(K / 64)) int8: the step of a block of 64 momentum codes, in quarter octaves
@@ -28,7 +28,6 @@ from arb_kernels.formats.exponents import (
 from arb_kernels.formats.groups import group_lengths, split_groups, spread_groups
 from arb_kernels.formats.momentum_format import (
     BLOCK,
-    CLIP_RMS,
     MAX_UPDATE,
     STATISTIC_BITS,
     STATISTIC_OCTAVES,
@@ -37,8 +36,9 @@ from arb_kernels.formats.momentum_format import (
     MomentumFormat,
 )
 from arb_kernels.formats.packing import pack_trits, unpack_trits
-from arb_kernels.native_library import native_library, pointer
-from arb_kernels.random_bits import random_bits, uniform_from_high_bits, uniform_from_low_bits
+from arb_kernels.formats.rule_states import MomentumState, overwrite
+from arb_kernels.native_library import native_kernels, pointer
+from arb_kernels.random_bits import random_bits_of_rows, uniform_from_high_bits, uniform_from_low_bits
 
 from .momentum_triton import triton_momentum_update
 
@@ -62,7 +62,7 @@ def fold_momentum(
     dW: torch.Tensor,
     uniform: torch.Tensor,
     beta: float,
-    levels: int,
+    form: MomentumFormat,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """m <- beta * m + (1 - beta) * dW, requantised.
 
@@ -73,9 +73,9 @@ def fold_momentum(
     momentum = _dequantise(codes, exponent).mul_(beta).add_(dW * (1 - beta))
     square_sum = _sum_in_tree(split_groups(momentum * momentum, BLOCK)).squeeze(-1)
     mean_square = square_sum / group_lengths(columns, BLOCK, dW.device)
-    new_exponent = quarter_octaves_covering(mean_square * (CLIP_RMS / levels) ** 2)
+    new_exponent = quarter_octaves_covering(mean_square * form.clip)
     inverse = spread_groups(power_of_two(-new_exponent, QUARTERS), BLOCK, columns)
-    scaled = momentum.mul_(inverse).add_(uniform).floor_().clamp_(-levels, levels)
+    scaled = momentum.mul_(inverse).add_(uniform).floor_().clamp_(-form.levels, form.levels)
     return scaled.to(codes.dtype), new_exponent
 
 
@@ -115,7 +115,7 @@ def normalise(direction: torch.Tensor) -> torch.Tensor:
     ratio = torch.where(column_sum > 0, root / _square_root(column_sum), 0)
     column_scale = ratio * octave_scale(column_octaves.clamp(max=STATISTIC_OCTAVES))
     unit = (direction * row_scale[:, None]).mul_(column_scale)
-    steps = (unit * UPDATE_STEPS).clamp_(-UPDATE_LIMIT * UPDATE_STEPS, UPDATE_LIMIT * UPDATE_STEPS).round_().int()
+    steps = (unit * UPDATE_STEPS).clamp_(-UPDATE_LIMIT, UPDATE_LIMIT).round_().int()
     power = (steps * steps).sum(dtype=torch.int64)
     inverse_rms = torch.where(power > 0, UPDATE_STEPS * unit.numel() ** 0.5 / _square_root(power), 0)
     return unit.mul_(inverse_rms).clamp_(-MAX_UPDATE, MAX_UPDATE)
@@ -136,59 +136,44 @@ def move_weights(
 
 
 def naive_momentum_update(
-    packed: torch.Tensor,
-    accum: torch.Tensor,
-    accum_exp: torch.Tensor,
-    dW: torch.Tensor,
-    key: int,
-    lr: float,
-    beta: float = 0.9,
-    bits: int = 4,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`momentum_update` as a pure function: returns the new packed, accum, accum_exp and the changed trits' number."""
-    form = MomentumFormat(bits)
-    residual, codes = form.split(accum)
-    noise = random_bits(key, *dW.shape, dW.device)
-    codes, accum_exp = fold_momentum(codes, accum_exp, dW, uniform_from_low_bits(noise), beta, form.levels)
-    update = normalise(_dequantise(codes, accum_exp).mul_(beta) + dW * (1 - beta))
-    trits = unpack_trits(packed, dW.shape[1])
+    state: MomentumState, dW: torch.Tensor, key: int, lr: float, beta: float = 0.9, row_ids: torch.Tensor | None = None
+) -> tuple[MomentumState, torch.Tensor]:
+    """`momentum_update` as a pure function: returns the new state and the number of changed trits.
+
+    row_ids: int64 (N,): the rows' places in a larger table, which select their random bits. None: 0 to N - 1.
+    """
+    form, columns = state.form, dW.shape[1]
+    residual, codes = form.split(state.accum)
+    row_ids = torch.arange(len(dW), dtype=torch.int32, device=dW.device) if row_ids is None else row_ids
+    noise = random_bits_of_rows(key, row_ids, columns)
+    codes, exponent = fold_momentum(codes, state.accum_exp, dW, uniform_from_low_bits(noise), beta, form)
+    update = normalise(_dequantise(codes, exponent).mul_(beta) + dW * (1 - beta))
+    trits = unpack_trits(state.T_packed, columns)
     new_trits, residual = move_weights(trits, residual, update, uniform_from_high_bits(noise), lr, form.cell)
-    return pack_trits(new_trits), form.join(residual, codes), accum_exp, (new_trits != trits).sum()
+    return MomentumState(pack_trits(new_trits), form.join(residual, codes), exponent), (new_trits != trits).sum()
 
 
-def momentum_update(
-    packed: torch.Tensor,
-    accum: torch.Tensor,
-    accum_exp: torch.Tensor,
-    dW: torch.Tensor,
-    key: int,
-    lr: float,
-    beta: float = 0.9,
-    bits: int = 4,
-) -> torch.Tensor:
+def momentum_update(state: MomentumState, dW: torch.Tensor, key: int, lr: float, beta: float = 0.9) -> torch.Tensor:
     """Fold and move in one go, in place.
 
-    packed: uint8 (N, ceil(K/5)) trits; dW: float32 (N, K), the step's mean gradient; lr: cells per step. Returns the
-    number of changed trits, an int64 scalar.
+    dW: float32 (N, K), the step's mean gradient; lr: cells per step; beta: decay of the momentum. Returns the number
+    of changed trits, int64 ().
     """
-    if bits == 4 and uses_native(packed, accum, accum_exp, dW):
-        flips = native_library().arb_momentum_update(
-            *map(pointer, (packed, accum, accum_exp, dW)),
+    if state.accum.dtype == torch.uint8 and uses_native(*state, dW):
+        flips = native_kernels().arb_momentum_update(
+            *map(pointer, (*state, dW)),
             *dW.shape,
             key,
             pointer(power_table(QUARTERS, dW.device)),
             beta,
             1 - beta,
             MAX_UPDATE,
-            -lr * MomentumFormat(bits).cell,
+            -lr * state.form.cell,
         )
-        increment_version((packed, accum, accum_exp))
+        increment_version(tuple(state))
         return torch.tensor(flips)
-    if uses_triton(packed, accum, accum_exp, dW):
-        flips = triton_momentum_update(packed, accum, accum_exp, dW, key, lr, beta, bits)
-        increment_version((packed, accum, accum_exp))
-        return flips
-    *state, flips = naive_momentum_update(packed, accum, accum_exp, dW, key, lr, beta, bits)
-    for tensor, new in zip((packed, accum, accum_exp), state, strict=True):
-        tensor.copy_(new)
+    if uses_triton(*state, dW):
+        return triton_momentum_update(state, dW, key, lr, beta)
+    new, flips = naive_momentum_update(state, dW, key, lr, beta)
+    overwrite(state, new)
     return flips

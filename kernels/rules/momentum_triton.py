@@ -1,4 +1,4 @@
-"""The momentum rule of momentum_update.py on Triton: four passes over dW and state, no float temporary beyond a tile.
+"""The momentum rule (momentum.py) on Triton: four passes over dW and state, no float temporary beyond a tile.
 
 fold:    requantises the momentum of a block of 64 columns; the largest |direction| of each row and column
 squares: sums of the direction's squares by row and column, each in its own fixed point (then, over them: the scales)
@@ -11,18 +11,21 @@ so the order of the atomics does not matter; scalars stay on the device from pas
 
 from __future__ import annotations
 
-import torch
+from typing import NamedTuple
 
-from arb_kernels.formats.exponents import QUARTERS, power_table
+import torch
+from torch.autograd.graph import increment_version
+
+from arb_kernels.formats.exponents import HALF_OCTAVE_FRACTION, QUARTERS, power_table
 from arb_kernels.formats.momentum_format import BLOCK as _BLOCK
 from arb_kernels.formats.momentum_format import (
-    CLIP_RMS,
     MAX_UPDATE,
     STATISTIC_BITS,
     STATISTIC_OCTAVES,
+    UPDATE_LIMIT,
     UPDATE_STEPS,
-    MomentumFormat,
 )
+from arb_kernels.formats.rule_states import MomentumState
 from arb_kernels.triton_support import (
     ceil_div,
     clamp,
@@ -42,9 +45,24 @@ from arb_kernels.triton_support import (
 )
 
 BLOCK = constexpr(_BLOCK)
-_BITS, _OCTAVES = constexpr(STATISTIC_BITS), constexpr(STATISTIC_OCTAVES)
+_BITS, _OCTAVES, _HALF_OCTAVE = map(constexpr, (STATISTIC_BITS, STATISTIC_OCTAVES, HALF_OCTAVE_FRACTION))
+_STEPS, _LIMIT = constexpr(UPDATE_STEPS), constexpr(UPDATE_LIMIT)
 _ABSMAX, _TOTAL, _POWER, _FLIPS = map(constexpr, range(4))  # places in the int64 scalars
 _TILE_ROWS, _MOVE_ROWS, _MOVE_BYTES, _SCALES = 32, 8, 64, 1024
+
+
+class _Operands(NamedTuple):
+    """What every pass reads, its argument `of`: state, gradient, and the direction m * beta + dW * share."""
+
+    accum: torch.Tensor
+    accum_exp: torch.Tensor
+    dW: torch.Tensor
+    ids: torch.Tensor  # int64 (rows,): which rows of the state dW belongs to, if SPARSE; else anything
+    power: torch.Tensor  # float32 (256,): 2^(e / 4) for e from -128
+    rows: int  # of dW
+    columns: int
+    beta: float
+    share: float
 
 
 @jit
@@ -70,7 +88,7 @@ def _covering_exponent(square):
     """quarter_octaves_covering. Squares that are not normal numbers lie below the least exponent anyway."""
     bits = square.to(tl.int32, bitcast=True)
     fraction = bits & 0x7FFFFF
-    half_octaves = 2 * ((bits >> 23) - 127) + (fraction > 0).to(tl.int32) + (fraction > 0x3504F3).to(tl.int32)
+    half_octaves = 2 * ((bits >> 23) - 127) + (fraction > 0).to(tl.int32) + (fraction > _HALF_OCTAVE).to(tl.int32)
     return tl.where(square > 0, clamp(half_octaves, 127), -127)
 
 
@@ -107,69 +125,54 @@ def _over_root(numerator, total):
     return tl.where(total > 0, tl.div_rn(numerator, tl.sqrt_rn(tl.maximum(total, 1).to(tl.float32))), 0.0)
 
 
-@jit(do_not_specialize=["key"])
-def momentum_fold_kernel(
-    accum_ptr,
-    accum_exp_ptr,
-    dW_ptr,
-    ids_ptr,
-    power_ptr,
-    maxima_ptr,
-    rows,
-    columns,
-    key,
-    beta,
-    share,
-    clip,
-    BITS: tl.constexpr,
-    SPARSE: tl.constexpr,
-    BR: tl.constexpr,
-):
-    LEVELS: tl.constexpr = 2 ** (BITS - 1) - 1
+@jit
+def _tile(of, SPARSE: tl.constexpr, BR: tl.constexpr):
+    """This program's tile of BR rows and 64 columns: local rows, columns, masks of rows and elements, rows of state,
+    pointers to accum and accum_exp, and dW."""
     i_block = tl.program_id(1)
     local_row = tl.program_id(0) * BR + tl.arange(0, BR)
     column = i_block * BLOCK + tl.arange(0, BLOCK)
-    in_rows = local_row < rows
-    mask = in_rows[:, None] & (column < columns)[None, :]
-    row = _state_rows(ids_ptr, local_row, in_rows, SPARSE)
-    p_accum = accum_ptr + row[:, None] * columns + column[None, :]
-    p_exp = accum_exp_ptr + row * tl.cdiv(columns, BLOCK) + i_block
+    in_rows = local_row < of.rows
+    mask = in_rows[:, None] & (column < of.columns)[None, :]
+    row = _state_rows(of.ids, local_row, in_rows, SPARSE)
+    p_accum = of.accum + row[:, None] * of.columns + column[None, :]
+    p_exp = of.accum_exp + row * tl.cdiv(of.columns, BLOCK) + i_block
+    p_dW = of.dW + local_row.to(tl.int64)[:, None] * of.columns + column[None, :]
+    return local_row, column, in_rows, mask, row, p_accum, p_exp, tl.load(p_dW, mask=mask, other=0.0)
 
+
+@jit(do_not_specialize=["key"])
+def momentum_fold_kernel(of, maxima_ptr, key, clip, BITS: tl.constexpr, SPARSE: tl.constexpr, BR: tl.constexpr):
+    LEVELS: tl.constexpr = 2 ** (BITS - 1) - 1
+    local_row, column, in_rows, mask, row, p_accum, p_exp, b_dW = _tile(of, SPARSE, BR)
     b_accum = tl.load(p_accum, mask=mask, other=0).to(tl.int32)
-    b_dW = tl.load(dW_ptr + local_row.to(tl.int64)[:, None] * columns + column[None, :], mask=mask, other=0.0)
-    step = tl.load(power_ptr + 128 + tl.load(p_exp, mask=in_rows, other=0).to(tl.int32))
-    momentum = _momentum(b_accum, step[:, None], BITS) * beta + b_dW * share
+    step = tl.load(of.power + 128 + tl.load(p_exp, mask=in_rows, other=0).to(tl.int32))
+    momentum = _momentum(b_accum, step[:, None], BITS) * of.beta + b_dW * of.share
     square_sum = _sum_in_tree(momentum * momentum, BR)
-    length = tl.minimum(columns - i_block * BLOCK, BLOCK).to(tl.float32)
+    length = tl.minimum(of.columns - tl.program_id(1) * BLOCK, BLOCK).to(tl.float32)
     exponent = _covering_exponent(tl.div_rn(square_sum, length + tl.zeros_like(square_sum)) * clip)
-    inverse = tl.load(power_ptr + 128 - exponent)
+    inverse = tl.load(of.power + 128 - exponent)
     noise = uniform_low(random_words(key, row, column))
     code = floor_to_int(clamp(momentum * inverse[:, None] + noise, LEVELS * 1.0))
     b_accum = (code << BITS) | (b_accum & (2**BITS - 1))
-    tl.store(p_accum, b_accum.to(accum_ptr.dtype.element_ty), mask=mask)
+    tl.store(p_accum, b_accum.to(of.accum.dtype.element_ty), mask=mask)
     tl.store(p_exp, exponent.to(tl.int8), mask=in_rows)
-    step = tl.load(power_ptr + 128 + exponent)
-    magnitude = tl.where(mask, magnitude_bits(_momentum(b_accum, step[:, None], BITS) * beta + b_dW * share), 0)
+    step = tl.load(of.power + 128 + exponent)
+    magnitude = magnitude_bits(_momentum(b_accum, step[:, None], BITS) * of.beta + b_dW * of.share)
+    magnitude = tl.where(mask, magnitude, 0)
     tl.atomic_max(maxima_ptr + local_row, tl.max(magnitude, axis=1), mask=in_rows, sem="relaxed")
-    tl.atomic_max(maxima_ptr + rows + column, tl.max(magnitude, axis=0), mask=column < columns, sem="relaxed")
+    in_columns = column < of.columns
+    tl.atomic_max(maxima_ptr + of.rows + column, tl.max(magnitude, axis=0), mask=in_columns, sem="relaxed")
 
 
 @jit
-def _direction_tile(
-    accum_ptr, accum_exp_ptr, dW_ptr, ids_ptr, power_ptr, rows, columns, beta, share, BITS, SPARSE, BR: tl.constexpr
-):
-    """This program's tile of BR rows and 64 columns: direction float32 [BR, 64], zero outside; local rows, columns."""
-    i_block = tl.program_id(1)
-    local_row = tl.program_id(0) * BR + tl.arange(0, BR)
-    column = i_block * BLOCK + tl.arange(0, BLOCK)
-    in_rows = local_row < rows
-    mask = in_rows[:, None] & (column < columns)[None, :]
-    row = _state_rows(ids_ptr, local_row, in_rows, SPARSE)
-    b_accum = tl.load(accum_ptr + row[:, None] * columns + column[None, :], mask=mask, other=0).to(tl.int32)
-    b_dW = tl.load(dW_ptr + local_row.to(tl.int64)[:, None] * columns + column[None, :], mask=mask, other=0.0)
-    exponent = tl.load(accum_exp_ptr + row * tl.cdiv(columns, BLOCK) + i_block, mask=in_rows, other=0)
-    step = tl.load(power_ptr + 128 + exponent.to(tl.int32))
-    return _momentum(b_accum, step[:, None], BITS) * beta + b_dW * share, local_row, column
+def _direction_tile(of, BITS, SPARSE, BR: tl.constexpr):
+    """The direction of this program's tile, float32 [BR, 64], zero outside; local rows, columns and their masks."""
+    local_row, column, in_rows, mask, _, p_accum, p_exp, b_dW = _tile(of, SPARSE, BR)
+    b_accum = tl.load(p_accum, mask=mask, other=0).to(tl.int32)
+    step = tl.load(of.power + 128 + tl.load(p_exp, mask=in_rows, other=0).to(tl.int32))
+    direction = _momentum(b_accum, step[:, None], BITS) * of.beta + b_dW * of.share
+    return direction, local_row, column, in_rows, column < of.columns
 
 
 @jit
@@ -184,32 +187,14 @@ def _squares(fixed_point):
 
 
 @jit
-def momentum_squares_kernel(
-    accum_ptr,
-    accum_exp_ptr,
-    dW_ptr,
-    ids_ptr,
-    power_ptr,
-    maxima_ptr,
-    sums_ptr,
-    rows,
-    columns,
-    beta,
-    share,
-    BITS: tl.constexpr,
-    SPARSE: tl.constexpr,
-    BR: tl.constexpr,
-):
-    direction, local_row, column = _direction_tile(
-        accum_ptr, accum_exp_ptr, dW_ptr, ids_ptr, power_ptr, rows, columns, beta, share, BITS, SPARSE, BR
-    )
-    in_rows, in_columns = local_row < rows, column < columns
+def momentum_squares_kernel(of, maxima_ptr, sums_ptr, BITS: tl.constexpr, SPARSE: tl.constexpr, BR: tl.constexpr):
+    direction, local_row, column, in_rows, in_columns = _direction_tile(of, BITS, SPARSE, BR)
     row_scale = _fixed_point_scale(tl.load(maxima_ptr + local_row, mask=in_rows, other=0))
-    column_scale = _fixed_point_scale(tl.load(maxima_ptr + rows + column, mask=in_columns, other=0))
+    column_scale = _fixed_point_scale(tl.load(maxima_ptr + of.rows + column, mask=in_columns, other=0))
     of_rows = tl.sum(_squares(direction * row_scale[:, None]), axis=1)
     of_columns = tl.sum(_squares(direction * column_scale[None, :]), axis=0)
     tl.atomic_add(sums_ptr + local_row, of_rows, mask=in_rows, sem="relaxed")
-    tl.atomic_add(sums_ptr + rows + column, of_columns, mask=in_columns, sem="relaxed")
+    tl.atomic_add(sums_ptr + of.rows + column, of_columns, mask=in_columns, sem="relaxed")
 
 
 @jit
@@ -236,46 +221,22 @@ def momentum_column_scales_kernel(maxima_ptr, sums_ptr, scales_ptr, scalars_ptr,
 
 @jit
 def momentum_power_kernel(
-    accum_ptr,
-    accum_exp_ptr,
-    dW_ptr,
-    ids_ptr,
-    power_ptr,
-    scalars_ptr,
-    row_scale_ptr,
-    column_scale_ptr,
-    rows,
-    columns,
-    beta,
-    share,
-    BITS: tl.constexpr,
-    SPARSE: tl.constexpr,
-    BR: tl.constexpr,
+    of, scalars_ptr, row_scale_ptr, column_scale_ptr, BITS: tl.constexpr, SPARSE: tl.constexpr, BR: tl.constexpr
 ):
-    direction, local_row, column = _direction_tile(
-        accum_ptr, accum_exp_ptr, dW_ptr, ids_ptr, power_ptr, rows, columns, beta, share, BITS, SPARSE, BR
-    )
-    row_scale = tl.load(row_scale_ptr + local_row, mask=local_row < rows, other=0.0)
-    column_scale = tl.load(column_scale_ptr + column, mask=column < columns, other=0.0)
+    direction, local_row, column, in_rows, in_columns = _direction_tile(of, BITS, SPARSE, BR)
+    row_scale = tl.load(row_scale_ptr + local_row, mask=in_rows, other=0.0)
+    column_scale = tl.load(column_scale_ptr + column, mask=in_columns, other=0.0)
     unit = direction * row_scale[:, None] * column_scale[None, :]
-    tl.atomic_add(scalars_ptr + _POWER, tl.sum(_squares(clamp(unit * 1024.0, 31744.0))), sem="relaxed")
+    tl.atomic_add(scalars_ptr + _POWER, tl.sum(_squares(clamp(unit * _STEPS, _LIMIT))), sem="relaxed")
 
 
 @jit(do_not_specialize=["key"])
 def momentum_move_kernel(
     packed_ptr,
-    accum_ptr,
-    accum_exp_ptr,
-    dW_ptr,
-    ids_ptr,
-    power_ptr,
+    of,
     scalars_ptr,
     row_scale_ptr,
     column_scale_ptr,
-    rows,
-    columns,
-    beta,
-    share,
     width,
     key,
     size_root,
@@ -289,8 +250,8 @@ def momentum_move_kernel(
     CELL: tl.constexpr = 2**BITS
     local_row = tl.program_id(0) * BR + tl.arange(0, BR)
     i_byte = tl.program_id(1) * BB + tl.arange(0, BB)
-    in_rows = local_row < rows
-    row = _state_rows(ids_ptr, local_row, in_rows, SPARSE)
+    in_rows = local_row < of.rows
+    row = _state_rows(of.ids, local_row, in_rows, SPARSE)
     p_packed = packed_ptr + row[:, None] * width + i_byte[None, :]
     byte_mask = in_rows[:, None] & (i_byte < width)[None, :]
     old_byte = tl.load(p_packed, mask=byte_mask, other=0).to(tl.int32)
@@ -302,14 +263,15 @@ def momentum_move_kernel(
     for backwards in tl.static_range(5):
         plane = 4 - backwards
         column = plane * width + i_byte
-        in_columns = (column < columns) & (i_byte < width)
+        in_columns = (column < of.columns) & (i_byte < width)
         mask = in_rows[:, None] & in_columns[None, :]
-        p_accum = accum_ptr + row[:, None] * columns + column[None, :]
+        p_accum = of.accum + row[:, None] * of.columns + column[None, :]
         b_accum = tl.load(p_accum, mask=mask, other=0).to(tl.int32)
-        b_dW = tl.load(dW_ptr + local_row.to(tl.int64)[:, None] * columns + column[None, :], mask=mask, other=0.0)
-        p_exp = accum_exp_ptr + row[:, None] * tl.cdiv(columns, BLOCK) + (column // BLOCK)[None, :]
-        step = tl.load(power_ptr + 128 + tl.load(p_exp, mask=mask, other=0).to(tl.int32))
-        direction = _momentum(b_accum, step, BITS) * beta + b_dW * share
+        p_dW = of.dW + local_row.to(tl.int64)[:, None] * of.columns + column[None, :]
+        b_dW = tl.load(p_dW, mask=mask, other=0.0)
+        p_exp = of.accum_exp + row[:, None] * tl.cdiv(of.columns, BLOCK) + (column // BLOCK)[None, :]
+        step = tl.load(of.power + 128 + tl.load(p_exp, mask=mask, other=0).to(tl.int32))
+        direction = _momentum(b_accum, step, BITS) * of.beta + b_dW * of.share
 
         column_scale = tl.load(column_scale_ptr + column, mask=in_columns, other=0.0)
         unit = direction * row_scale[:, None] * column_scale[None, :]
@@ -321,7 +283,7 @@ def momentum_move_kernel(
         latent = tl.minimum(latent, CELL + CELL // 2 - 1)
         trit = tl.where(mask, (latent + CELL // 2) >> BITS, 0)
         b_accum = (b_accum & -CELL) | ((latent - trit * CELL) & (CELL - 1))
-        tl.store(p_accum, b_accum.to(accum_ptr.dtype.element_ty), mask=mask)
+        tl.store(p_accum, b_accum.to(of.accum.dtype.element_ty), mask=mask)
         flips += (mask & (trit != old_trit)).to(tl.int32)
         new_byte = new_byte * 3 + tl.where(trit < 0, 2, trit)
     tl.store(p_packed, new_byte.to(tl.uint8), mask=byte_mask)
@@ -329,54 +291,39 @@ def momentum_move_kernel(
 
 
 def triton_momentum_update(
-    packed: torch.Tensor,
-    accum: torch.Tensor,
-    accum_exp: torch.Tensor,
-    dW: torch.Tensor,
-    key: int,
-    lr: float,
-    beta: float = 0.9,
-    bits: int = 4,
-    row_ids: torch.Tensor | None = None,
+    state: MomentumState, dW: torch.Tensor, key: int, lr: float, beta: float = 0.9, row_ids: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """`momentum_update`: packed uint8 (N, ceil(K/5)), accum uint8 or int16 (N, K), accum_exp int8 (N, blocks), dW
-    float32 (N, K); in place. Returns the number of changed trits, int64 ().
+    """`momentum_update`, in place; dW float32 (N, K). Returns the number of changed trits, int64 ().
 
-    row_ids: int64 (R,), each row at most once: dW is (R, K) then and belongs to these rows of state, of a matrix of
-    any height; no other row is read or written.
+    row_ids: int64 (R,), each row at most once: dW is (R, K) and belongs to these rows of the state, of a matrix of any
+    height; no other row is read or written.
     """
-    for tensor in (packed, accum, accum_exp, row_ids):
+    for tensor in (*state, row_ids):
         assert tensor is None or tensor.is_contiguous()
     dW = dW.contiguous()
-    rows, columns = dW.shape
+    (rows, columns), form = dW.shape, state.form
     scalars = torch.zeros(4, dtype=torch.int64, device=dW.device)
     sums = torch.zeros(rows + columns, dtype=torch.int64, device=dW.device)
     maxima = torch.zeros(rows + columns, dtype=torch.int32, device=dW.device)
-    state = (accum, accum_exp, dW, accum if row_ids is None else row_ids, power_table(QUARTERS, dW.device))
-    shape_and_direction = (rows, columns, beta, 1 - beta)
-    options = {"BITS": bits, "SPARSE": row_ids is not None, "BR": _TILE_ROWS}
-    grid = (ceil_div(rows, _TILE_ROWS), accum_exp.shape[1])
-    clip = (CLIP_RMS / MomentumFormat(bits).levels) ** 2
-    launch(
-        momentum_fold_kernel,
-        grid,
-        *(*state, maxima, rows, columns, signed_word(key), beta, 1 - beta, clip),
-        **options,
-    )
-    scalars[0] = maxima[:rows].amax()
-    launch(momentum_squares_kernel, grid, *state, maxima, sums, *shape_and_direction, **options)
     scales = torch.empty(rows + columns, device=dW.device)
+    ids, power = state.accum if row_ids is None else row_ids, power_table(QUARTERS, dW.device)
+    of = _Operands(state.accum, state.accum_exp, dW, ids, power, rows, columns, beta, 1 - beta)
+    options = {"BITS": form.bits, "SPARSE": row_ids is not None, "BR": _TILE_ROWS}
+    grid = (ceil_div(rows, _TILE_ROWS), state.accum_exp.shape[1])
+    launch(momentum_fold_kernel, grid, of, maxima, signed_word(key), form.clip, **options)
+    scalars[0] = maxima[:rows].amax()
+    launch(momentum_squares_kernel, grid, of, maxima, sums, **options)
     of_rows, of_columns = ([x[part] for x in (maxima, sums, scales)] for part in (slice(rows), slice(rows, None)))
     launch(momentum_row_scales_kernel, (ceil_div(rows, _SCALES),), *of_rows, scalars, rows, B=_SCALES)
     launch(momentum_column_scales_kernel, (ceil_div(columns, _SCALES),), *of_columns, scalars, columns, B=_SCALES)
-    state = (*state, scalars, scales[:rows], scales[rows:])
-    launch(momentum_power_kernel, grid, *state, *shape_and_direction, **options)
-    width = packed.shape[1]
+    launch(momentum_power_kernel, grid, of, scalars, scales[:rows], scales[rows:], **options)
+    width = state.T_packed.shape[1]
     launch(
         momentum_move_kernel,
         (ceil_div(rows, _MOVE_ROWS), ceil_div(width, _MOVE_BYTES)),
-        *(packed, *state, *shape_and_direction, width, signed_word(key)),
-        *(UPDATE_STEPS * dW.numel() ** 0.5, MAX_UPDATE, -lr * 2.0**bits),
+        *(state.T_packed, of, scalars, scales[:rows], scales[rows:], width, signed_word(key)),
+        *(UPDATE_STEPS * dW.numel() ** 0.5, MAX_UPDATE, -lr * float(form.cell)),
         **(options | {"BR": _MOVE_ROWS, "BB": _MOVE_BYTES}),
     )
+    increment_version(tuple(state))
     return scalars[-1]

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from configuration_arb.configuration_arb import ArbConfig
 from modeling_arb.layers.ternary_embedding import TernaryEmbedding
 
 TRIGRAM = 3
 
 
-def preceded_by(history: torch.Tensor, ids: torch.Tensor, count: int, pad_token_id: int) -> torch.Tensor:
+def preceded_by(history: torch.Tensor, ids: torch.Tensor, count: int, pad_token_id: int | None) -> torch.Tensor:
     """(B, count + T): ids (B, T) after the last `count` of history (B, P); PAD stands before the start."""
     context = torch.cat([history[:, max(0, history.shape[1] - count) :], ids], dim=1)
     return F.pad(context, (count + ids.shape[1] - context.shape[1], 0), value=pad_token_id)
@@ -20,7 +23,7 @@ def preceded_by(history: torch.Tensor, ids: torch.Tensor, count: int, pad_token_
 class ByteEmbedding(nn.Module):
     """Sum of three ternary tables (288, D), one for each byte of the trigram."""
 
-    def __init__(self, config):
+    def __init__(self, config: ArbConfig):
         super().__init__()
         self.pad_token_id = config.pad_token_id
         self.tables = nn.ModuleList(
@@ -31,7 +34,8 @@ class ByteEmbedding(nn.Module):
         """ids (B, T); history (B, P): the ids before them, oldest first. Before the start stands PAD. -> (B, T, D)."""
         length = ids.shape[1]
         context = preceded_by(history, ids, TRIGRAM - 1, self.pad_token_id)
-        return sum(
+        parts = (
             table(context[:, TRIGRAM - 1 - back : TRIGRAM - 1 - back + length], dtype)
             for back, table in enumerate(self.tables)
         )
+        return reduce(torch.add, parts)

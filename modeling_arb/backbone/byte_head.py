@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from configuration_arb.configuration_arb import ArbConfig
 from modeling_arb.layers.norm import rms_norm
 from modeling_arb.layers.ternary_linear import TernaryLinear
 
@@ -18,7 +19,7 @@ IGNORE = -100
 class ByteHead(nn.Module):
     """(B, T, D) -> logits (B, T, 288), through `head_layers` residual MLPs of its own."""
 
-    def __init__(self, config):
+    def __init__(self, config: ArbConfig):
         super().__init__()
         self.eps = config.rms_norm_eps
         self.layers = nn.ModuleList(

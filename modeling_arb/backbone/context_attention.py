@@ -13,6 +13,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from arb_kernels.blocks.sigmoid import sigmoid
+from configuration_arb.configuration_arb import ArbConfig
 from modeling_arb.layers.norm import rms_norm
 from modeling_arb.layers.rotary import rotate
 from modeling_arb.layers.ternary_linear import TernaryLinear
@@ -23,7 +24,7 @@ from .windowed_context import WindowedContext, summarise_blocks
 class ContextAttention(nn.Module):
     """(B, T, D) -> (B, T, D), added to the residual stream by the caller."""
 
-    def __init__(self, config, layer_idx: int):
+    def __init__(self, config: ArbConfig, layer_idx: int):
         super().__init__()
         self.layer_idx = layer_idx
         self.eps = config.rms_norm_eps

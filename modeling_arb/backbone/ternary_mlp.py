@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from configuration_arb.configuration_arb import ArbConfig
 from modeling_arb.layers.norm import rms_norm
 from modeling_arb.layers.ternary_linear import TernaryLinear
 
@@ -13,7 +14,7 @@ from modeling_arb.layers.ternary_linear import TernaryLinear
 class TernaryMLP(nn.Module):
     """(B, T, D) -> (B, T, D), added to the residual stream by the caller."""
 
-    def __init__(self, config, intermediate_size: int):
+    def __init__(self, config: ArbConfig, intermediate_size: int):
         super().__init__()
         self.eps = config.rms_norm_eps
         self.up_proj = TernaryLinear(config.hidden_size, intermediate_size, config)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from arb_kernels.blocks.ngram_hash import hash_tokens, to_slot
+from configuration_arb.configuration_arb import ArbConfig
 from modeling_arb.layers.norm import rms_norm
 from modeling_arb.layers.ternary_linear import TernaryLinear
 
@@ -18,9 +19,9 @@ NO_MOTIF = -1  # before the first byte
 class CompositeProposal(nn.Module):
     """The hidden state chooses among the rows that the pair's hashes name; the row, widened, is the proposal."""
 
-    def __init__(self, config):
+    def __init__(self, config: ArbConfig):
         super().__init__()
-        settings = config.composite
+        settings = config.block("composite")
         self.eps, self.size, self.hashes = config.rms_norm_eps, settings["size"], settings["hashes"]
         hidden = settings["hidden_size"] or config.hidden_size
         self.query_proj = TernaryLinear(config.hidden_size, settings["dim"], config)

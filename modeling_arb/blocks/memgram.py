@@ -7,6 +7,7 @@ from torch import nn
 
 from arb_kernels.blocks.ngram_hash import ngram_slots
 from arb_kernels.blocks.sigmoid import sigmoid
+from configuration_arb.configuration_arb import ArbConfig
 from modeling_arb.backbone.byte_embedding import preceded_by
 from modeling_arb.layers.norm import rms_norm
 from modeling_arb.layers.ternary_linear import TernaryLinear
@@ -20,9 +21,9 @@ class MemGram(nn.Module):
     width and gated by the position's own state.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: ArbConfig):
         super().__init__()
-        settings = config.memgram
+        settings = config.block("memgram")
         self.eps, self.pad_token_id = config.rms_norm_eps, config.pad_token_id
         self.orders, self.slots = settings["orders"], settings["slots"]
         self.table = TernaryTable(self.slots, settings["dim"], config)

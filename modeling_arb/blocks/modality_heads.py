@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from configuration_arb.configuration_arb import ArbConfig
 from modeling_arb.layers.norm import rms_norm
 from modeling_arb.layers.ternary_linear import TernaryLinear
 
@@ -13,7 +14,7 @@ from modeling_arb.layers.ternary_linear import TernaryLinear
 class ModalityHead(nn.Module):
     """(B, T, D) -> (B, T, outputs) through one hidden layer."""
 
-    def __init__(self, config, hidden_size: int, outputs: int):
+    def __init__(self, config: ArbConfig, hidden_size: int, outputs: int):
         super().__init__()
         self.eps = config.rms_norm_eps
         hidden_size = hidden_size or 4 * config.hidden_size
@@ -28,8 +29,8 @@ class ModalityHead(nn.Module):
 class VideoHead(ModalityHead):
     """(B, T, D) -> latents (B, T, latent_dim)."""
 
-    def __init__(self, config):
-        super().__init__(config, config.video_head["hidden_size"], config.video_head["latent_dim"])
+    def __init__(self, config: ArbConfig):
+        super().__init__(config, config.block("video_head")["hidden_size"], config.block("video_head")["latent_dim"])
 
     def loss(self, latents: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Mean squared error against targets (B, T, latent_dim): position t predicts targets[:, t + 1]."""
@@ -39,8 +40,8 @@ class VideoHead(ModalityHead):
 class TalkerHead(ModalityHead):
     """(B, T, D) -> logits over audio codes (B, T, num_codes)."""
 
-    def __init__(self, config):
-        super().__init__(config, config.talker_head["hidden_size"], config.talker_head["num_codes"])
+    def __init__(self, config: ArbConfig):
+        super().__init__(config, config.block("talker_head")["hidden_size"], config.block("talker_head")["num_codes"])
 
     def loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Cross-entropy against labels (B, T), -100 where not scored: position t predicts labels[:, t + 1]."""

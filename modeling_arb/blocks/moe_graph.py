@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from arb_kernels.blocks.sigmoid import sigmoid
+from configuration_arb.configuration_arb import ArbConfig
 from modeling_arb.layers.norm import rms_norm
 from modeling_arb.layers.ternary_linear import TernaryLinear
 
@@ -24,16 +25,18 @@ class MoEGraph(nn.Module):
     up. A position depends on its own x and motif, and on the edges of earlier steps: cached decoding needs no state.
     """
 
-    def __init__(self, config):
+    def __init__(self, config: ArbConfig):
         super().__init__()
-        options, width = config.moe_graph, config.hidden_size
+        options, width = config.block("moe_graph"), config.hidden_size
         self.eps, self.decay = config.rms_norm_eps, options["lti_decay"]
         self.max_iterations, self.halt_threshold = options["max_iterations"], options["halt_threshold"]
         self.experts = TernaryExperts(config)
         self.halting = TernaryLinear(width, 1, config)
         self.halting.shared = True
-        self.motif_graph = MotifGraph(config) if options["active_edges"] else None
-        self.message_proj = TernaryLinear(config.codebook["dim"], width, config) if options["active_edges"] else None
+        self.motif_graph = self.message_proj = None
+        if options["active_edges"]:
+            self.motif_graph = MotifGraph(config)
+            self.message_proj = TernaryLinear(config.block("codebook")["dim"], width, config)
 
     def forward(
         self,
@@ -48,7 +51,7 @@ class MoEGraph(nn.Module):
         Returns what to add to the residual stream, (B, T, D), and the ponder cost () averaged over positions.
         """
         injected = x
-        if self.motif_graph is not None and motif_ids is not None:
+        if self.motif_graph is not None and self.message_proj is not None and motif_ids is not None:
             messages = self.motif_graph(motif_ids, motif_rows, is_byte).to(x.dtype)
             # without a gradient to pass on, autograd would skip the projection, and it would never learn
             injected = x + self.message_proj(messages.requires_grad_(torch.is_grad_enabled()))

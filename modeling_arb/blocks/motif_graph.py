@@ -10,6 +10,7 @@ from transformers import initialization as init
 
 from arb_kernels.blocks.edge_routing import EMPTY, MAX_SCORE, decay_scores, incoming_edges, merge_edges
 from arb_kernels.formats.state_layout import COUNTER, StateTensor
+from configuration_arb.configuration_arb import ArbConfig
 from modeling_arb.layers.integer_state import ObservedState
 
 DECAY_EVERY = 64  # steps: how long an edge seen once survives unseen
@@ -22,11 +23,15 @@ class MotifGraph(ObservedState):
     Its size does not depend on the number of motifs. No gradient moves it; a forward reads the edges of earlier steps.
     """
 
-    def __init__(self, config):
+    active_edge_src: torch.Tensor
+    active_edge_dst: torch.Tensor
+    edge_steps: torch.Tensor
+
+    def __init__(self, config: ArbConfig):
         nn.Module.__init__(self)
-        self.num_motifs = config.codebook["size"]
-        self.num_edges = config.moe_graph["active_edges"]
-        self.neighbours = config.moe_graph["neighbours"]
+        self.num_motifs = config.block("codebook")["size"]
+        self.num_edges = config.block("moe_graph")["active_edges"]
+        self.neighbours = config.block("moe_graph")["neighbours"]
         self.register_state(config.training_state)
 
     def layout(self) -> dict[str, StateTensor]:
@@ -46,9 +51,10 @@ class MotifGraph(ObservedState):
         init.constant_(self.active_edge_src, EMPTY)
         init.constant_(self.active_edge_dst, EMPTY)
 
-    def edges(self) -> tuple[torch.Tensor, ...]:
+    def edges(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """src, dst, sign and score, each (active_edges,)."""
-        return tuple(getattr(self, name) for name in EDGE_TENSORS)
+        src, dst, sign, score = (getattr(self, name) for name in EDGE_TENSORS)
+        return src, dst, sign, score
 
     def forward(
         self,
@@ -62,14 +68,21 @@ class MotifGraph(ObservedState):
         `neighbours`; zero where there is none. motif_rows: ids (...) -> rows (..., dim). is_byte (B, T): False where
         padding stands, whose motifs make no edges; None: nowhere.
         """
-        ids, place = torch.unique(motif_ids, return_inverse=True)  # equal motifs get equal messages
+        if motif_ids.is_cuda:  # which would wait for the number of distinct motifs
+            ids, place = (
+                motif_ids.flatten(),
+                torch.arange(motif_ids.numel(), device=motif_ids.device).view_as(motif_ids),
+            )
+        else:
+            ids, place = torch.unique(motif_ids, return_inverse=True)  # equal motifs get equal messages
         with torch.no_grad():
             messages = self._messages(ids, motif_rows)[place]
             agree = self._agreement(motif_rows(ids)[place]) if self.observing and self.training else None
         if agree is not None:
             pairs = torch.stack([motif_ids[:, :-1], motif_ids[:, 1:]], dim=-1)
-            seen = slice(None) if is_byte is None else (is_byte[:, :-1] & is_byte[:, 1:]).flatten()
-            self.observe(pairs.flatten(0, 1)[seen], agree.flatten()[seen])
+            if is_byte is not None:
+                pairs = pairs.masked_fill(~(is_byte[:, :-1] & is_byte[:, 1:])[..., None], EMPTY)
+            self.observe(pairs.flatten(0, 1), agree.flatten())
         return messages
 
     def _messages(self, ids: torch.Tensor, motif_rows: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
@@ -88,8 +101,10 @@ class MotifGraph(ObservedState):
 
     @torch.no_grad()
     def apply_observations(self, pairs: torch.Tensor, pair_sign: torch.Tensor, *, key: int) -> None:
-        """Count pairs int64 (P, 2), signs int8 (P,), into the edges; every DECAY_EVERY steps all scores fall by one."""
-        edges = merge_edges(*self.edges(), pairs, pair_sign, self.num_motifs, self.num_edges)
+        """Count pairs int64 (P, 2), EMPTY where padding stands, with signs int8 (P,), into the edges; every DECAY_EVERY
+        steps all scores fall by one."""
+        seen = pairs[:, 0] != EMPTY
+        edges = merge_edges(*self.edges(), pairs[seen], pair_sign[seen], self.num_motifs, self.num_edges)
         self.edge_steps += 1
         if self.edge_steps % DECAY_EVERY == 0:
             edges = decay_scores(*edges)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from configuration_arb.configuration_arb import ArbConfig
 from modeling_arb.layers.norm import rms_norm
 from modeling_arb.layers.ternary_linear import TernaryLinear
 
@@ -14,12 +15,12 @@ from .ternary_codebook import Quantised, TernaryCodebook
 class SharedVQ(nn.Module):
     """(B, T, D) -> the addition to the residual stream (B, T, D), and what was quantised."""
 
-    def __init__(self, config):
+    def __init__(self, config: ArbConfig):
         super().__init__()
         self.eps = config.rms_norm_eps
-        dim = config.codebook["dim"]
+        dim = config.block("codebook")["dim"]
         self.bridge_in = TernaryLinear(config.hidden_size, dim, config)
-        self.book = TernaryCodebook(config.codebook, config)
+        self.book = TernaryCodebook(config.block("codebook"), config)
         self.bridge_out = TernaryLinear(dim, config.hidden_size, config)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Quantised]:

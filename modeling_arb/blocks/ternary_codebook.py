@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from arb_kernels.blocks.ngram_hash import hash_tokens, mix_bits, to_slot
 from arb_kernels.formats.state_layout import StateTensor
 from arb_kernels.random_bits import random_bits
+from configuration_arb.configuration_arb import ArbConfig
 from modeling_arb.layers.integer_state import ObservedState
 from modeling_arb.layers.ternary_table import TernaryTable
 
@@ -38,7 +39,10 @@ class Quantised(NamedTuple):
 class TernaryCodebook(ObservedState):
     """`size` rows of `dim`; `usage` int16 counts how often a row was chosen, fading."""
 
-    def __init__(self, settings: dict, config):
+    usage: torch.Tensor
+    fade_position: torch.Tensor
+
+    def __init__(self, settings: dict, config: ArbConfig):
         super().__init__()
         self.size, self.dim = settings["size"], settings["dim"]
         self.commitment = settings.get("commitment", 0.25)

@@ -1,6 +1,8 @@
-"""TernaryExperts: a few ternary MLPs of which each token visits its best ones, balanced without an auxiliary loss."""
+"""TernaryExperts: ternary MLPs; each token visits its best few, balanced without an auxiliary loss."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from torch import nn
 from arb_kernels.formats.packing import unpack_trits
 from arb_kernels.formats.state_layout import StateTensor
 from arb_kernels.matmul.quantise import quantise_tokens
+from configuration_arb.configuration_arb import ArbConfig
 from modeling_arb.layers.integer_state import ObservedState
 from modeling_arb.layers.norm import rms_norm
 from modeling_arb.layers.ternary_embedding import TernaryEmbedding
@@ -17,7 +20,7 @@ from modeling_arb.layers.ternary_linear import FloatLinearFunction, Int8LinearFu
 BIAS_STEP = 1 / 16  # of a logit
 MAX_BIAS = 127
 BIASES = ((-MAX_BIAS, MAX_BIAS),)
-GROUPED_MULTIPLE = 4  # torch's grouped product wants strides of 16 bytes
+GROUPED_MULTIPLE = 4  # torch's grouped product needs strides of 16 bytes
 GROUPED_BYTES = 1 << 26  # of stacked float32 weights at most: larger experts fill a GPU one by one
 
 
@@ -26,7 +29,7 @@ class GroupedLinearFunction(torch.autograd.Function):
 
     Codes and trits are small integers whose float32 sums are exact up to 2^24 / 127 = 132104 columns (in TF32 too): the
     forward has the bits of Int8LinearFunction. The backward multiplies float32 gradients, which then need no rounding
-    to int8. x (M, K), expert int64 (M,), rising, ends int32 (E,), one past each segment -> (M, N).
+    to int8. x (M, K), expert int64 (M,), ascending, ends int32 (E,), one past each segment -> (M, N).
     """
 
     @staticmethod
@@ -56,7 +59,7 @@ class GroupedLinearFunction(torch.autograd.Function):
         return grad_x.to(grad_y.dtype), None, None, None
 
 
-def stacked_weights(layers: nn.ModuleList) -> tuple[torch.Tensor, torch.Tensor]:
+def stacked_weights(layers: Sequence[TernaryLinear]) -> tuple[torch.Tensor, torch.Tensor]:
     """Trits float32 (E, N, K) and row scales float32 (E, N) of equally large layers: transients of one product."""
     packed = torch.cat([layer.T_packed for layer in layers])
     trits = unpack_trits(packed, layers[0].columns, torch.float32)
@@ -77,17 +80,20 @@ class TernaryExperts(ObservedState):
     loop.
     """
 
+    expert_bias: torch.Tensor
     grouped: bool | None = None
 
-    def __init__(self, config):
+    def __init__(self, config: ArbConfig):
         nn.Module.__init__(self)
-        options, width = config.moe_graph, config.hidden_size
+        options, width = config.block("moe_graph"), config.hidden_size
         self.num_experts, self.top_k, self.eps = options["num_experts"], options["top_k"], config.rms_norm_eps
         size = options["expert_size"] or 2 * width
         self.centroids = TernaryEmbedding(self.num_experts, width, config)
-        self.up_proj = nn.ModuleList(TernaryLinear(width, size, config) for _ in range(self.num_experts))
-        self.down_proj = nn.ModuleList(TernaryLinear(size, width, config) for _ in range(self.num_experts))
-        for matrix in (self.centroids, *self.up_proj, *self.down_proj):
+        up = [TernaryLinear(width, size, config) for _ in range(self.num_experts)]
+        down = [TernaryLinear(size, width, config) for _ in range(self.num_experts)]
+        self.columns = (width, size)
+        self.up_proj, self.down_proj = nn.ModuleList(up), nn.ModuleList(down)
+        for matrix in (self.centroids, *up, *down):
             matrix.shared = True
         self.register_state(config.training_state)
 
@@ -128,7 +134,7 @@ class TernaryExperts(ObservedState):
     def _is_grouped(self, x: torch.Tensor) -> bool:
         small = self.num_experts * 4 * self.up_proj[0].logical_weights <= GROUPED_BYTES
         wanted = x.is_cuda and small if self.grouped is None else self.grouped
-        aligned = all(layers[0].columns % GROUPED_MULTIPLE == 0 for layers in (self.up_proj, self.down_proj))
+        aligned = all(columns % GROUPED_MULTIPLE == 0 for columns in self.columns)
         return wanted and aligned and self.centroids.integer_matmuls
 
     @torch.no_grad()

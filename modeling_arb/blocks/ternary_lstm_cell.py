@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from arb_kernels.blocks.lstm_gates import lstm_gates
+from configuration_arb.configuration_arb import ArbConfig
 from modeling_arb.layers.norm import rms_norm
 from modeling_arb.layers.ternary_linear import TernaryLinear
 
@@ -19,7 +20,7 @@ class TernaryLSTMCell(nn.Module):
     """One step of H units from D inputs. The state is the caller's: hidden (B, H) in the activations' dtype and cell
     float32 (B, H)."""
 
-    def __init__(self, input_size: int, hidden_size: int, config):
+    def __init__(self, input_size: int, hidden_size: int, config: ArbConfig):
         super().__init__()
         self.hidden_size = hidden_size
         self.eps = config.rms_norm_eps

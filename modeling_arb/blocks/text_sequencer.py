@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from configuration_arb.configuration_arb import ArbConfig
 from modeling_arb.layers.norm import rms_norm
 from modeling_arb.layers.ternary_linear import TernaryLinear
 
@@ -14,10 +15,10 @@ from .ternary_lstm_cell import LSTMState, TernaryLSTMCell
 class TextSequencer(nn.Module):
     """(B, T, D) -> (B, T, D), added to the residual stream by the caller. A position sees itself and those before."""
 
-    def __init__(self, config):
+    def __init__(self, config: ArbConfig):
         super().__init__()
         self.eps = config.rms_norm_eps
-        hidden_size = config.text_sequencer["hidden_size"] or config.hidden_size
+        hidden_size = config.block("text_sequencer")["hidden_size"] or config.hidden_size
         self.cell = TernaryLSTMCell(config.hidden_size, hidden_size, config)
         self.out_proj = TernaryLinear(hidden_size, config.hidden_size, config)
 

@@ -70,7 +70,8 @@ class SourceModule:
                     self.outside_imports[alias.asname or alias.name] = (target, ast.unparse(alias))
 
     def _absolute(self, node: ast.ImportFrom) -> str:
-        return f"{self.name.rpartition('.')[0]}.{node.module}" if node.level else node.module
+        module = node.module or ""
+        return f"{self.name.rpartition('.')[0]}.{module}" if node.level else module
 
     def definitions(self) -> set[str]:
         """Names bound at its top level, other than by the imports that a file has at its top."""
@@ -84,7 +85,7 @@ class SourceModule:
         docstring = ast.get_docstring(self.tree)
         for i, node in enumerate(self.tree.body):
             if isinstance(node, ast.Import | ast.ImportFrom) or (docstring and i == 0):
-                left_away.update(range(node.lineno - 1, node.end_lineno))
+                left_away.update(range(node.lineno - 1, node.end_lineno or node.lineno))
             for base in node.bases if isinstance(node, ast.ClassDef) else []:
                 if isinstance(base, ast.Name) and base.id in self.struck:
                     lines[base.lineno - 1] = re.sub(rf"\b{base.id}, ", "", lines[base.lineno - 1])
@@ -99,15 +100,15 @@ def bundle(modules: Sequence[SourceModule], files: Iterable[CodeFile]) -> dict[s
 
     Raises ValueError when two modules of one file mean different things by a name, or one hides a builtin.
     """
-    files = {file.package: file for file in files}
+    file_of = {file.package: file for file in files}
     texts = {}
-    for package, file in files.items():
+    for package, file in file_of.items():
         members = [module for module in modules if module.name.startswith(f"{package}.")]
         relative: dict[str, str] = {}  # name: the other file that it comes from
         for module in members:
             for home, names in module.own_imports.items():
                 if not home.startswith(f"{package}."):
-                    relative |= dict.fromkeys(names, f".{files[home.partition('.')[0]].name}")
+                    relative |= dict.fromkeys(names, f".{file_of[home.partition('.')[0]].name}")
         _check_names(f"{file.name}.py", members, relative)
         header = HEADER.format(subject=file.subject, package=package)
         imports = _import_lines([clause for module in members for clause in module.outside_imports.values()])

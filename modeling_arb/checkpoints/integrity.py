@@ -18,20 +18,12 @@ from transformers.utils.hub import cached_file
 
 from arb_kernels.formats.state_layout import StateTensor
 from configuration_arb.configuration_arb import ArbConfig
+from configuration_arb.optional_blocks import OPTIONAL_BLOCKS
 from modeling_arb.layers.integer_state import IntegerState
 
-# Where the modules of an optional block stand, and the config's field that asks for them.
-OPTIONAL_PARTS = {
-    "model.text_sequencer": "text_sequencer",
-    "model.memgram": "memgram",
-    "model.shared_vq": "codebook",
-    "model.moe_graph": "moe_graph",
-    "model.composite": "composite",
-    "output_router": "output_router",
-    "video_head": "video_head",
-    "talker_head": "talker_head",
-    "byte_head.layers": "head_layers",
-}
+# Where the modules of optional parts stand, and the field of the config that asks for them.
+OPTIONAL_PARTS = {block.part: name for name, block in OPTIONAL_BLOCKS.items() if block.part}
+OPTIONAL_PARTS["byte_head.layers"] = "head_layers"
 
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 LARGEST_HEADER = 16 << 20  # bytes: a hundred thousand tensors

@@ -53,8 +53,9 @@ def needed_modules() -> list[SourceModule]:
 
     def visit(name: str) -> None:
         if name not in found:
-            source = Path(find_spec(name).origin).read_text(encoding="utf-8")
-            module = SourceModule(name, source, packages, LEFT_OUT)
+            spec = find_spec(name)
+            assert spec is not None and spec.origin is not None, name
+            module = SourceModule(name, Path(spec.origin).read_text(encoding="utf-8"), packages, LEFT_OUT)
             for imported in module.own_imports:
                 visit(imported)
             found[name] = module

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
+from configuration_arb.configuration_arb import ArbConfig
+from configuration_arb.optional_blocks import switched_on
 from modeling_arb.backbone.byte_embedding import TRIGRAM
 
 
@@ -61,14 +63,12 @@ class PreallocatedLayer(DynamicLayer):
 class SideLayers:
     """The layers behind the attention layers of a cache, in a fixed order."""
 
-    def __init__(self, config):
+    def __init__(self, config: ArbConfig):
         self.first = config.num_hidden_layers
-        orders = [TRIGRAM] if config.memgram is None else [TRIGRAM, *config.memgram["orders"]]
-        self.reach = {"ids": max(orders) - 1}  # how many positions back a layer must tell of
-        if config.composite is not None:
-            self.reach["motifs"] = 1
-        if config.text_sequencer is not None:
-            self.reach["sequencer"] = 1
+        self.reach = {"ids": TRIGRAM - 1}  # how many positions back a layer must tell of
+        for block, settings in switched_on(config):
+            for name, back in block.cached(settings).items():
+                self.reach[name] = max(back, self.reach.get(name, 0))
 
     def add_to(self, cache: Cache) -> None:
         """Give a cache that has only attention layers the others. Raises ValueError when it is another model's."""

@@ -1,4 +1,4 @@
-"""Modules whose persistent state is integer buffers: what they share, and those that learn from what they saw."""
+"""Base classes of modules whose persistent state is integer buffers."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ ONE_PROCESS_PER_GPU = (
 
 
 class IntegerState(nn.Module):
-    """A module that lists its persistent tensors. A subclass says which in `layout` and registers them with
-    `register_state`; audit, checkpoints and loader go by that list."""
+    """A module that lists its persistent tensors in `layout` and registers them with `register_state`; audit,
+    checkpoints and loader use that list."""
 
     def layout(self) -> dict[str, StateTensor]:
         """The persistent tensors by name, training state included whether or not it is there."""
         raise NotImplementedError
 
     def caches(self) -> dict[str, torch.Tensor]:
-        """What the module keeps in memory beside its state, to be made again at any time, by what it is."""
+        """Tensors that the module keeps in memory besides its state, by description; they can be recomputed."""
         return {}
 
     def register_state(self, with_training_state: bool) -> None:
@@ -36,7 +36,7 @@ class IntegerState(nn.Module):
                 self.register_buffer(name, torch.zeros(spec.shape, dtype=spec.dtype))
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors) -> None:
-        """torch would cast a tensor of another dtype to the buffer's without a word."""
+        """Refuses a tensor of another dtype, which torch would cast silently."""
         for name, spec in self.layout().items():
             given = state_dict.get(prefix + name)
             if given is not None and given.dtype != spec.dtype:
@@ -50,10 +50,6 @@ class IntegerState(nn.Module):
             if not hasattr(self, name):
                 self.register_buffer(name, torch.zeros(spec.shape, dtype=spec.dtype, device=device))
 
-    @property
-    def has_training_state(self) -> bool:
-        return all(hasattr(self, name) for name in self.layout())
-
     def reset_state(self) -> None:
         """Bring the registered buffers to their first values."""
         for name in self.layout():
@@ -61,16 +57,16 @@ class IntegerState(nn.Module):
                 init.zeros_(getattr(self, name))
 
     def _replicate_for_data_parallel(self) -> NoReturn:
-        """What nn.DataParallel asks of each module before its forward. Raises ValueError."""
+        """Called by nn.DataParallel for each module before its forward. Raises ValueError."""
         raise ValueError(ONE_PROCESS_PER_GPU)
 
 
 class ObservedState(IntegerState):
     """Integer state that no gradient moves: usage counts, edges, biases.
 
-    A training forward calls `observe`; nothing changes until the attached optimizer's `step()`, which joins what all
-    micro-batches and ranks saw and hands it to `apply_observations`. So a forward never sees what it observed itself,
-    and no position depends on a later one.
+    A training forward calls `observe`; nothing changes until the attached optimizer's `step()`, which joins the
+    observations of all micro-batches and ranks and passes them to `apply_observations`. So a forward never sees its own
+    observations, and no position depends on a later one.
     """
 
     observing = False  # set by an attached optimizer

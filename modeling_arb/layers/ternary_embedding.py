@@ -7,12 +7,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from arb_kernels.formats.scaled_rows import gather_rows
+from configuration_arb.configuration_arb import ArbConfig
 
 from .ternary_matrix import TernaryMatrix
 
 
 class TernaryEmbeddingFunction(torch.autograd.Function):
-    """`anchor` is an empty tensor that requires grad: without a float parameter, nothing else would start autograd."""
+    """`anchor`: an empty tensor that requires grad, because ids and integer state do not start autograd."""
 
     @staticmethod
     def forward(ctx, ids, anchor, layer, dtype):
@@ -30,14 +31,14 @@ class TernaryEmbeddingFunction(torch.autograd.Function):
 
 
 def sum_by_row(ids: torch.Tensor, gradient: torch.Tensor, rows: int) -> torch.Tensor:
-    """ids int64 (N,), gradient float32 (N, K) -> float32 (rows, K), in an order that the device does not choose."""
+    """ids int64 (N,), gradient float32 (N, K) -> float32 (rows, K), summed in the same order on every device."""
     return torch.ops.aten.embedding_dense_backward(gradient, ids, rows, -1, False)
 
 
 class TernaryEmbedding(TernaryMatrix):
     """ids (...) int64 -> (..., columns). Entries have variance 1 at the start."""
 
-    def __init__(self, num_embeddings: int, embedding_dim: int, config):
+    def __init__(self, num_embeddings: int, embedding_dim: int, config: ArbConfig):
         nn.Module.__init__(self)
         self.setup_state(num_embeddings, embedding_dim, config, init_fan_in=1)
 
@@ -49,6 +50,7 @@ class TernaryEmbedding(TernaryMatrix):
 
     def pass_on_gradient(self, ids: torch.Tensor, gradient: torch.Tensor) -> None:
         """ids (N,) and the gradient of the rows looked up, float32 (N, columns): sum by row and hand to the sink."""
+        assert self.gradient_sink is not None
         self.gradient_sink.dense(self, sum_by_row(ids, gradient, self.rows))
 
     def forward(self, ids: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -10,6 +10,7 @@ from arb_kernels.formats.two_bit_layout import decoding_bytes
 from arb_kernels.matmul.decode_linear import decode_linear
 from arb_kernels.matmul.int8_matmul import int8_matmul
 from arb_kernels.matmul.quantise import quantise_gradient, quantise_tokens
+from configuration_arb.configuration_arb import ArbConfig
 
 from .ternary_matrix import DECODED, ROW_SCALES, TernaryMatrix
 
@@ -18,7 +19,7 @@ ZERO_ROW_TRACE = 2.0**-20
 
 
 class FloatLinearFunction(torch.autograd.Function):
-    """The reference. Saves only x; W_eff is made again in backward, and dW dies there."""
+    """The float reference. Saves only x; backward computes W_eff again, and frees dW once the sink has it."""
 
     @staticmethod
     def forward(ctx, x, layer):
@@ -64,6 +65,7 @@ class Int8LinearFunction(torch.autograd.Function):
         )
         grad_x = int8_matmul(by_token, layer.trits(), by_token_scale, transposed=True, trits=True)
         if layer.armed:
+            assert by_output is not None and output_scale is not None
             layer.gradient_sink.dense(layer, int8_matmul(by_output, codes, output_scale, transposed=True))
         return grad_x.to(grad_y.dtype).view(*grad_y.shape[:-1], layer.columns), None
 
@@ -71,10 +73,10 @@ class Int8LinearFunction(torch.autograd.Function):
 class TernaryLinear(TernaryMatrix, nn.Linear):
     """(..., in_features) -> (..., out_features), no bias. An nn.Linear without a float weight, so that peft finds it.
 
-    `qweight`, `W_q` and `dequantize` are what peft asks of a quantised layer: its device, and W_eff for DoRA.
+    peft reads `qweight`, `W_q` and `dequantize` of a quantised layer: its device, and W_eff for DoRA.
     """
 
-    def __init__(self, in_features: int, out_features: int, config):
+    def __init__(self, in_features: int, out_features: int, config: ArbConfig):
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
         self.register_parameter("bias", None)
@@ -107,7 +109,7 @@ class TernaryLinear(TernaryMatrix, nn.Linear):
         return Int8LinearFunction.apply(x, self) if torch.is_grad_enabled() else self._infer(x)
 
     def _infer(self, x: torch.Tensor) -> torch.Tensor:
-        """The same result from weights that are laid out once: what evaluation and generation run."""
+        """The same result from weights in their decoding form, for evaluation and generation."""
         weight, scale = self.inference_weight()
         values = x.reshape(-1, self.columns).float()
         y = decode_linear(values, weight, self.rows, scale)

@@ -17,6 +17,7 @@ from arb_kernels.formats.packing import TRITS_PER_BYTE, packed_width, unpack_tri
 from arb_kernels.formats.scaled_rows import effective_weight
 from arb_kernels.formats.state_layout import StateTensor, state_layout
 from arb_kernels.formats.two_bit_layout import decoding_form
+from configuration_arb.configuration_arb import ArbConfig
 
 from .absent_parameters import AbsentWeight
 from .integer_state import IntegerState
@@ -101,7 +102,7 @@ class TernaryMatrix(IntegerState):
     _uses: WeakSet[ForwardUse] | None = None
     full_name = "a ternary matrix"  # within the model, for errors; set by an attached optimizer
 
-    def setup_state(self, rows: int, columns: int, config, init_fan_in: int) -> None:
+    def setup_state(self, rows: int, columns: int, config: ArbConfig, init_fan_in: int) -> None:
         """Register the buffers that `config` (an ArbConfig) asks for; weights start with variance 1 / init_fan_in."""
         self.rows, self.columns = rows, columns
         self.group_size = config.group_size or columns

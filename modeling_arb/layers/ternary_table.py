@@ -9,6 +9,7 @@ from arb_kernels.formats.groups import group_lengths, split_groups
 from arb_kernels.formats.packing import pack_trits
 from arb_kernels.formats.scaled_rows import gather_rows
 from arb_kernels.formats.state_layout import StateTensor, rule_of_tables, state_layout
+from configuration_arb.configuration_arb import ArbConfig
 
 from .ternary_embedding import TernaryEmbedding, sum_by_row
 
@@ -22,7 +23,7 @@ class TernaryTable(TernaryEmbedding):
     were not touched are neither read nor written.
     """
 
-    def setup_state(self, rows: int, columns: int, config, init_fan_in: int) -> None:
+    def setup_state(self, rows: int, columns: int, config: ArbConfig, init_fan_in: int) -> None:
         self.table_rule = rule_of_tables(config.update_rule, config.table_rule)
         super().setup_state(rows, columns, config, init_fan_in)
 
@@ -60,5 +61,6 @@ class TernaryTable(TernaryEmbedding):
 
     def pass_on_gradient(self, ids: torch.Tensor, gradient: torch.Tensor) -> None:
         """As in an embedding, for the touched rows alone."""
+        assert self.gradient_sink is not None
         row_ids, place = ids.unique(return_inverse=True)
         self.gradient_sink.rows(self, row_ids, sum_by_row(place, gradient, len(row_ids)))

@@ -1,4 +1,4 @@
-"""Says once that a backward pass changed nothing, to whoever trains this model as one trains others."""
+"""Warns once when a backward pass changes nothing: the model was trained as models with float weights are."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ NOTHING_LEARNS = (
 
 
 def say_when_nothing_learns(model: nn.Module, hidden_states: torch.Tensor) -> None:
-    """Warn in the backward pass that reaches `hidden_states`, of whatever loss, when no matrix of `model` has an
-    optimizer waiting for its gradient and no float parameter (an adapter's) is trained."""
+    """In training, warn in the backward pass that reaches `hidden_states`, of whatever loss, when no matrix of `model`
+    has an optimizer waiting for its gradient and no float parameter (an adapter's) is trained."""
+    if not (model.training and hidden_states.requires_grad):
+        return
 
     def check(gradient: torch.Tensor) -> None:
         armed = any(module.armed for module in model.modules() if isinstance(module, TernaryMatrix))

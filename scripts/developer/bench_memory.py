@@ -2,8 +2,9 @@
 
 A shape is PRESET:BATCHxCTX, with +checkpointing behind it for --gradient_checkpointing. Each trains --steps steps of
 random bytes with ArbTrainer; the forecast comes from this process, which runs batches of at most three rows. In MB:
-base, what a process has resident before it builds the model; forecast and peak, of the whole process; error, of the
-forecast over the peak; error_above_base, of both without the base. Linux only: elsewhere a peak cannot be read.
+base, what a process has resident before it builds the model; forecast and peak, of the whole process. over_tensors: the
+peak above the base and a first step's own needs, over the tensors; margin: what the forecast takes for it. Linux only:
+elsewhere a peak cannot be read.
 
 examples:
   python scripts/developer/bench_memory.py --shapes arb-tiny:4x64 arb-tiny:4x64+checkpointing
@@ -29,11 +30,11 @@ from configuration_arb import PRESETS, preset_config
 from modeling_arb import ArbForCausalLM
 from training_arb.bench.bench_report import report
 from training_arb.bench.measurement import describe_environment
-from training_arb.cli.command_line import HelpFormatter, run
+from training_arb.cli.command_line import check_least, run, script_parser
 from training_arb.common.cpu_allocator import keep_freed_memory
 from training_arb.data.byte_data import ByteBlocks, collate_blocks
-from training_arb.memory.live_memory import MEGABYTE, peak_memory_mb
-from training_arb.memory.memory_forecast import forecast_step, process_base_mb
+from training_arb.memory.live_memory import MEGABYTE, peak_memory_mb, resident_mb
+from training_arb.memory.memory_forecast import FIRST_STEP_MB, forecast_step
 from training_arb.train.trainer_arb import ArbTrainer
 from training_arb.train.training_args_arb import ArbTrainingArguments
 
@@ -51,7 +52,7 @@ CHECKPOINTED = ["arb-small:32x256", "arb-14m:8x256", "arb-14m:32x256", "arb-14m:
 SHAPES = [*SMALL, *LARGE, *(f"{shape}{CHECKPOINTING}" for shape in CHECKPOINTED)]
 MEGABYTES = ("state_mb", "saved_mb", "tensors_mb", "base_mb", "forecast_mb", "peak_mb")
 COLUMNS = {"preset": "", "batch": "", "ctx": "", "checkpointing": "", **dict.fromkeys(MEGABYTES, ".0f")}
-COLUMNS |= {"error": "+.3f", "error_above_base": "+.3f", "step_s": ".2f"}
+COLUMNS |= {"over_tensors": ".2f", "margin": ".2f", "step_s": ".2f"}
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class Shape:
 def train(shape: Shape, steps: int) -> dict[str, float]:
     """Train in this process, which should be fresh: MB before the model and at the highest, and seconds a step."""
     keep_freed_memory()
-    base = process_base_mb()
+    base = resident_mb()
     ids = np.random.default_rng(0).integers(0, 256, shape.ctx * max(64, 2 * shape.batch), dtype=np.uint8)
     with tempfile.TemporaryDirectory() as folder:
         args = ArbTrainingArguments(
@@ -125,34 +126,32 @@ def forecast(shape: Shape, base_mb: float) -> dict[str, float]:
         model.activation_checkpointing_enable()
     step = forecast_step(model, shape.batch, shape.ctx)
     sizes = {"state_mb": step.state, "saved_mb": step.saved, "tensors_mb": step.peak}
-    apart = {"heap_mb": step.heap_peak, "mapped_mb": step.mapped_peak}
-    forecast = {"forecast_base_mb": base_mb, "forecast_mb": step.process_peak_mb(base_mb)}
-    return {**{key: size / MEGABYTE for key, size in {**sizes, **apart}.items()}, **forecast}
+    forecast = {"forecast_base_mb": base_mb, "forecast_mb": step.process_peak_mb(base_mb), "margin": step.margin}
+    return {**{key: size / MEGABYTE for key, size in sizes.items()}, **forecast}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+def build_parser() -> argparse.ArgumentParser:
+    parser = script_parser(__doc__)
     add = parser.add_argument
     add("--shapes", nargs="+", default=SHAPES, metavar="PRESET:BATCHxCTX", help=f"presets: {', '.join(PRESETS)}")
     add("--steps", type=int, default=3, help="steps of each run")
     add("--measure", metavar="SHAPE", help="train this one here, print what it took, and end")
     add("--json", metavar="OUT", help="write the rows here")
-    args = parser.parse_args()
-    if args.steps < 1:
-        raise ValueError(f"steps={args.steps} must be at least 1")
+    return parser
+
+
+def main() -> None:
+    args = build_parser().parse_args()
+    check_least(args, {"steps": 1})
     if args.measure:
         print(json.dumps(train(Shape.parse(args.measure), args.steps)))
         return
-    base, rows = process_base_mb(), []
+    base, rows = resident_mb(), []
     shapes = [Shape.parse(text) for text in args.shapes]
     for shape in tqdm(shapes, desc="shapes", leave=False):
         measured, expected = measure(shape, args.steps), forecast(shape, base)
-        above = expected["forecast_mb"] - base, measured["peak_mb"] - measured["base_mb"]
-        errors = {
-            "error": expected["forecast_mb"] / measured["peak_mb"] - 1,
-            "error_above_base": above[0] / above[1] - 1,
-        }
-        rows.append({**asdict(shape), **expected, **measured, **errors})
+        above = measured["peak_mb"] - measured["base_mb"] - FIRST_STEP_MB
+        rows.append({**asdict(shape), **expected, **measured, "over_tensors": above / expected["tensors_mb"]})
     report({"rows": rows, "steps": args.steps, "env": describe_environment()}, COLUMNS, args.json)
 
 

@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from configuration_arb import PRESETS
 from training_arb.bench.bench_report import report
 from training_arb.bench.measurement import describe_environment
-from training_arb.cli.command_line import HelpFormatter, run
+from training_arb.cli.command_line import check_least, run, script_parser
 
 SETTINGS = {
     "GOMP_SPINCOUNT=300000, libgomp's": {"GOMP_SPINCOUNT": "300000"},
@@ -37,8 +37,8 @@ SETTINGS = {
 COLUMNS = {"waiting": "", "runs": "", "step_ms": ".1f", "of_alone": ".2f"}
 
 
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+def build_parser() -> argparse.ArgumentParser:
+    parser = script_parser(__doc__)
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="arb-small")
     add("--batch", type=int, default=8, help="blocks a step")
@@ -47,13 +47,7 @@ def parse() -> argparse.Namespace:
     add("--runs", type=int, default=2, help="trainings at once, each with all threads")
     add("--rounds", type=int, default=3, help="of all settings, one after the other")
     add("--json", help="where to write the result")
-    args = parser.parse_args()
-    for name in ("batch", "ctx", "steps", "rounds"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} {getattr(args, name)}: must be at least 1")
-    if args.runs < 2:
-        parser.error(f"--runs {args.runs}: must be at least 2, or there is no neighbour")
-    return args
+    return parser
 
 
 def step_ms(args: argparse.Namespace, setting: dict[str, str], runs: int) -> float:
@@ -75,7 +69,8 @@ def step_ms(args: argparse.Namespace, setting: dict[str, str], runs: int) -> flo
 
 
 def main() -> None:
-    args = parse()
+    args = build_parser().parse_args()
+    check_least(args, {"batch": 1, "ctx": 8, "steps": 1, "runs": 2, "rounds": 1})
     jobs = [(waiting, runs) for waiting in SETTINGS for runs in (1, args.runs)]
     found: dict[tuple[str, int], list[float]] = {job: [] for job in jobs}
     for _ in range(args.rounds):

@@ -27,7 +27,7 @@ from configuration_arb import PRESETS, preset_config
 from modeling_arb import ArbForCausalLM
 from training_arb.bench.bench_report import report
 from training_arb.bench.measurement import MILLISECONDS, Timing, describe_environment
-from training_arb.cli.command_line import HelpFormatter, run
+from training_arb.cli.command_line import check_least, run, script_parser
 from training_arb.common.cpu_allocator import keep_freed_memory
 from training_arb.memory.state_audit import state_hash
 from training_arb.optim.integer_optimizer import IntegerOptimizer
@@ -52,7 +52,8 @@ def train(rank: int, config: str, args: argparse.Namespace, folder: str, answers
     torch.set_num_threads(args.ranks // ranks)
     keep_freed_memory()
     if ranks > 1:
-        store = dist.FileStore(str(Path(folder) / "store"), ranks)
+        path = str(Path(folder) / "store")
+        store = dist.FileStore(path, ranks)  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
     if config == WAITING:
         import training_arb.ranks.gradient_exchange as exchange_module
@@ -92,8 +93,8 @@ def time_config(config: str, args: argparse.Namespace) -> list[float]:
     return found[0][1]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+def build_parser() -> argparse.ArgumentParser:
+    parser = script_parser(__doc__)
     add = parser.add_argument
     add("--preset", default="arb-14m", help=f"shape: {', '.join(PRESETS)}")
     add("--ranks", type=int, default=2, help="processes; also the threads of the one process")
@@ -103,10 +104,12 @@ def main() -> None:
     add("--steps", type=int, default=8, help="timed steps per start, after two that are not")
     add("--seed", type=int, default=0, help="of weights and bytes")
     add("--json", metavar="OUT", help="write the rows here")
-    args = parser.parse_args()
-    for field, least in (("ranks", 2), ("batch", args.ranks), ("ctx", 8), ("rounds", 1), ("steps", 1)):
-        if getattr(args, field) < least:
-            raise ValueError(f"{field}={getattr(args, field)} must be at least {least}")
+    return parser
+
+
+def main() -> None:
+    args = build_parser().parse_args()
+    check_least(args, {"ranks": 2, "batch": args.ranks, "ctx": 8, "rounds": 1, "steps": 1})
     if args.batch % args.ranks:
         raise ValueError(f"batch={args.batch} must be a multiple of ranks={args.ranks}: all do the same work")
     preset_config(args.preset)

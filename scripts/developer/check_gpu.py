@@ -118,7 +118,7 @@ def stages(device: str, tiny: bool) -> list[Stage]:
     return [replace(stage, seconds=TOTAL_SECONDS) for stage in planned] if tiny else planned
 
 
-def parse() -> argparse.Namespace:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--device", default="cuda", help="cuda or cuda:N; cpu, with --tiny, tries the stages themselves")
@@ -127,12 +127,12 @@ def parse() -> argparse.Namespace:
     add("--seconds", type=float, default=TOTAL_SECONDS, help="for all stages together")
     add("--tiny", action="store_true", help="the smallest sizes, to try the stages")
     add("--stage", help=argparse.SUPPRESS)  # run this one here, and write what it found
-    return parser.parse_args()
+    return parser
 
 
 def main() -> int:
-    args = parse()
-    sys.path.insert(0, str(ROOT))
+    args = build_parser().parse_args()
+    sys.path.insert(0, str(ROOT))  # this script runs where the packages are not installed
     if args.stage:
         return run_stage(args)
     planned = stages(args.device, args.tiny)
@@ -248,7 +248,7 @@ def run_stage(args: argparse.Namespace) -> int:
 
 
 def environment_stage(args: argparse.Namespace) -> dict:
-    """Raises ValueError where there is no such device, or one that the kernels do not know."""
+    """Raises ValueError where the device is not found, or is not one that the kernels support."""
     try:
         import torch
     except ImportError as error:
@@ -266,7 +266,8 @@ def kernels_stage(args: argparse.Namespace) -> dict:
     files, kernels, seeds = kernel_test_files(), kernel_names(), 3
     if args.tiny:
         os.environ["TRITON_INTERPRET"] = "1"
-        files, kernels = ([name for name in names if "matvec" in str(name)] for names in (files, kernels))
+        files = [path for path in files if "matvec" in str(path)]
+        kernels = [name for name in kernels if "matvec" in name]
         seeds = 1
     seconds = float(os.environ.get("ARB_STAGE_SECONDS", "140")) - 15  # to come to an end before the bound
     return check_kernels(files, kernels, seeds, seconds, lambda result: write(Path(args.json), result))

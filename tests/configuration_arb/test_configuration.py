@@ -5,7 +5,7 @@ import json
 import pytest
 
 from configuration_arb import PRESETS, ArbConfig, preset_config
-from configuration_arb.block_options import BLOCK_OPTIONS
+from configuration_arb.optional_blocks import OPTIONAL_BLOCKS
 
 POSITIVE = (
     "hidden_size",
@@ -83,7 +83,7 @@ def test_blocks_are_completed_and_survive_a_checkpoint(tmp_path):
     assert config.moe_graph["top_k"] == 2 and config.memgram["orders"] == [2, 4]
     config.save_pretrained(tmp_path)
     stored = ArbConfig.from_pretrained(tmp_path)
-    assert all(getattr(stored, name) == getattr(config, name) for name in BLOCK_OPTIONS)
+    assert all(getattr(stored, name) == getattr(config, name) for name in OPTIONAL_BLOCKS)
 
 
 @pytest.mark.parametrize("group_size", [0, 4, 6, 8, 16, 32, 64, 96, 128])
@@ -100,7 +100,7 @@ def test_defaults():
     assert (config.pad_token_id, config.eos_token_id, config.bos_token_id) == (256, 257, 258)
     assert str(config.dtype) in ("float32", "torch.float32")
     assert config.training_state and not config.tie_word_embeddings
-    assert all(getattr(config, name) is None for name in BLOCK_OPTIONS)
+    assert all(getattr(config, name) is None for name in OPTIONAL_BLOCKS)
 
 
 @pytest.mark.parametrize(
@@ -171,3 +171,9 @@ def test_loading_a_foreign_packing_version(tmp_path):
     path.write_text(json.dumps({**json.loads(path.read_text()), "packing_version": 99}))
     with pytest.raises(ValueError, match="packing_version=99"):
         ArbConfig.from_pretrained(tmp_path)
+
+
+def test_every_declared_block_is_a_field_and_every_such_field_declared():
+    fields = [name for name, kind in ArbConfig.__annotations__.items() if "dict" in str(kind)]
+    assert fields == list(OPTIONAL_BLOCKS)
+    assert all(block.about and bool(block.part) == bool(block.area) for block in OPTIONAL_BLOCKS.values())

@@ -6,16 +6,16 @@ from arb_kernels.backend import use_backend
 from arb_kernels.blocks.lstm_gates import naive_lstm_gates
 from arb_kernels.blocks.lstm_gates_triton import triton_lstm_gates
 from arb_kernels.formats.packing import naive_unpack_trits, pack_trits
-from arb_kernels.formats.packing_triton import triton_gather_rows, triton_pack_trits, triton_unpack_trits
+from arb_kernels.formats.packing_triton import triton_gather_rows, triton_unpack_trits
+from arb_kernels.formats.rule_states import CorrelationState, FlipState
 from arb_kernels.matmul.int8_matmul import int8_matmul
 from arb_kernels.matmul.matvec_triton import triton_packed_matvec
 from arb_kernels.matmul.quantise_triton import triton_quantise_tokens, triton_scale_sums
 from arb_kernels.rules.correlation import naive_correlation_update
 from arb_kernels.rules.correlation_triton import triton_correlation_update
-from arb_kernels.rules.flip import naive_flip_update
 from arb_kernels.rules.flip_triton import triton_flip_update
 from arb_kernels.rules.sparse_momentum import sparse_momentum_update
-from support.tensors import assert_same, random_momentum_state, random_trits
+from support.tensors import assert_same, copied, random_momentum_state, random_trits
 
 COLUMNS, GROUP = 70, 32
 
@@ -28,14 +28,15 @@ def same(expected, got):
 def test_no_rows(triton_device):
     trits = torch.empty(0, COLUMNS, dtype=torch.int8, device=triton_device)
     packed = pack_trits(trits)
-    same([packed], [triton_pack_trits(trits)])
     same([naive_unpack_trits(packed, COLUMNS)], [triton_unpack_trits(packed, COLUMNS)])
     dW = torch.empty(0, COLUMNS, device=triton_device)
     votes = torch.empty(0, 3, dtype=torch.int8, device=triton_device)
-    state = (packed, votes, trits, votes)
-    same(naive_flip_update(*state, dW, GROUP, 2), triton_flip_update(*state, dW, GROUP, 2))
-    state = (packed, votes.long(), torch.tensor(4, device=triton_device))
-    same(naive_correlation_update(*state, dW, GROUP), triton_correlation_update(*state, dW, GROUP))
+    state = FlipState(packed, votes, trits, votes)
+    assert triton_flip_update(state, dW, GROUP, 2).item() == 0
+    state = CorrelationState(packed, votes.long(), torch.tensor(4, device=triton_device))
+    expected = naive_correlation_update(state, dW, GROUP)
+    triton_correlation_update(state, dW, GROUP)
+    same(expected, state)
 
 
 def test_no_tokens(triton_device):
@@ -55,11 +56,11 @@ def test_no_tokens(triton_device):
 
 
 def test_no_touched_rows(triton_device):
-    state = [tensor.to(triton_device) for tensor in random_momentum_state(6, COLUMNS)]
-    before = [tensor.clone() for tensor in state]
+    state = copied(random_momentum_state(6, COLUMNS), triton_device)
+    before = copied(state)
     ids = torch.empty(0, dtype=torch.int64, device=triton_device)
     dW = torch.empty(0, COLUMNS, device=triton_device)
     with use_backend("triton"):
-        flips = sparse_momentum_update(*state, ids, dW, 3, 0.3)
+        flips = sparse_momentum_update(state, ids, dW, 3, 0.3)
     assert flips.item() == 0
     same(before, state)

@@ -90,20 +90,34 @@ def test_exit_codes_are_the_scripts(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out.startswith("arb ")
 
 
-def test_completion_offers_names_then_options(tmp_path, monkeypatch, capsys):
+def test_completion_offers_names_options_choices_and_files(tmp_path, monkeypatch, capsys):
     bash = shutil.which("bash") or pytest.skip("bash is not installed")
     assert run_arb(monkeypatch, "completion") == 0
     (tmp_path / "arb").write_text(capsys.readouterr().out)
 
     def offered(*words):
-        code = f"source arb; COMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}; _arb; echo ${{COMPREPLY[@]}}"
+        line = " ".join(word or "''" for word in words)
+        code = f"source arb; COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; _shtab_arb; echo ${{COMPREPLY[@]}}"
         return subprocess.run([bash, "-c", code], cwd=tmp_path, capture_output=True, text=True).stdout.split()
 
     assert offered("arb", "rep") == ["report"]
     assert {"bench_kernels", "bench_train"} <= {*offered("arb", "bench")}
     assert offered("arb", "evaluate", "x", "--max") == ["--max_bytes"]
     assert "--update_rule" in offered("arb", "pretrain", "--up")
-    assert offered("arb", "evaluate", "fi") == []
+    assert offered("arb", "evaluate", "x", "--start", "e") == ["eos"]
+    (tmp_path / "file.txt").touch()
+    assert offered("arb", "evaluate", "fi") == ["file.txt"]
+    assert offered("arb", "pretrain", "--data", "fi") == ["file.txt"]
+    assert offered("arb", "completion", "") == ["bash", "zsh"]
+
+
+def test_completion_for_zsh_is_made_from_the_same_parsers(monkeypatch, capsys):
+    assert run_arb(monkeypatch, "completion", "zsh") == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("#compdef arb\n") and all(f"_arb_{name}" in shown for name in SCRIPTS)
+    assert "--update_rule" in shown and "--max_new_tokens" in shown
+    assert run_arb(monkeypatch, "completion", "csh") == 2
+    assert "shell='csh' is not one of bash, zsh" in capsys.readouterr().err
 
 
 def test_a_wheels_packages_are_enough(tmp_path):

@@ -102,7 +102,7 @@ def test_an_input_joins_its_instruction():
 @pytest.mark.parametrize(
     "line, said",
     [
-        ('{"messages": [', "line 2 is no JSON"),
+        ('{"messages": [', "line 2 is not JSON"),
         ("[1]", "line 2: must be an object"),
         ('{"text": "a"}', "line 2: fields text"),
         ('{"messages": []}', "line 2: messages=[]"),
@@ -267,7 +267,7 @@ def test_another_run_is_not_resumed(run, base_folder, data, tmp_path, capsys):
         (["--r", 0], "r=0"),
         (["--alpha", 0], "alpha=0.0"),
         (["--dropout", 1], "dropout=1.0"),
-        (["--target_modules", "query"], "target_modules='query': no such linear layer; there are down_proj"),
+        (["--target_modules", "query"], "target_modules='query': no such linear layer; the layers are down_proj"),
         (["--hold_out_every", 1], "hold_out_every=1"),
         (["--ctx", 4], "ctx=4"),
         (["--data", "nowhere.jsonl"], "data='nowhere.jsonl': no such file"),

@@ -85,7 +85,7 @@ def test_two_ranks_hold_the_same_bits(corpus, tmp_path, preset):
         "sys.argv[0] = 'pretrain.py'\n"
         f"sys.path.insert(0, {str(ROOT / 'scripts')!r})\n"
         "import pretrain\n"
-        "from training_arb import trainer_arb\n"
+        "from training_arb.train import trainer_arb\n"
         "from training_arb.memory.state_audit import state_hash\n"
         "train = trainer_arb.ArbTrainer.train\n"
         "def both(self, **k):\n"

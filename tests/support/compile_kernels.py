@@ -17,6 +17,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from arb_kernels.formats.rule_states import CorrelationState, FlipState, MomentumState
+
 CAPABILITIES = (80, 90)
 INEXACT = ("fma.rn.f32", ".ftz", "div.full", ".approx")  # float instructions that round another way than torch
 EXPONENTIALS = {"lstm_gates_forward_kernel", "lstm_gates_backward_kernel"}  # compared by error ratio, not bit by bit
@@ -50,7 +52,6 @@ def call_layers(k):
     k.triton_unpack_trits(packed, COLUMNS)
     k.triton_effective_weight(packed, COLUMNS, scale, GROUP, torch.bfloat16)
     k.triton_gather_rows(packed, ids, COLUMNS, scale[ids], GROUP)
-    k.triton_pack_trits(codes)
     k.triton_packed_matvec(codes[:3], packed, torch.ones(3), torch.ones(ROWS))
     cell = torch.zeros(8, ROWS // 4)
     for dtype in (torch.float32, torch.bfloat16):
@@ -64,20 +65,19 @@ def call_rules(k):
     int8, uint8 = torch.int8, torch.uint8
     packed, dW = torch.zeros(ROWS, WIDTH, dtype=uint8), torch.zeros(ROWS, COLUMNS)
     codes, ids = torch.zeros(ROWS, COLUMNS, dtype=int8), torch.zeros(4, dtype=torch.int64)
-    for bits, dtype in ((4, uint8), (8, torch.int16)):
+    for dtype in (torch.int16, uint8):
         accum, accum_exp = torch.zeros(ROWS, COLUMNS, dtype=dtype), torch.zeros(ROWS, BLOCKS, dtype=int8)
-        k.triton_momentum_update(packed, accum, accum_exp, dW, 1, 0.1, bits=bits)
-    accum = torch.zeros(ROWS, COLUMNS, dtype=uint8)
-    k.triton_momentum_update(packed, accum, accum_exp, dW[:4], 1, 0.1, row_ids=ids)
+        k.triton_momentum_update(MomentumState(packed, accum, accum_exp), dW, 1, 0.1)
+    k.triton_momentum_update(MomentumState(packed, accum, accum_exp), dW[:4], 1, 0.1, row_ids=ids)
     k.triton_add_gradient(codes, accum_exp, dW, 1)
     k.triton_add_sum(dW, codes, accum_exp)
     E_accum = torch.zeros(ROWS, GROUPS, dtype=int8)
-    k.triton_flip_update(packed, E_accum, codes, E_accum, dW, GROUP)
-    corr, steps = torch.zeros(ROWS, GROUPS, dtype=torch.int64), torch.zeros((), dtype=torch.int64)
-    k.triton_correlation_update(packed, corr, steps, dW, GROUP)
+    k.triton_flip_update(FlipState(packed, E_accum, codes, E_accum), dW, GROUP)
+    state = CorrelationState(packed, torch.zeros(ROWS, GROUPS, dtype=torch.int64), torch.zeros((), dtype=torch.int64))
+    k.triton_correlation_update(state, dW, GROUP)
     for dtype in (torch.float32, torch.bfloat16):
         grad_y, x = torch.zeros(8, ROWS, dtype=dtype), torch.zeros(8, COLUMNS, dtype=dtype)
-        k.triton_correlation_update_from_factors(packed, corr, steps, grad_y, x, GROUP)
+        k.triton_correlation_update_from_factors(state, grad_y, x, GROUP)
 
 
 def names_of_package():

@@ -5,6 +5,7 @@ import torch
 
 from arb_kernels.formats.momentum_format import MomentumFormat
 from arb_kernels.formats.packing import pack_trits
+from arb_kernels.formats.rule_states import MomentumState
 from arb_kernels.native_library import native_library
 from arb_kernels.triton_support import triton_runs_on
 
@@ -35,10 +36,16 @@ def random_trits(*shape):
 
 
 def random_momentum_state(rows, columns, bits=4):
-    """packed, accum, accum_exp of a fresh matrix: random trits and residuals, no momentum."""
+    """MomentumState of a fresh matrix: random trits and residuals, no momentum."""
     form = MomentumFormat(bits)
     residual = torch.randint(0, form.cell, (rows, columns)).to(form.dtype)
-    return pack_trits(random_trits(rows, columns)), residual, torch.zeros(rows, -(-columns // 64), dtype=torch.int8)
+    accum_exp = torch.zeros(rows, -(-columns // 64), dtype=torch.int8)
+    return MomentumState(pack_trits(random_trits(rows, columns)), residual, accum_exp)
+
+
+def copied(state, device=None):
+    """A rule's state with a copy of every tensor."""
+    return type(state)(*(tensor.clone().to(device) for tensor in state))
 
 
 def random_gradient(rows, columns, scale=1.0):

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from configuration_arb import ArbConfig, preset_config
-from configuration_arb.block_options import BLOCK_OPTIONS
+from configuration_arb.optional_blocks import OPTIONAL_BLOCKS
 from modeling_arb import ArbForCausalLM
 from training_arb.optim.integer_optimizer import IntegerOptimizer
 
@@ -45,7 +45,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "head_layers": 1,
     },
 }
-NOTHING = {**dict.fromkeys(BLOCK_OPTIONS), "head_layers": 0, "table_rule": "votes"}
+NOTHING = {**dict.fromkeys(OPTIONAL_BLOCKS), "head_layers": 0, "table_rule": "votes"}
 TIMED_ROUNDS = 8
 
 

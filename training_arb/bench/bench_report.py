@@ -1,4 +1,4 @@
-"""How the benches report: a table for people, a plot, and one JSON line last."""
+"""Reports of the benches: a table for people, a plot, and one JSON line last."""
 
 from __future__ import annotations
 
@@ -24,8 +24,7 @@ def plot_fractions(rows: Sequence[dict], path: str | Path, title: str) -> None:
 
     rows: with "contest" (what was run), "peer" and "fraction_of_limit"; those without a fraction are left out.
     """
-    # a bench that draws nothing runs without it
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure  # here, so that a bench that draws nothing does not need it
 
     from training_arb.report.training_plots import COLOURS
 
@@ -34,9 +33,8 @@ def plot_fractions(rows: Sequence[dict], path: str | Path, title: str) -> None:
     peers = list(dict.fromkeys(row["peer"] for row in rows))
     colours = {peer: COLOURS[i % len(COLOURS)] for i, peer in enumerate(peers)}
     tall = 0.9 + sum(0.3 * sum(row["contest"] == contest for row in rows) + 0.7 for contest in contests)
-    figure, panels = plt.subplots(
-        max(1, len(contests)), 1, figsize=(8, max(tall, 2)), sharex=True, squeeze=False, constrained_layout=True
-    )
+    figure = Figure(figsize=(8, max(tall, 2)), constrained_layout=True)
+    panels = figure.subplots(max(1, len(contests)), 1, sharex=True, squeeze=False)
     for panel, contest in zip(panels[:, 0], contests, strict=False):
         bars = [row for row in rows if row["contest"] == contest][::-1]
         values = [row["fraction_of_limit"] for row in bars]
@@ -50,4 +48,3 @@ def plot_fractions(rows: Sequence[dict], path: str | Path, title: str) -> None:
     panels[-1, 0].set_xlim(0, max([1.1, *(1.12 * row["fraction_of_limit"] for row in rows)]))
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=110)
-    plt.close(figure)

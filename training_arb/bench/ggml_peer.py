@@ -1,4 +1,4 @@
-"""ggml's ternary matmuls as a competitor: its own quantiser, its own graph, on its CPU backend.
+"""ggml's ternary matmuls as a peer in benchmarks: its own quantiser and graph, on its CPU backend.
 
 build_ggml_peer.sh builds the libraries. They share the OpenMP runtime that torch has loaded, so the two do not fight
 for cores, and the tensors lie in torch's memory, so every competitor reads from the same kind of pages.
@@ -52,7 +52,7 @@ _SIGNATURES = {
 def find_ggml(path: str | None) -> ctypes.CDLL | None:
     """ggml's CPU library at `path`, or below it, or where ARB_GGML says; None when neither is given.
 
-    Raises ValueError when there is none, or none that loads.
+    Raises ValueError when it is not found or does not load.
     """
     field = "ggml" if path else ENVIRONMENT
     given = path or os.environ.get(ENVIRONMENT)

@@ -1,7 +1,7 @@
-"""What bench_kernels.py runs: every kernel with its inputs, what it must do at least, and who else does it.
+"""Cases of bench_kernels.py: each kernel with its inputs, its least work, and other implementations of it.
 
 Operations are multiplies and adds. A matmul of (M, K) with (N, K) does 2 * M * N * K; `momentum_update` 30 a weight, of
-which 8 fold, 4 form the Nesterov direction, 10 normalise it and 8 move (momentum_update.py, line by line), without its
+which 8 fold, 4 form the Nesterov direction, 10 normalise it and 8 move (momentum.py, line by line), without its
 random bits, exponents and packing; AdamW 13 a weight; quantisation one an element.
 What must be read from DRAM at least: a quarter byte a weight for a matmul, whoever does it; for an update the gradient
 and ARB's state once; for a quantisation the floats. Writes are left out: where they overlap with reads, a limit that
@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from arb_kernels.formats.packing import pack_trits
+from arb_kernels.formats.rule_states import MomentumState
 from arb_kernels.formats.two_bit_layout import in_huge_pages, to_decode_layout
 from arb_kernels.matmul.decode_linear import MATVEC_TOKENS, decode_linear, layout_matmul
 from arb_kernels.matmul.quantise import naive_quantise_tokens, quantise_tokens
@@ -135,10 +136,11 @@ def update_contest(shape: tuple[int, int], cold_bytes: float) -> Contest:
     state_bytes = sum(tensor.nbytes for tensor in state)
     least_bytes = gradient.nbytes + state_bytes
     copies = _copies([*state, gradient], cold_bytes)
-    operands = [_repeated(tensor, copies) for tensor in (*state, gradient)]
+    *tensors, gradients = (_repeated(tensor, copies) for tensor in (*state, gradient))
+    states = [MomentumState(*each) for each in zip(*tensors, strict=True)]
     competitors = {
         OWN: Competitor(
-            lambda i: momentum_update(*(operand[i] for operand in operands), key=i, lr=0.03),
+            lambda i: momentum_update(states[i], gradients[i], key=i, lr=0.03),
             copies,
             UPDATE_OPERATIONS * N * K,
             least_bytes + state_bytes,
@@ -174,7 +176,7 @@ def quantise_contest(shape: tuple[int, int], batch: int, cold_bytes: float) -> C
 
 
 def batches_of(op: str, batches: list[int]) -> list[int | None]:
-    """The batches of `batches` that an operation runs at. Raises ValueError when there is none."""
+    """The batches of `batches` that an operation runs at. Raises ValueError when it runs at none of them."""
     fitting: list[int | None] = {
         "cpu_matvec": [batch for batch in batches if batch <= MATVEC_TOKENS],
         "cpu_matmul": [batch for batch in batches if batch > MATVEC_TOKENS],

@@ -1,4 +1,4 @@
-"""One way to time, to say where, and to know what the machine could do at best.
+"""Times jobs, describes the machine, and measures its physical limits.
 
 Competitors are timed round-robin in a random order, so that noise on a shared machine hits all of them alike, and rows
 hold percentiles instead of a mean. The physical limits are measured among them, in the same rounds, and are medians
@@ -20,11 +20,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 from tqdm.auto import tqdm
 
 from arb_kernels.backend import describe_backend, instruction_set
 from arb_kernels.formats.two_bit_layout import in_huge_pages
-from arb_kernels.native_library import native_library, pointer
+from arb_kernels.native_library import native_kernels, pointer
 
 MICROSECONDS, MILLISECONDS = 1e6, 1e3  # in a second
 REGISTER_ROUNDS = 300_000  # about ten milliseconds of vector instructions
@@ -90,7 +91,7 @@ def rotating(call: Callable[[int], object], copies: int) -> Callable[[], object]
 
 @dataclass(frozen=True)
 class Limits:
-    """What the machine can do, with the threads that torch has; None where there is no native kernel to ask."""
+    """What the machine can do, with the threads that torch has; None without the native kernels."""
 
     dram_gb_per_s: float | None = None
     int8_gops: float | None = None
@@ -116,10 +117,10 @@ class LimitJobs:
             self.jobs = {self.READ: self._read, self.MULTIPLY: self._multiply}
 
     def _read(self) -> None:
-        native_library().arb_read_memory(pointer(self.buffer), self.buffer.numel())
+        native_kernels().arb_read_memory(pointer(self.buffer), self.buffer.numel())
 
     def _multiply(self) -> None:
-        self.operations = native_library().arb_multiply_registers(self.instructions, REGISTER_ROUNDS)
+        self.operations = native_kernels().arb_multiply_registers(self.instructions, REGISTER_ROUNDS)
 
     def limits(self, timings: Mapping[str, Timing]) -> Limits:
         if not self.jobs:
@@ -155,6 +156,7 @@ def describe_environment(device: str = "cpu") -> dict[str, object]:
         "backend": describe_backend(torch.device(device)),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "transformers": transformers.__version__,
         "commit": _commit(),
         "date": date.today().isoformat(),
     }

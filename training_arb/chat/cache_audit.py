@@ -1,4 +1,4 @@
-"""What a cache takes, read off its own tensors, against plain multi-head attention's of the same width."""
+"""Measures a cache by its own tensors, and compares it with plain multi-head attention's of the same width."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def cache_size(cache: Cache, config: ArbConfig) -> CacheSize:
     element = 0
     for layer in cache.layers:
         if not isinstance(layer, CacheLayerMixin) or layer.keys is None or layer.values is None:
-            raise ValueError("past_key_values is empty: there is nothing to measure")
+            raise ValueError("past_key_values is empty, nothing can be measured")
         row = (layer.keys.nbytes + layer.values.nbytes) / len(layer.keys)
         if isinstance(layer, DynamicSlidingWindowLayer):
             fixed += row

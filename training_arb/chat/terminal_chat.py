@@ -1,4 +1,4 @@
-"""A conversation in the terminal: replies as they are said, commands, and a context that stays within the model's."""
+"""A conversation in the terminal: streamed replies, commands, and a context that fits the model's."""
 
 from __future__ import annotations
 
@@ -33,7 +33,10 @@ class TerminalStreamer(ByteStreamer):
 
 
 class Conversation:
-    """Turns as ids, and the cache that has read them. The oldest turns go when there is no room; the system's stays."""
+    """Turns as ids, and the cache that has read them.
+
+    The oldest turns are dropped when the context is full; the system's stays.
+    """
 
     def __init__(self, generator: TextGenerator, tokenizer: ArbTokenizer, system: str | None = None):
         self.generator, self.tokenizer = generator, tokenizer
@@ -92,7 +95,7 @@ def talk(conversation: Conversation, streamer: BaseStreamer | None, read: Callab
             conversation.reset()
             print("(the conversation starts anew)")
         elif turn.startswith("/"):
-            print(f"({turn.split()[0]} is no command: {HELP})")
+            print(f"({turn.split()[0]} is not a command: {HELP})")
         elif turn:
             _answer(conversation, turn, streamer)
 

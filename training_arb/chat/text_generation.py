@@ -1,4 +1,4 @@
-"""One model, one set of options, many prompts: ids in, new ids out; what it took is measured as it goes."""
+"""Generates text from many prompts with one model and one set of options, and measures speed and cache."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from .cache_audit import cache_size
 
 
 class StopOnInterrupt(StoppingCriteria):
-    """Ctrl-C ends a text after the token at hand, with a cache that has read what was said; a second one raises."""
+    """Ctrl-C ends a text after the current token, with a cache that holds it; a second one raises."""
 
     def __init__(self):
         self.interrupted = False
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Receive Ctrl-C within the block; what was installed before comes back after it."""
+        """Receive Ctrl-C within the block; the handler from before is restored after it."""
         self.interrupted = False
         if threading.current_thread() is not threading.main_thread():
             yield  # Python lets only the main thread install handlers
@@ -47,7 +47,7 @@ class StopOnInterrupt(StoppingCriteria):
 
 
 class TextGenerator:
-    """`options` are `generate`'s. `cache` is what the last call left, None where there is none to go on from."""
+    """`options` are `generate`'s. `cache` is what the last call left, None where the next call starts anew."""
 
     def __init__(self, model: ArbForCausalLM, **options):
         self.model, self.options = model, options

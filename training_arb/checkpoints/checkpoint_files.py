@@ -1,4 +1,4 @@
-"""What a training checkpoint is: the files of a checkpoint folder, their checksums, and the check that all are sound.
+"""The files of a training checkpoint, their checksums, and the check that all are sound.
 
 A trainer writes run.json first and checksums.json last, after everything else has reached the disk. A folder with
 run.json and without checksums.json is therefore unfinished, whatever ended its writing, and is not a checkpoint.

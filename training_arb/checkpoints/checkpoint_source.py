@@ -1,4 +1,4 @@
-"""Where a checkpoint comes from: a folder, or a repository on the hub at a revision. No code, no pickle is fetched."""
+"""Finds a checkpoint: a folder, or a repository on the hub at a revision. Neither code nor pickles are fetched."""
 
 from __future__ import annotations
 

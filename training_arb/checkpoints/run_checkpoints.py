@@ -22,7 +22,7 @@ Check = Callable[[Path], None]
 
 def step_of(checkpoint: str | Path) -> int:
     """The step that a numbered checkpoint was written at."""
-    return int(NUMBERED.fullmatch(Path(checkpoint).name)[1])
+    return int(Path(checkpoint).name.removeprefix("checkpoint-"))
 
 
 def _numbered_folders(run_dir: str | Path) -> Iterator[Path]:
@@ -45,7 +45,7 @@ def unfinished_checkpoints(run_dir: str | Path) -> list[Path]:
 
 
 def discard(checkpoint: Path) -> None:
-    """Delete a checkpoint, which is unfinished from the first moment on."""
+    """Delete a checkpoint; without its checksums, which go first, it counts as unfinished."""
     (checkpoint / CHECKSUMS_FILE).unlink(missing_ok=True)
     shutil.rmtree(checkpoint, ignore_errors=True)
 

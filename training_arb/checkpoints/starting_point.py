@@ -1,7 +1,7 @@
-"""Full finetuning: a run that starts from a checkpoint's weights, with fresh training state.
+"""Full finetuning: a new run that starts from a checkpoint's weights.
 
-Only what inference needs is taken over, whether or not the checkpoint could be resumed: residual and momentum (or
-votes) start at zero, so that equal weights make equal runs.
+Training state (residuals and momentum, or votes) comes along where the checkpoint has it and the update rules stay the
+same. It starts at zero from an inference checkpoint, and when a rule or its number of bits changes.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from training_arb.memory.state_audit import inference_hash
 from .checkpoint_files import RUN_FILE, verify_checksums
 from .checkpoint_source import find_checkpoint
 
-# what a finetuning may choose for itself: how weights are updated and multiplied, not what they are
-FREE_FIELDS = ("update_rule", "table_rule", "momentum_bits", "compute", "max_position_embeddings", "training_state")
+# what a finetuning may choose for itself: how weights are updated and multiplied, not their shape and values
+RULE_FIELDS = ("update_rule", "table_rule", "momentum_bits")
+FREE_FIELDS = (*RULE_FIELDS, "compute", "max_position_embeddings", "training_state")
 
 
 def start_from(
@@ -30,13 +31,13 @@ def start_from(
     fields: dict[str, object] | None = None,
     ctx: int = 0,
     resumed: str | None = None,
-) -> tuple[ArbForCausalLM, dict[str, str | None]]:
+) -> tuple[ArbForCausalLM, dict[str, object]]:
     """The model that a run from `source`, a folder or a hub name, begins with, and where it came from.
 
-    preset, fields (of the config): must agree with the checkpoint, but for FREE_FIELDS. ctx: the longest text to come.
-    resumed: the checkpoint of this very run that it goes on from; its weights are then the trainer's to load, and the
-    source is not opened again. Raises ValueError when there is no such checkpoint, when it is damaged, or when the
-    settings contradict it.
+    preset, fields (of the config): must agree with the checkpoint, except for FREE_FIELDS. ctx: the longest text to
+    come. resumed: the checkpoint of this run that it continues from; the trainer then loads its weights, and the source
+    is not opened again. Raises ValueError when the checkpoint is not found, when it is damaged, or when the settings
+    contradict it.
     """
     if resumed is not None:
         folder, origin = Path(resumed), _stored_origin(Path(resumed), source, revision)
@@ -49,23 +50,28 @@ def start_from(
     config.max_position_embeddings = max(config.max_position_embeddings, ctx)
     if resumed is not None:
         return ArbForCausalLM(config), origin
-    origin["update_rule"] = stored.update_rule
-    model = _load(folder, stored, config)
+    keeps_state = stored.training_state and all(getattr(stored, name) == getattr(config, name) for name in RULE_FIELDS)
+    if keeps_state:
+        config.training_state = True
+        model = ArbForCausalLM.from_pretrained(folder, config=config)
+    else:
+        model = _load_weights(folder, stored, config)
+    origin |= {"update_rule": stored.update_rule, "training_state": keeps_state}
     return model, {**origin, "weights_sha256": inference_hash(model)}
 
 
-def describe_start(origin: dict[str, str | None], config: ArbConfig) -> str:
+def describe_start(origin: dict[str, object], config: ArbConfig) -> str:
     """What a run starts with, in one line."""
-    fresh = "residual and momentum" if config.update_rule == "momentum" else "votes"
-    goes_on = config.update_rule == origin["update_rule"] == "correlation"
+    state = "residuals and momentum" if config.update_rule == "momentum" else "votes"
+    comes_along = origin.get("training_state") or config.update_rule == origin["update_rule"] == "correlation"
     at = f" at {origin['commit']}" if origin["commit"] else ""
     return (
         f"weights of {origin['source']}{at}, trained by {origin['update_rule']}; now by {config.update_rule},"
-        f" its {fresh} {'go on' if goes_on else 'start at zero'}"
+        f" its {state} {'come along' if comes_along else 'start at zero'}"
     )
 
 
-def _stored_origin(checkpoint: Path, source: str, revision: str | None) -> dict[str, str | None]:
+def _stored_origin(checkpoint: Path, source: str, revision: str | None) -> dict[str, object]:
     origin = read_json_object(checkpoint / RUN_FILE).get("init_from")
     if not origin:
         raise ValueError(f"init_from={source!r}: the run of {checkpoint} started from scratch")
@@ -105,12 +111,13 @@ def _contradiction(stored: ArbConfig, wanted: ArbConfig) -> tuple[str, object] |
     return None
 
 
-def _load(folder: Path, stored: ArbConfig, config: ArbConfig) -> ArbForCausalLM:
+def _load_weights(folder: Path, stored: ArbConfig, config: ArbConfig) -> ArbForCausalLM:
+    """The weights alone, with training state at zero."""
     taking_up_votes = config.update_rule == "correlation" != stored.update_rule
     loaded = stored if taking_up_votes else config
     loaded.training_state = False
     model = ArbForCausalLM.from_pretrained(folder, config=loaded)
-    if taking_up_votes:  # that inference needs and the checkpoint does not have
+    if taking_up_votes:  # inference needs them, and the checkpoint does not have them
         weights, config.training_state = model.state_dict(), True
         model = ArbForCausalLM(config)
         for tensor in model.state_dict().values():
@@ -119,6 +126,6 @@ def _load(folder: Path, stored: ArbConfig, config: ArbConfig) -> ArbForCausalLM:
     else:
         model.add_training_state()
     for module in model.modules():
-        if isinstance(module, TernaryCodebook):  # no row is taken for unused before it had its chance
+        if isinstance(module, TernaryCodebook):  # so that no row counts as unused from the start
             torch.nn.init.ones_(module.usage)
     return model

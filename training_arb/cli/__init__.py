@@ -1,1 +1,1 @@
-"""What every script does with its arguments and errors."""
+"""What scripts share, and the command `arb` that runs them."""

@@ -23,7 +23,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Shows the default of every option, and keeps the line breaks of the description."""
 
 
-def script_parser(description: str) -> argparse.ArgumentParser:
+def script_parser(description: str | None) -> argparse.ArgumentParser:
     """A parser whose help begins with a script's docstring."""
     return argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
 

@@ -1,1 +1,1 @@
-"""Helpers without a subject of their own: atomic files, text tables, device names, threads."""
+"""General helpers: atomic files, text tables, device names, error lines, threads."""

@@ -18,7 +18,7 @@ FULL_IN_WORDS = (*map(os.strerror, FULL), "inline_container")
 
 
 def out_of_space(error: BaseException) -> bool:
-    """Whether an error met while writing files means that there is no room for them."""
+    """Whether an error met while writing files means that no space is left for them."""
     if isinstance(error, OSError):
         return error.errno in FULL
     return any(words in str(error) for words in FULL_IN_WORDS)

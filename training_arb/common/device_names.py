@@ -1,4 +1,4 @@
-"""The device that a command line names."""
+"""Checks the device that a command line names."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 def checked_device(name: str) -> torch.device:
-    """cpu, cuda or cuda:N. Raises ValueError where it is none of these, or is not there."""
+    """cpu, cuda or cuda:N. Raises ValueError where it is not one of these, or is not found."""
     try:
         device = torch.device(name)
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""What goes wrong with the hub, as one line that says what was asked and what came back."""
+"""Turns errors of the hub into one line that says what was asked and what came back."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from huggingface_hub import constants
 from huggingface_hub.errors import (
     HfHubHTTPError,
-    HTTPError,
+    HTTPError,  # pyright: ignore[reportPrivateImportUsage]
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -35,7 +35,7 @@ def hub_errors(asked: str) -> Iterator[None]:
 
 
 def _reason(error: BaseException | None) -> str | None:
-    """None for what is none of the hub's errors."""
+    """The reason in words, or None when it is not an error of the hub."""
     unreachable = f"{constants.ENDPOINT} cannot be reached"
     if isinstance(error, LocalEntryNotFoundError):
         return f"not in the cache, and {unreachable}"

@@ -1,4 +1,4 @@
-"""Rows of figures as a table for people."""
+"""Formats rows of figures as a text table."""
 
 from __future__ import annotations
 

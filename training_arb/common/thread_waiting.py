@@ -1,8 +1,8 @@
-"""How the threads of a matmul wait for the next one. To be imported before torch: its OpenMP runtime reads this once.
+"""Sets how the threads of a matmul wait for the next one. Import it before torch, whose OpenMP runtime reads it once.
 
-By default libgomp's threads spin without end between two parallel regions. That is fast alone, but where more threads
-than cores want to run, two trainings on one machine say, each spins through the time that the other needs to go on:
-a step takes fifty times as long (benchmarks/README.md). A thousand rounds of spinning bridge the gap between two
+By default libgomp's threads spin without end between two parallel regions. That is fast alone. Where more threads than
+cores want to run, as with two trainings on one machine, each spins through the time that the other needs, and a step
+takes fifty times as long (benchmarks/README.md). A thousand rounds of spinning bridge the gap between two
 regions of a step, then the thread sleeps.
 """
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import Dataset
@@ -16,7 +16,7 @@ from tokenization_arb import SPECIAL_IDS, ArbTokenizer
 SPEAKERS = {"human": "user", "gpt": "assistant"}  # as {"from", "value"} messages have them
 FORMATS = '"messages", "conversations", "prompt" and "completion", or "instruction" and "output"'
 
-Message = dict[str, str]
+Message = dict[str, Any]  # content: text, which encode_turn checks
 
 
 class Conversation(NamedTuple):
@@ -115,7 +115,7 @@ def read_conversations(path: str | Path, ctx: int) -> Conversations:
                 try:
                     yield place, json.loads(line)
                 except (ValueError, RecursionError) as error:
-                    raise ValueError(f"{place} is no JSON: {error}") from error
+                    raise ValueError(f"{place} is not JSON: {error}") from error
 
     return _not_empty(f"data={str(path)!r}", encode_rows(rows(), ctx))
 

@@ -105,7 +105,7 @@ def stream_dataset(
     if first is None:
         raise ValueError(f"dataset={name!r} is empty")
     if not isinstance(first.get(text_column), str):
-        raise ValueError(f"text_column={text_column!r} is no text column of dataset={name!r}: {', '.join(first)}")
+        raise ValueError(f"text_column={text_column!r} is not a text column of dataset={name!r}: {', '.join(first)}")
     held_out = join(document_ids(row[text_column]) for row in rows.take(held_out_documents))
     if len(held_out) < ctx:
         raise ValueError(f"ctx={ctx} is longer than the held-out part of dataset={name!r}: {len(held_out)} bytes")

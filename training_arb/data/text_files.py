@@ -63,7 +63,7 @@ def _expand(pattern: str) -> Iterator[str]:
 def parse_weights(items: Sequence[str]) -> list[tuple[str, float | None]]:
     """(path or glob, weight or None) of each PATH[:WEIGHT]; a path with a colon that exists is a path.
 
-    Raises ValueError naming the item whose weight is no positive finite number.
+    Raises ValueError naming the item whose weight is not a positive finite number.
     """
     parsed: list[tuple[str, float | None]] = []
     for item in items:
@@ -74,7 +74,7 @@ def parse_weights(items: Sequence[str]) -> list[tuple[str, float | None]]:
         try:
             weight = float(tail)
         except ValueError:
-            raise ValueError(f"data={item!r}: no such file, and {tail!r} is no weight") from None
+            raise ValueError(f"data={item!r}: no such file, and {tail!r} is not a weight") from None
         if not pattern or not 0 < weight < math.inf:
             raise ValueError(f"data={item!r}: must be PATH:WEIGHT, the weight a positive finite number")
         parsed.append((pattern, weight))

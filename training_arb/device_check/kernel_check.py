@@ -19,10 +19,9 @@ from pathlib import Path
 import arb_kernels.triton_support as triton_support
 
 from .bounded_process import run_bounded
-from .kernel_tests import FAILED, PASSED, SKIPPED
+from .kernel_tests import FAILED, PASSED, SKIPPED, TESTS
 
 TEST_RUNNER = "training_arb.device_check.kernel_tests"
-TESTS = Path(__file__).parents[2] / "tests"
 HELPERS, MARKERS = "from support.tensors import", ("triton_device", "BACKENDS")  # what a test file of the kernels holds
 MOST_RESTARTS = 4  # of a file
 MOST_PROCESSES = 4  # each has a context on the device, half a gigabyte
@@ -52,11 +51,13 @@ def kernel_names() -> list[str]:
 def run_file(path: Path, seeds: int, deadline: float) -> list[dict]:
     """A row for each test of one file: its name, result, detail and kernels. deadline: of time.monotonic()."""
     rows: list[dict] = []
+    paths = (str(path.parent), str(TESTS), os.environ.get("PYTHONPATH"))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     with tempfile.TemporaryDirectory() as folder:
         out, first = Path(folder) / "tests.jsonl", 0
         for _ in range(MOST_RESTARTS + 1):
             command = [sys.executable, "-m", TEST_RUNNER, str(path), str(first), str(seeds), str(out)]
-            ended = run_bounded(command, deadline - time.monotonic(), own_group=False)
+            ended = run_bounded(command, deadline - time.monotonic(), environment, own_group=False)
             lines = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
             rows = _rows_of(lines)
             if lines and lines[-1].get("ended"):

@@ -3,7 +3,7 @@
 Beside what a test asserts, the torch reference that it calls is run on the CPU too, and must say the same there. The
 line of a test names the kernels that it launched and, where it failed, the first element that differs.
 
-python -m training_arb.device_check.kernel_tests FILE FIRST SEEDS OUT
+PYTHONPATH=FOLDER_OF_FILE:tests python -m training_arb.device_check.kernel_tests FILE FIRST SEEDS OUT
 runs the tests from number FIRST on, with seeds 0 .. SEEDS - 1.
 """
 
@@ -100,7 +100,6 @@ def run_tests(path: Path, first: int, seeds: int, out: Path) -> None:
     """Write a line when each test starts and when it has ended."""
     witness = Witness()
     install()
-    sys.path[:0] = [str(path.parent), str(TESTS)]
     conftest, tensors = importlib.import_module("conftest"), importlib.import_module("support.tensors")
     module = importlib.import_module(path.stem)
     check_references(module, tensors.assert_same)

@@ -47,7 +47,7 @@ def dataset_documents(name: str, config: str | None, split: str, text_column: st
     try:
         for row in load_dataset(name, config, split=split, streaming=True):
             if not isinstance(row.get(text_column), str | None) or text_column not in row:
-                raise ValueError(f"text_column={text_column!r} is no text column among {', '.join(row)}")
+                raise ValueError(f"text_column={text_column!r} is not a text column; the columns are {', '.join(row)}")
             document = document_ids(row[text_column])[:-1].astype(np.uint8).tobytes()
             if document:
                 yield document
@@ -87,6 +87,6 @@ def _all_documents(documents: Iterable[bytes]) -> list[bytes]:
 
 
 def as_text(documents: Sequence[bytes]) -> tuple[list[bytes], int]:
-    """The documents with U+FFFD for whatever is no UTF-8, and how many of them that changes."""
+    """The documents with U+FFFD for whatever is not UTF-8, and how many of them that changes."""
     texts = [document.decode(errors="replace").encode() for document in documents]
     return texts, sum(text != document for text, document in zip(texts, documents, strict=True))

@@ -53,7 +53,7 @@ class TokenizerEncoder:
         self.name, self.tokenizer = name, tokenizer
 
     def start_ids(self, start: str, documents: int) -> list[int]:
-        """What stands before each document. Raises ValueError where the tokenizer has no such token."""
+        """What stands before each document. Raises ValueError where the tokenizer lacks that token."""
         ids = {"bos": self.tokenizer.bos_token_id, "eos": self.tokenizer.eos_token_id}
         if start in ids and ids[start] is None:
             raise ValueError(f"start={start!r}: the tokenizer of model={self.name!r} has no such token")

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on a model, with ARB's own tasks beside the harness's: they need no download.
+"""Runs lm-evaluation-harness on a model, with ARB's own tasks besides the harness's; ours need no download.
 
 The tasks are the YAML files in `lm_eval_tasks`; from a shell:
 `lm_eval --include_path training_arb/evaluation/lm_eval_tasks`.
@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from importlib.machinery import PathFinder
+from importlib.metadata import distribution
+from importlib.util import module_from_spec
 from pathlib import Path
+from types import ModuleType
 
 from transformers import PreTrainedTokenizerBase
 
@@ -22,19 +25,23 @@ def own_tasks() -> list[str]:
     return sorted(path.stem for path in TASKS_FOLDER.glob("*.yaml"))
 
 
-@contextmanager
-def no_script_named_evaluate() -> Iterator[None]:
-    """Without folders that hold an evaluate.py on sys.path, as a running script's is: the harness's metrics import a
-    library of that name."""
-    before = sys.path[:]
-    sys.path[:] = [entry for entry in before if not (Path(entry) / "evaluate.py").is_file()]
-    try:
-        yield
-    finally:
-        sys.path[:] = before
+def import_installed(name: str) -> ModuleType:
+    """The package of an installed distribution, imported as `name`, whatever else on sys.path is called so.
+
+    Raises ImportError when it is not installed.
+    """
+    folder = Path(str(distribution(name).locate_file("")))
+    loaded = sys.modules.get(name)
+    if loaded is not None and Path(str(loaded.__file__)).is_relative_to(folder / name):
+        return loaded
+    spec = PathFinder.find_spec(name, [str(folder)])
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{name} is not in {folder}")
+    module = sys.modules[name] = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-@no_script_named_evaluate()
 def harness_scores(
     name: str,
     tokenizer: PreTrainedTokenizerBase,
@@ -49,9 +56,10 @@ def harness_scores(
     """{task: {metric: value}} of lm-eval's `hf` model, loaded by folder or hub name.
 
     max_length: ids that a window predicts. prefix_token_id: what stands before a document; None: BOS, or EOS.
-    Raises ValueError where lm-eval is not installed or knows no such task.
+    Raises ValueError where lm-eval is not installed or does not know a task.
     """
     try:
+        import_installed("evaluate")  # by the harness's metrics; scripts/evaluate.py may come first on sys.path
         from lm_eval.evaluator import simple_evaluate
         from lm_eval.tasks import TaskManager
     except ImportError as error:
@@ -63,7 +71,7 @@ def harness_scores(
     manager = TaskManager(include_path=str(TASKS_FOLDER), include_defaults=not {*tasks} <= {*own_tasks()})
     for task in tasks:
         if not manager.match_tasks([task]):
-            raise ValueError(f"lm_eval={task!r} is no task; ARB's own are {', '.join(own_tasks())}")
+            raise ValueError(f"lm_eval={task!r} is not a task; ARB's own are {', '.join(own_tasks())}")
     results = simple_evaluate(
         model="hf",
         model_args={  # pyright: ignore[reportArgumentType], a tokenizer may be an object

@@ -62,7 +62,7 @@ def load_evaluated(name: str, device: torch.device, trust_remote_code: bool = Fa
     try:
         config, _ = PreTrainedConfig.get_config_dict(name)
     except OSError as error:
-        where = "" if folder.is_dir() else " is no folder, nor found on the hub"
+        where = "" if folder.is_dir() else " is not a folder, and was not found on the hub"
         raise ValueError(f"model={name!r}{where}: {_first_line(error)}") from error
     if config.get("model_type") == "arb":
         model, tokenizer = load_model(name), ArbTokenizer()
@@ -87,7 +87,7 @@ def _load_causal_lm(name: str, trust_remote_code: bool) -> PreTrainedModel:
         if "trust_remote_code" in str(error):
             raise ValueError(f"model={name!r} brings code of its own, which --trust_remote_code runs") from error
         if "Unrecognized configuration class" in str(error):
-            raise ValueError(f"model={name!r} is no causal language model") from error
+            raise ValueError(f"model={name!r} is not a causal language model") from error
         raise ValueError(f"model={name!r}: {_first_line(error)}") from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
@@ -115,7 +115,7 @@ def check_causal(name: str, model: PreTrainedModel) -> None:
     with torch.no_grad():
         logits, again = (model(row, use_cache=False).logits[0, :-1].float() for row in (ids, other))
     if not torch.allclose(logits, again, rtol=1e-3, atol=1e-3 * logits.std().item()):
-        raise ValueError(f"model={name!r} is no causal language model: a token changes what it says of those before")
+        raise ValueError(f"model={name!r} is not a causal language model: a token changes the predictions before it")
 
 
 def _first_line(error: Exception) -> str:

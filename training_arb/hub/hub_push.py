@@ -39,11 +39,11 @@ def whole_name(name: str, token: str | None = None) -> str:
 
 def _require_token(name: str, token: str | None) -> None:
     if (token or get_token()) is None:
-        raise ValueError(f"push to {name!r}: there is no token; log in with `hf auth login`, or set HF_TOKEN")
+        raise ValueError(f"push to {name!r}: no token found; log in with `hf auth login`, or set HF_TOKEN")
 
 
 def check_target(repo_id: str, private: bool = False, token: str | None = None) -> None:
-    """Raises ValueError when there is no token, when the hub cannot be asked, and when the repository is there and
+    """Raises ValueError when no token is found, when the hub cannot be reached, and when the repository is there and
     holds another type of model, or is public where `private` was asked for."""
     asked = f"push to {repo_id!r}"
     _require_token(repo_id, token)

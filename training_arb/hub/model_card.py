@@ -10,7 +10,7 @@ from string import Template
 from huggingface_hub import EvalResult, ModelCardData
 
 from configuration_arb import ArbConfig
-from configuration_arb.block_options import BLOCK_OPTIONS
+from configuration_arb.optional_blocks import OPTIONAL_BLOCKS
 from training_arb.memory.state_audit import StateAudit, audit_config
 from training_arb.report.run_facts import RunFacts, without_folders
 
@@ -123,9 +123,9 @@ def _origin(facts: RunFacts) -> str | None:
 
 def _shape(config: ArbConfig) -> Iterable[tuple[str, object]]:
     yield from ((f"`{name}`", getattr(config, name)) for name in SHAPE)
-    for name in BLOCK_OPTIONS:
+    for name, block in OPTIONAL_BLOCKS.items():
         if getattr(config, name):
-            yield f"`{name}`", f"`{json.dumps(getattr(config, name))}`"
+            yield f"`{name}`, {block.about}", f"`{json.dumps(getattr(config, name))}`"
 
 
 def _state_table(config: ArbConfig, audit: StateAudit) -> str:

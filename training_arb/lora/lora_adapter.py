@@ -1,8 +1,7 @@
-"""LoRA adapters by peft over a frozen ternary base: made, measured, saved with their base's hash, loaded again."""
+"""LoRA adapters by peft over a frozen ternary base: makes, measures, saves and loads them with their base's hash."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from training_arb.checkpoints.checkpoint_files import verify_checksums
 from training_arb.checkpoints.checkpoint_source import find_checkpoint
 from training_arb.common.atomic_files import write_json
 from training_arb.data.chat_data import Conversation, ConversationDataset, collate_conversations
+from training_arb.memory.state_audit import hash_tensors
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 BASE_FILE = "base.json"
@@ -35,7 +35,7 @@ def add_adapter(
 ) -> PeftModel:
     """A fresh adapter on the named TernaryLinears; all-linear: every one but the head.
 
-    Raises ValueError naming the setting that is impossible, or the module that is not there.
+    Raises ValueError naming the setting that is impossible, or the module that is not found.
     """
     if r < 1:
         raise ValueError(f"r={r} must be at least 1")
@@ -47,7 +47,7 @@ def add_adapter(
     for wanted in target_modules:
         if wanted != ALL_LINEAR and not any(name == wanted or name.endswith(f".{wanted}") for name in names):
             known = sorted({name.rpartition(".")[2] for name in names})
-            raise ValueError(f"target_modules={wanted!r}: no such linear layer; there are {', '.join(known)}")
+            raise ValueError(f"target_modules={wanted!r}: no such linear layer; the layers are {', '.join(known)}")
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=r,
@@ -60,7 +60,7 @@ def add_adapter(
 
 
 def adapter_parameters(model: nn.Module) -> int:
-    """Float parameters that an adapter brought."""
+    """Number of float parameters of an adapter."""
     return sum(parameter.numel() for _, parameter in model.named_parameters())
 
 
@@ -69,14 +69,12 @@ def base_hash(model: nn.Module, training_state: bool = True) -> str:
 
     training_state: False leaves out what only a resumed pretraining needs.
     """
-    digest = hashlib.sha256()
-    for name, module in sorted(_bare(model).integer_states().items()):
-        for key, spec in module.layout().items():
-            tensor = getattr(module, key, None)
-            if tensor is not None and (training_state or spec.inference):
-                digest.update(f"{name.replace('.base_layer', '')}.{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                digest.update(tensor.cpu().numpy().tobytes())
-    return digest.hexdigest()
+    return hash_tensors(
+        (f"{name.replace('.base_layer', '')}.{key}", tensor)
+        for name, module in sorted(_bare(model).integer_states().items())
+        for key, spec in module.layout().items()
+        if (tensor := getattr(module, key, None)) is not None and (training_state or spec.inference)
+    )
 
 
 def _bare(model: nn.Module) -> ArbForCausalLM:
@@ -86,7 +84,7 @@ def _bare(model: nn.Module) -> ArbForCausalLM:
 
 
 def save_adapter(model: PeftModel, folder: str | Path) -> None:
-    """What peft saves, and which base it belongs to."""
+    """Save what peft saves, and the hash of the base that the adapter belongs to."""
     model.save_pretrained(str(folder))
     follow_umask(Path(folder).rglob("adapter_model.safetensors"))
     write_json(Path(folder) / BASE_FILE, {"base_sha256": base_hash(model, training_state=False)})
@@ -95,7 +93,7 @@ def save_adapter(model: PeftModel, folder: str | Path) -> None:
 def load_adapter(folder: str | Path, base: str | None = None) -> PeftModel:
     """The adapter of a folder over its base, in evaluation mode. base: another folder or hub name than the recorded.
 
-    Raises ValueError when the adapter is damaged, its base is not there, or is another model than it was trained on.
+    Raises ValueError when the adapter is damaged, or its base is not found or not the model that it was trained on.
     """
     folder = Path(folder)
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
@@ -120,7 +118,7 @@ def load_adapter(folder: str | Path, base: str | None = None) -> PeftModel:
 def conversation_batches(
     conversations: Sequence[Conversation], batch_size: int, device: torch.device
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """input_ids and labels (B, T) of all conversations, those of like length together."""
+    """input_ids and labels (B, T) of all conversations, those of similar length together."""
     dataset = ConversationDataset(sorted(conversations, key=lambda conversation: len(conversation.ids)))
     for first in range(0, len(dataset), batch_size):
         rows = [dataset[i] for i in range(first, min(first + batch_size, len(dataset)))]

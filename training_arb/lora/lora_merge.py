@@ -79,7 +79,7 @@ def merge_adapter(
 
     conversations: what `compensated` takes its inputs from, and what the losses are measured on. The base is changed in
     place. Raises ValueError when the adapter cannot be merged, and, with base and adapter as they were, when the
-    merged model is no better than the base alone.
+    merged model is not better than the base alone.
     """
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding={rounding!r} is not one of {', '.join(ROUNDINGS)}")
@@ -126,7 +126,7 @@ def mergeable_layers(model: PeftModel) -> dict[str, LoraLinear]:
         if active:
             layers[name] = module
     if not layers:
-        raise ValueError("no adapter is active: there is nothing to merge")
+        raise ValueError("no adapter is active, nothing can be merged")
     return layers
 
 

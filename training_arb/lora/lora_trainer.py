@@ -52,6 +52,7 @@ class LoraTrainer(SavingTrainer):
     """Trains an adapter. run_description: what a resumed run must have in common with the one that it continues."""
 
     args: LoraTrainingArguments
+    model: PeftModel
     arguments_class = LoraTrainingArguments
     shown = ("loss", "learning_rate", "grad_norm", "bytes_per_second", "seconds_left")
 
@@ -69,6 +70,7 @@ class LoraTrainer(SavingTrainer):
     ) -> dict[str, float]:
         """The mean loss per byte. Trainer's would average over batches of unequal numbers of bytes."""
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        assert isinstance(dataset, ConversationDataset)
         loss = assistant_loss(self.model, dataset.conversations, self.args.per_device_eval_batch_size)
         metrics = {f"{metric_key_prefix}_loss": loss}
         self.log(metrics)

@@ -1,6 +1,6 @@
-"""Counting a step's tensors: every storage that is made while the block runs, how large, when freed, in which area.
+"""Counts the tensors of a step: the size, lifetime and area of every storage that is made while a block runs.
 
-Counting where they are made is exact and does not depend on the allocator.
+Counting them where they are made is exact and does not depend on the allocator.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ BLOCK_MLP = "block MLP"
 
 
 def probed_area(name: str) -> str:
-    """The audit's area of a module's or a tensor's name, a block's MLP apart from its attention."""
+    """The audit's area of the module or tensor with that name; a block's MLP is separate from its attention."""
     return BLOCK_MLP if {"blocks", "mlp"} <= set(name.split(".")) else area_of(name)
 
 
@@ -27,7 +27,7 @@ class CountedTensors(TorchDispatchMode):
     """Bytes of the storages made inside the block and still alive: `now`, and `peak` over the block.
 
     sizes: bytes of every storage, in the order of making; events: i where storage i was made, ~i where it was freed.
-    With a model, storages are told apart by the area of the module whose forward made them.
+    With a model, each storage counts for the area of the module whose forward made it.
     """
 
     def __init__(self, model: nn.Module | None = None):
@@ -83,7 +83,7 @@ class CountedTensors(TorchDispatchMode):
         self.now -= self.sizes[made]
 
     def restart_peak(self) -> None:
-        """Let `peak` be the most from here on."""
+        """Start measuring `peak` anew."""
         self.peak = self.now
 
     def alive_by_area(self) -> dict[str, int]:

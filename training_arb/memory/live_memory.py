@@ -1,4 +1,4 @@
-"""How much memory is in use at a moment, as opposed to kept by the allocator, and the most that was resident."""
+"""Memory in use at a moment, without what the allocator keeps, and the peak of resident memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MEGABYTE = 2**20
 
 
 class _Mallinfo2(ctypes.Structure):
-    """malloc.h; arena bytes in use, and bytes in blocks that malloc mapped on their own."""
+    """Of malloc.h; uordblks: bytes in use in arenas, hblkhd: bytes in blocks that malloc mapped one by one."""
 
     _fields_ = [
         (name, ctypes.c_size_t)
@@ -40,7 +40,7 @@ def live_memory_mb(device: torch.device) -> float:
 
 
 def peak_device_mb(device: torch.device) -> float:
-    """The most that was ever allocated on an accelerator, in MB; 0 on the CPU, whose peak is the process's."""
+    """The peak of allocated memory on an accelerator in MB; 0 on the CPU, where the process's peak counts."""
     return torch.cuda.max_memory_allocated(device) / MEGABYTE if device.type == "cuda" else 0.0
 
 
@@ -53,7 +53,7 @@ def reset_device_peak(device: torch.device) -> None:
 
 def resident_mb() -> float:
     """What the process has resident at this moment, in MB."""
-    import psutil  # where /proc tells as much, a machine may do without it
+    import psutil  # not needed on machines where /proc says as much
 
     return psutil.Process().memory_info().rss / MEGABYTE
 

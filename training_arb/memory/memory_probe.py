@@ -1,6 +1,6 @@
-"""Where a step's memory is: state and saved activations by area, and the most that each phase of the step needs.
+"""Measures where a step's memory is: state and saved activations by area, and the peak of each phase.
 
-Areas are the audit's, a block's MLP apart from its attention; `other` is what joins them: residual sums, the loss.
+Areas are those of the audit, but a block's MLP is separate from its attention; `other`: residual sums, the loss.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def describe_probes(state: dict[str, int], probes: Sequence[StepProbe]) -> dict[
 
 
 def probe_table(described: dict[str, dict]) -> str:
-    """What `describe_probes` gave, for people: the first and the last step side by side."""
+    """The result of `describe_probes` as a table: the first and the last step side by side."""
     rows = [
         {
             "area": area,

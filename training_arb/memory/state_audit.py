@@ -1,10 +1,10 @@
-"""The audit: every persistent tensor of a model and its optimizer, held against the closed list of integer state."""
+"""The audit: compares every persistent tensor of a model and its optimizer with the closed list of integer state."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -13,23 +13,16 @@ from torch import nn
 
 from arb_kernels.formats.packing import unpack_trits
 from configuration_arb import ArbConfig
+from configuration_arb.optional_blocks import EMBEDDING_AREA, OPTIONAL_BLOCKS, OTHER_HEADS_AREA
 from modeling_arb import ArbForCausalLM
 from modeling_arb.checkpoints.integrity import describe_illegal, load_pickle, open_tensor_file, read_config
 from modeling_arb.layers.ternary_matrix import TernaryMatrix
 
-OTHER_HEADS = "video/talker heads"
-AREAS = {
-    "byte_embedding": "embedding + sequencer",
-    "text_sequencer": "embedding + sequencer",
-    "memgram": "MemGram",
-    "blocks": "MLA attention",  # with the block's MLP
-    "shared_vq": "shared VQ + bridge",
-    "moe_graph": "MoEGraph",
-    "composite": "KG VQ + composite",
-    "output_router": "router",
+AREAS = {  # by the last name of a module
+    "byte_embedding": EMBEDDING_AREA,
+    "blocks": "MLA attention",  # with the MLPs
     "byte_head": "ByteHead",
-    "video_head": OTHER_HEADS,
-    "talker_head": OTHER_HEADS,
+    **{block.part.rpartition(".")[2]: block.area for block in OPTIONAL_BLOCKS.values() if block.part},
 }
 
 
@@ -51,7 +44,7 @@ class TensorRow:
 
 @dataclass(frozen=True)
 class CacheRow:
-    """What a module keeps in memory beside its state, never saved."""
+    """A tensor that a module keeps in memory besides its state and never saves."""
 
     name: str
     kind: str
@@ -127,7 +120,7 @@ class StateAudit:
 
 
 def area_of(name: str) -> str:
-    """The area that a module or tensor of this name belongs to; other: none of them."""
+    """The area that a module or tensor of this name belongs to; `other` when it belongs to none."""
     return next((area for part, area in AREAS.items() if part in name.split(".")), "other")
 
 
@@ -195,7 +188,7 @@ def generation_caches(model: ArbForCausalLM, device: str = "cpu") -> list[CacheR
     return [
         CacheRow(name, kind, size, area_of(name))
         for name, matrix in model.ternary_matrices().items()
-        if area_of(name) != OTHER_HEADS
+        if area_of(name) != OTHER_HEADS_AREA
         for kind, size in matrix.generation_caches(torch.device(device)).items()
     ]
 
@@ -254,23 +247,24 @@ def _optimizer_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 def state_hash(model: nn.Module) -> str:
     """sha256 over every tensor of the state dict, names included: equal hashes mean equal state bit for bit."""
-    return _hash_tensors(model.state_dict())
+    return hash_tensors(sorted(model.state_dict().items()))
 
 
 def inference_hash(model: ArbForCausalLM) -> str:
-    """As `state_hash`, over what inference needs alone: the same whether or not there is training state."""
+    """As `state_hash`, over what inference needs alone: the same with and without training state."""
     kept = {
         f"{name}.{key}"
         for name, module in model.integer_states().items()
         for key, spec in module.layout().items()
         if spec.inference
     }
-    return _hash_tensors({name: tensor for name, tensor in model.state_dict().items() if name in kept})
+    return hash_tensors((name, tensor) for name, tensor in sorted(model.state_dict().items()) if name in kept)
 
 
-def _hash_tensors(tensors: dict[str, torch.Tensor]) -> str:
+def hash_tensors(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """sha256 over tensors in the order given: names, dtypes, shapes and bytes."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
+    for name, tensor in tensors:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.cpu().numpy().tobytes())
     return digest.hexdigest()
@@ -284,6 +278,6 @@ def zero_share(model: ArbForCausalLM) -> float:
 
 
 def _count_zeros(matrix: TernaryMatrix) -> int:
-    """Piece by piece: a large table is not unpacked whole."""
+    """Counted piece by piece, so that a large table is not unpacked whole."""
     pieces = matrix.T_packed.split(max(1, COUNTED_WEIGHTS // matrix.columns))
     return sum(int((unpack_trits(rows, matrix.columns) == 0).sum()) for rows in pieces)

@@ -200,8 +200,9 @@ class IntegerOptimizer(torch.optim.Optimizer):
             self._exchange.send(matrix, dW)
 
     @torch.no_grad()
-    def rows(self, table: TernaryTable, row_ids: torch.Tensor, dW: torch.Tensor) -> None:
+    def rows(self, table: TernaryMatrix, row_ids: torch.Tensor, dW: torch.Tensor) -> None:
         """Take dW float32 (R, columns) of rows row_ids int64 (R,), each once, inside backward."""
+        assert isinstance(table, TernaryTable)
         if self._keep_finite(table, dW):
             self._touched[table].append((row_ids, dW))
 
@@ -215,7 +216,7 @@ class IntegerOptimizer(torch.optim.Optimizer):
         """Whether dW can be used. On a GPU always: a dW that is not finite is flagged and set to zero there, and
         `step` raises, because reading the answer here would make backward wait for the device.
 
-        On a CPU one process raises at once. Of several ranks none stops alone: they tell each other in `step`.
+        On a CPU one process raises at once. With several ranks all raise in `step`, so that none waits for another.
         """
         finite = dW.sum().isfinite()
         if dW.device.type not in self.immediate_devices:

@@ -1,9 +1,10 @@
-"""What the ranks of a run tell each other between backward and update; one rank alone talks to nobody."""
+"""Communication between the ranks of a run; with one rank every function returns without any."""
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,7 +28,7 @@ def this_rank() -> int:
 
 
 def share_out(sizes: list[int]) -> list[int]:
-    """A rank for each of a list of sizes, so that all get nearly the same total: each goes to who has least so far."""
+    """A rank for each of a list of sizes, with nearly equal totals: each goes to the rank with the least so far."""
     totals = [0] * num_ranks()
     ranks = []
     for size in sizes:
@@ -37,15 +38,15 @@ def share_out(sizes: list[int]) -> list[int]:
 
 
 class AveragedGradient:
-    """A dW on its way to the mean over ranks, at rank `owner` alone: it travels while backward goes on.
+    """The mean over ranks of a dW, computed at rank `owner` alone; the parts travel while backward goes on.
 
-    The owner sums in rank order: any number of processes on any network gives the same bits. Sent from rank to rank it
-    costs two thirds of what gloo's reduce does.
+    The owner sums in rank order, so the bits do not depend on the network. Sending from rank to rank takes two thirds
+    of the time of gloo's reduce.
     """
 
     def __init__(self, dW: torch.Tensor, owner: int):
         self._parts = [dW]
-        self._works = []
+        self._works: list[Any] = []
         if num_ranks() > 1 and owner == this_rank():
             self._parts = [dW if rank == owner else torch.empty_like(dW) for rank in range(num_ranks())]
             self._works = [dist.irecv(part, rank) for rank, part in enumerate(self._parts) if rank != owner]
@@ -53,13 +54,13 @@ class AveragedGradient:
             self._works = [dist.isend(dW, owner)]
 
     def wait(self) -> None:
-        """Until this rank's part is done."""
+        """Wait until this rank's part is sent or received."""
         for work in self._works:
             work.wait()
         self._works = []
 
     def result(self) -> torch.Tensor:
-        """Waits. The mean, at the owner; elsewhere nothing of use."""
+        """Waits, and returns the mean at the owner; elsewhere this rank's own part."""
         self.wait()
         total, *others = self._parts
         if others:
@@ -72,16 +73,16 @@ class AveragedGradient:
 
 
 class SentState:
-    """Tensors on their way from rank `owner` to all others, which find them in their own when `wait` returns."""
+    """Tensors on their way from rank `owner` to all others, which have them in their own tensors after `wait`."""
 
     def __init__(self, tensors: list[torch.Tensor], owner: int):
         self._tensors = tensors
-        self._works = [dist.broadcast(_bytes_of(tensor), owner, async_op=True) for tensor in tensors]
+        self._works: list[Any] = [dist.broadcast(_bytes_of(tensor), owner, async_op=True) for tensor in tensors]
 
     def wait(self) -> None:
         for work in self._works:
             work.wait()
-        increment_version(self._tensors)  # what is kept of the old values, unpacked trits say, is stale
+        increment_version(self._tensors)  # so that caches of the old values, such as unpacked trits, are refreshed
 
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -99,7 +100,7 @@ def sum_over_ranks(counts: list[int], device: torch.device) -> list[int]:
 
 
 def used_on_any_rank(used: list[bool], device: torch.device) -> list[bool]:
-    """Which of a list of things some rank used. Every rank must call it, with its things in the same order."""
+    """For each item, whether some rank used it. Every rank must call it, with its items in the same order."""
     return [count > 0 for count in sum_over_ranks([int(flag) for flag in used], device)]
 
 
@@ -116,18 +117,18 @@ def join_ranks(mine: Tensors | None, device: torch.device) -> Tensors | None:
     for rank, form in enumerate(forms):
         if form is not None:
             new = (torch.empty(shape, dtype=dtype, device=device) for shape, dtype in form)
-            tensors = [tensor.contiguous() for tensor in mine] if rank == this_rank() else list(new)
+            tensors = list(new) if mine is None or rank != this_rank() else [tensor.contiguous() for tensor in mine]
             SentState(tensors, rank).wait()
             given.append(tensors)
     return tuple(torch.cat(column) for column in zip(*given, strict=True)) if given else None
 
 
 def check_ranks_agree(model: nn.Module, step: int) -> None:
-    """Compare a checksum of every persistent tensor. Raises RanksPartedError on all ranks, naming what differs."""
+    """Compare a checksum of every persistent tensor. Raises RanksPartedError on all ranks, naming the tensor."""
     if num_ranks() == 1:
         return
     state = sorted(model.state_dict().items())
-    mine = [zlib.crc32(_bytes_of(tensor.cpu().contiguous()).numpy()) for _, tensor in state]
+    mine = [zlib.crc32(_bytes_of(tensor.cpu().contiguous()).numpy().data) for _, tensor in state]
     everyone: list[list[int]] = [[]] * num_ranks()
     dist.all_gather_object(everyone, mine)
     for rank, sums in enumerate(everyone):
@@ -139,9 +140,9 @@ def check_ranks_agree(model: nn.Module, step: int) -> None:
 
 
 def lone_process_warning(environment: Mapping[str, str]) -> str | None:
-    """A line for people whose launcher started one process where they asked for several; None where all is well.
+    """A warning for users whose launcher started one process instead of several; None where all is well.
 
-    `accelerate launch --cpu --num_processes 2` starts one and says nothing; it leaves a master's address behind.
+    `accelerate launch --cpu --num_processes 2` starts one without a warning; it leaves MASTER_ADDR in the environment.
     """
     ranked = any(name in environment for name in ("RANK", "LOCAL_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"))
     if ranked or "ACCELERATE_USE_CPU" not in environment or "MASTER_ADDR" not in environment:

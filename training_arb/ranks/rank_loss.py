@@ -1,4 +1,4 @@
-"""A rank that ended or answers no more: told from other errors, and said in one line that names how to go on."""
+"""Detects lost or hanging ranks and reports how to resume."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 # gloo raises plain RuntimeErrors that name the place in its sources, whatever failed
 GLOO_PLACE = re.compile(r"\[\S*gloo/\S*\] ")
@@ -16,7 +18,7 @@ LEARNED_LATER = ". This is typically"
 
 
 class RankLostError(RuntimeError):
-    """Another rank ended or hangs, and this one cannot go on without it. The message is one line for people."""
+    """Another rank ended or hangs, and this one cannot continue without it. The message is one line."""
 
 
 class RanksPartedError(RuntimeError):
@@ -24,11 +26,11 @@ class RanksPartedError(RuntimeError):
 
 
 def meet_on_cpus(timeout: int) -> None:
-    """Join the ranks of this run, when the environment names several; waits `timeout` seconds, then and later, for one.
+    """Join the ranks of this run if the environment names several. timeout: seconds to wait for a rank, now and later.
 
-    accelerate would join them too, but it passes the timeout on for GPUs only, and where torchrun starts lost ranks
-    again it finds the addresses of those before them. Raises ValueError on an impossible timeout, RankLostError when
-    not all ranks come.
+    accelerate would join them too, but it passes the timeout on for GPUs only, and where torchrun restarts lost ranks
+    it finds the addresses of the previous ones. Raises ValueError on an impossible timeout, RankLostError when not all
+    ranks join.
     """
     if timeout <= 0:
         raise ValueError(f"ddp_timeout={timeout} must be positive: seconds to wait for another rank")
@@ -36,8 +38,8 @@ def meet_on_cpus(timeout: int) -> None:
         return
     wait = timedelta(seconds=timeout)
     try:
-        store, rank, size = next(dist.rendezvous("env://", timeout=wait))
-        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        store, rank, size = next(rendezvous("env://", timeout=wait))
+        store = PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=wait)
     except RuntimeError as error:
         if not is_connection_error(error):
@@ -47,9 +49,9 @@ def meet_on_cpus(timeout: int) -> None:
 
 @contextmanager
 def naming_lost_ranks(describe: Callable[[], str]) -> Iterator[None]:
-    """Turn what a broken connection between ranks raises within the block into RankLostError.
+    """Turn the error that a broken connection between ranks raises within the block into RankLostError.
 
-    describe: where the run stands and how to go on, asked for only then.
+    describe: returns where the run stands and how to continue; called only then.
     """
     try:
         yield
@@ -63,11 +65,11 @@ def naming_lost_ranks(describe: Callable[[], str]) -> Iterator[None]:
 
 
 def is_connection_error(error: RuntimeError) -> bool:
-    """Whether the connection between ranks raised it, not the work on this one."""
+    """Whether the connection between ranks raised the error, not this rank's own work."""
     return isinstance(error, dist.DistError) or GLOO_PLACE.search(str(error)) is not None
 
 
 def _first_words(error: RuntimeError) -> str:
-    """The first line, without places in sources and advice."""
+    """The first line, without source locations and advice."""
     line = GLOO_PLACE.sub("", str(error)).partition("\n")[0]
     return line.partition(LEARNED_LATER)[0].rstrip(". ")

@@ -1,4 +1,4 @@
-"""What a model card says about the run behind a checkpoint, from what the run left beside it."""
+"""Collects what a model card says about a checkpoint's run, from the files that the run left beside it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class RunFacts:
 
 
 def without_folders(word: str) -> str:
-    """A word of a command or of a data description; of an absolute path, its last part: the rest is the author's."""
+    """A word of a command or of a data description; an absolute path is cut to its last part, which is not private."""
     return ABSOLUTE_PATH.sub(r"\1\2", word)
 
 
@@ -60,7 +60,7 @@ def shown_sample(text: str | None) -> str | None:
 
 
 def facts_of(folder: Path, model: ArbForCausalLM) -> RunFacts:
-    """Of a checkpoint's folder: its run's report where that is about these very weights, else the checkpoint's own
+    """The facts of a checkpoint's folder: its run's report where that is about these weights, else the checkpoint's own
     record. Raises ValueError when a record is damaged."""
     report = folder.resolve().parent / REPORT_FILE
     if report.is_file():
@@ -73,7 +73,7 @@ def facts_of(folder: Path, model: ArbForCausalLM) -> RunFacts:
 
 
 def facts_of_report(path: Path, model: ArbForCausalLM) -> RunFacts | None:
-    """None when the report is about other weights than the model's."""
+    """The facts of a report, or None when it is about other weights than the model's."""
     report = read_json_object(path)
     if report.get("weights_sha256") != inference_hash(model):
         return None
@@ -97,7 +97,7 @@ def facts_of_report(path: Path, model: ArbForCausalLM) -> RunFacts | None:
 
 
 def facts_of_state(state: dict, run: dict) -> RunFacts:
-    """From the Trainer's state and the run's description, of a run that may still be going on."""
+    """The facts in Trainer's state and the run's description; the run may still be training."""
     step = state.get("global_step")
     measured = [entry for entry in state.get("log_history", []) if entry.get("step") == step]
     scores = [entry["eval_bits_per_byte"] for entry in measured if "eval_bits_per_byte" in entry]

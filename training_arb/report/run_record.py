@@ -1,4 +1,4 @@
-"""What the folder of a run, finished or still going, says about it: read for reports, never loaded to train."""
+"""Reads for reports what the folder of a run, finished or still training, says about it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class RunRecord:
 
 
 def read_run(run_dir: str | Path) -> RunRecord:
-    """Everything that can be read. Raises ValueError when there is no such folder."""
+    """Everything that can be read. Raises ValueError when the folder is not found."""
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
         raise ValueError(f"run_dir={str(run_dir)!r}: no such folder")

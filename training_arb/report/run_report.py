@@ -1,13 +1,12 @@
-"""report.html: one file that shows how a run went, for reading anywhere: its plots are inside."""
+"""Writes report.html, one file that shows a run, with its plots inside."""
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -15,13 +14,8 @@ from matplotlib.figure import Figure
 from training_arb.common.atomic_files import write_bytes
 
 from .run_record import RunRecord, read_run
-from .training_plots import COLOURS
+from .training_plots import COLOURS, CURVES, draw_curve
 
-CURVES = [
-    ("loss", "eval_loss", "loss, nats per byte"),
-    ("bits_per_byte", "eval_bits_per_byte", "bits per byte"),
-    ("flip_rate", None, "share of trits flipped per step"),
-]
 TRITS = ("-1", "0", "+1")
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
@@ -36,9 +30,9 @@ td {{ padding: 0 1.5em 0 0; vertical-align: top }} .missing {{ color: #a33 }}
 
 
 def write_report(run_dir: str | Path, html: str | Path | None = None, png: str | Path | None = None) -> list[str]:
-    """Write the report of a run's folder as a page, as a picture, or both; what was missing for it.
+    """Write the report of a run's folder as a page, as a picture, or both; returns what was missing for it.
 
-    Raises ValueError when there is no such folder.
+    Raises ValueError when the folder is not found.
     """
     record = read_run(run_dir)
     picture = _picture(record)
@@ -54,7 +48,7 @@ def _picture(record: RunRecord) -> bytes:
     figure = Figure(figsize=(13, height), constrained_layout=True)
     upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=[4, height - 4])[:, 0]
     for panel, curve in zip(upper.subplots(1, len(CURVES)), CURVES, strict=True):
-        _draw_curve(panel, record.history, *curve)
+        draw_curve(panel, record.history, *curve)
     layers, areas = lower.subplots(1, 2)
     _draw_flips(layers, record)
     _draw_trits(areas, record)
@@ -63,21 +57,6 @@ def _picture(record: RunRecord) -> bytes:
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=100)
     return file.getvalue()
-
-
-def _draw_curve(panel: Axes, history: Sequence[dict], training: str, held_out: str | None, title: str) -> None:
-    styles: dict[str, dict[str, Any]] = {training: {"color": COLOURS[0], "label": "training"}}
-    if held_out:
-        styles[held_out] = {"color": COLOURS[1], "label": "held out", "marker": "o", "markersize": 4}
-    for key, style in styles.items():
-        points = [(entry["step"], entry[key]) for entry in history if key in entry and "step" in entry]
-        if points:
-            steps, values = zip(*points, strict=True)
-            panel.plot(steps, values, **style)
-    if panel.lines:
-        panel.legend(frameon=False)
-    panel.set(title=title, xlabel="step")
-    panel.grid(alpha=0.25)
 
 
 def _draw_flips(panel: Axes, record: RunRecord) -> None:

@@ -50,7 +50,7 @@ class BaseTrainer(Trainer):
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def hyperparameter_search(self, *args, **kwargs) -> NoReturn:
-        """Raises ValueError: checkpoints of all trials would bear the same names in one folder."""
+        """Raises ValueError: the checkpoints of all trials would have the same names in one folder."""
         raise ValueError(
             "hyperparameter_search: not supported, trials would overwrite each other's checkpoints; train once a"
             " setting, each with an output_dir of its own"

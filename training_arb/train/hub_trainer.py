@@ -6,13 +6,15 @@ import logging
 import shutil
 from concurrent.futures import Future
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, cast
 
 from huggingface_hub import CommitInfo
 from safetensors import SafetensorError
+from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import HubStrategy
 from transformers.utils.hub import PushInProgress, hf_api
 
+from modeling_arb import ArbForCausalLM
 from training_arb.common.atomic_files import out_of_space
 from training_arb.common.error_lines import first_line
 from training_arb.common.hub_errors import hub_errors
@@ -34,21 +36,23 @@ class HubTrainer(SavingTrainer):
     last push, and faults that show before training, raise ValueError.
     """
 
+    model: ArbForCausalLM
+    push_in_progress: Any  # None, or the PushInProgress of the uploads under way
     set_aside_in_save: ClassVar[dict[str, object]] = {"push_to_hub": False}  # it would upload the checkpoint's pickles
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Create the repository. Raises ValueError when the hub refuses, or when the strategy would push pickles."""
         if self.args.hub_strategy not in (HubStrategy.END, HubStrategy.EVERY_SAVE):
             raise ValueError(
-                f"hub_strategy={self.args.hub_strategy.value!r} would push the pickles of a training checkpoint:"
+                f"hub_strategy={HubStrategy(self.args.hub_strategy).value!r} would push the pickles of a checkpoint:"
                 " use 'every_save' or 'end', and for a checkpoint scripts/export_hub.py --training_state"
             )
         if not self.is_world_process_zero():
             return
-        for left in Path(self.args.output_dir).glob(f"{STAGING}*"):
+        for left in self.run_dir.glob(f"{STAGING}*"):
             shutil.rmtree(left, ignore_errors=True)
         token = token or self.args.hub_token
-        name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+        name = self.args.hub_model_id or self.run_dir.absolute().name
         name = whole_name(name, token)
         check_target(name, bool(private or self.args.hub_private_repo), token)
         with hub_errors(f"push to {name!r}"):
@@ -77,9 +81,10 @@ class HubTrainer(SavingTrainer):
         future = hf_api().run_as_future(self._upload, export, message, self.args.hub_token, self.args.hub_revision)
         future.add_done_callback(lambda future: _warn(future, step))
         if busy:
-            self.push_in_progress.jobs.append(future)
+            self.push_in_progress.jobs.append(future)  # pyright: ignore[reportOptionalMemberAccess], it is busy
         else:
-            self.push_in_progress = PushInProgress([future])
+            jobs: Any = [future]
+            self.push_in_progress = PushInProgress(jobs)
 
     def push_to_hub(
         self,
@@ -105,25 +110,26 @@ class HubTrainer(SavingTrainer):
         return self._upload(*arguments) if blocking else hf_api().run_as_future(self._upload, *arguments)
 
     def _export(self, name: str) -> Path:
-        folder = Path(self.args.output_dir) / name
+        folder = self.run_dir / name
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         try:
-            export_model(self.model, folder, self._facts(), self.hub_model_id, tokenizer=self.processing_class)
+            tokenizer = cast(PreTrainedTokenizerBase | None, self.processing_class)
+            export_model(self.model, folder, self._facts(), self.hub_model_id, tokenizer=tokenizer)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
         return folder
 
     def _facts(self) -> RunFacts:
-        report = Path(self.args.output_dir) / REPORT_FILE
+        report = self.run_dir / REPORT_FILE
         facts = facts_of_report(report, self.model) if report.is_file() else None
         state = {"global_step": self.state.global_step, "log_history": self.state.log_history}
         return facts or facts_of_state(state, self.run_description)
 
     def _upload(self, folder: Path, message: str, token: str | None, branch: str | None) -> CommitInfo:
         try:
-            return push_folder(folder, self.hub_model_id, message, branch=branch, token=token)
+            return push_folder(folder, str(self.hub_model_id), message, branch=branch, token=token)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C end a run after the step at hand, with a checkpoint; a second signal ends it at once."""
+"""Ends a run after the current step, with a checkpoint, on SIGTERM or Ctrl-C; at once on a second signal."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interruption(TrainerCallback):
-    """`signum` says what ended the run, 0 when nothing did. A signal may reach one rank: all agree at step ends."""
+    """signum: the signal that ended the run, or 0. A signal may reach one rank only: all agree at the end of a step."""
 
     def __init__(self):
         self.signum = 0
@@ -26,9 +26,9 @@ class Interruption(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Receive signals within the block; what was installed before comes back after it.
+        """Receive signals within the block; the handlers from before are restored after it.
 
-        Not so SIGTERM after a lost rank: launchers send it to the ranks that are left, which end, and say why, anyway.
+        SIGTERM is ignored after a lost rank: launchers send it to the other ranks, which end by themselves and say why.
         """
         if threading.current_thread() is not threading.main_thread():
             yield  # Python lets only the main thread install handlers

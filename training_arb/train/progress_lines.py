@@ -1,4 +1,4 @@
-"""What a person sees of a run while it goes on: a bar where there is a terminal, and one aligned line a log."""
+"""Shows a run as it trains: a progress bar on a terminal, and one aligned line for each log."""
 
 from __future__ import annotations
 

@@ -40,6 +40,7 @@ from training_arb.ranks.rank_loss import RankLostError, naming_lost_ranks
 
 from .base_trainer import BaseTrainer
 from .interruption import Interruption
+from .training_options import CheckedTrainingArguments
 
 logger = logging.getLogger(__name__)
 
@@ -52,12 +53,17 @@ class SavingTrainer(BaseTrainer):
 
     set_aside_in_save: ClassVar[dict[str, object]] = {}  # arguments that Trainer's own saving must not see
 
-    def __init__(self, model: nn.Module | None, args: TrainingArguments, run_description: dict, **kwargs):
+    def __init__(self, model: nn.Module | None, args: CheckedTrainingArguments, run_description: dict, **kwargs):
         self.run_description = run_description
         self.interruption = Interruption()
         self.last_checkpoint: Path | None = None
         super().__init__(model=model, args=args, **kwargs)
         self.add_callback(self.interruption)
+
+    @property
+    def run_dir(self) -> Path:
+        """The folder of the run's checkpoints and results."""
+        return Path(str(self.args.output_dir))
 
     def check_checkpoint(self, folder: Path) -> None:
         """Raises ValueError, naming the file, unless `folder` is a whole checkpoint of this kind of trainer."""
@@ -86,7 +92,7 @@ class SavingTrainer(BaseTrainer):
         """
         wanted = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
         if wanted is True:
-            wanted, warnings = checkpoint_to_resume(self.args.output_dir, LATEST, self.check_checkpoint)
+            wanted, warnings = checkpoint_to_resume(self.run_dir, LATEST, self.check_checkpoint)
             for warning in warnings:
                 logger.warning(warning)
         self._save_total_limit = self.args.save_total_limit
@@ -105,7 +111,7 @@ class SavingTrainer(BaseTrainer):
 
     def where_it_stands(self) -> str:
         """The end of an error's message: the current step, and how to continue. Does not need the other ranks."""
-        newest = pointed(self.args.output_dir, LATEST)
+        newest = pointed(self.run_dir, LATEST)
         last = newest or self.last_checkpoint
         how = "auto" if newest else last
         resume = f"go on from {last} by --resume_from_checkpoint {how}" if last else "no checkpoint was written"
@@ -135,7 +141,7 @@ class SavingTrainer(BaseTrainer):
 
     def checkpoint_at(self, step: int) -> Path:
         """The folder of the checkpoint of a step."""
-        return Path(self.args.output_dir) / f"checkpoint-{step}"
+        return self.run_dir / f"checkpoint-{step}"
 
     def _determine_best_metric(self, metrics: dict[str, float], trial) -> bool:
         """Only steps that are also saved can become the best checkpoint."""
@@ -183,7 +189,7 @@ class SavingTrainer(BaseTrainer):
             if not out_of_space(caught):
                 raise
             error = caught
-            free = shutil.disk_usage(self.args.output_dir).free
+            free = shutil.disk_usage(self.run_dir).free
             logger.warning(
                 f"{target} is not saved, no space for it ({first_line(caught)}): {free:,} bytes free;"
                 f" the run goes on, its last checkpoint is {self.last_checkpoint}"
@@ -228,8 +234,8 @@ class SavingTrainer(BaseTrainer):
         self.load_state(folder, model)
         self._resumed_step = read_json_object(folder / STATE_FILE)["global_step"]
         self.last_checkpoint = folder
-        if self.args.should_save and folder.resolve().parent == Path(self.args.output_dir).resolve():
-            point(self.args.output_dir, LATEST, folder.resolve().name)
+        if self.args.should_save and folder.resolve().parent == self.run_dir.resolve():
+            point(self.run_dir, LATEST, folder.resolve().name)
 
 
 @contextmanager

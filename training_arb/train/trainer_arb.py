@@ -35,6 +35,7 @@ class ArbTrainer(HubTrainer):
     """
 
     args: ArbTrainingArguments
+    model: ArbForCausalLM
     arguments_class = ArbTrainingArguments
     shown = ("loss", "bits_per_byte", "learning_rate", "flip_rate", "bytes_per_second", "seconds_left")
 
@@ -79,6 +80,7 @@ class ArbTrainer(HubTrainer):
         return self.optimizer
 
     def training_step(self, *args, **kwargs):
+        assert self.integer_optimizer is not None
         self.integer_optimizer.begin_micro_batch(last=self.accelerator.sync_gradients)
         return super().training_step(*args, **kwargs)
 
@@ -90,8 +92,8 @@ class ArbTrainer(HubTrainer):
         return model
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:
-            logs.pop("grad_norm", None)  # there are no gradients left to measure
+        if "loss" in logs and self.integer_optimizer is not None:
+            logs.pop("grad_norm", None)  # gradients are gone by now, and their norm is not measured
             if self.compute_loss_func is None:
                 logs["bits_per_byte"] = logs["loss"] / math.log(2)
             logs["flip_rate"] = self.integer_optimizer.take_flip_rate()
@@ -115,6 +117,7 @@ class ArbTrainer(HubTrainer):
             write_json(folder / STREAM_FILE, self._stream.state_dict(self._blocks_since_resume()))
 
     def on_checkpoint(self, folder: Path) -> None:
+        assert self.integer_optimizer is not None
         self.integer_optimizer.last_checkpoint = str(folder)
         super().on_checkpoint(folder)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import get_available_reporting_integrations
 from transformers.utils import logging
 
 from .training_options import CheckedTrainingArguments
@@ -70,6 +70,6 @@ class ArbTrainingArguments(CheckedTrainingArguments):
         super().__post_init__()
         if both and self.should_log:
             logger.warning_once(f"num_train_epochs={asked_epochs} changes nothing: max_steps={self.max_steps} is given")
-        missing = sorted(set(self.report_to) - set(get_available_reporting_integrations()))
+        missing = sorted(set(self.report_to or ()) - set(get_available_reporting_integrations()))
         if missing:
             raise ValueError(f"report_to={missing[0]!r} is not installed here, or unknown; none: the terminal alone")

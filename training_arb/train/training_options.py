@@ -1,7 +1,7 @@
-"""What becomes of every training option: honoured, without meaning here, or refused.
+"""Says of every training option whether it is honoured, meaningless here, or refused.
 
-transformers' TrainingArguments have far over a hundred fields, and a Trainer ignores without a word what its optimizer
-or its model cannot use. The tables here name each field once; a test compares them with the dataclasses.
+transformers' TrainingArguments have far over a hundred fields, and Trainer ignores silently what its optimizer or its
+model cannot use. The tables here name each field once; a test compares them with the dataclasses.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import ClassVar, NamedTuple
 
 from transformers import TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -203,7 +204,7 @@ OFF = ("", "no", "false", "0")
 
 
 def set_options(args: TrainingArguments, options: dict[str, Option], standing: str) -> dict[str, object]:
-    """name -> value of the options of that standing that are not at their class's default."""
+    """name -> value of the options with that standing that differ from their class's default."""
     found = {}
     for option in fields(args):
         default = option.default if option.default_factory is MISSING else option.default_factory()
@@ -214,26 +215,28 @@ def set_options(args: TrainingArguments, options: dict[str, Option], standing: s
 
 
 def check_launcher(args: TrainingArguments, options: dict[str, Option]) -> None:
-    """Raises ValueError on what a launcher's variables or accelerator_config ask for and cannot be had."""
+    """Raises ValueError on settings of a launcher's variables or of accelerator_config that are not supported."""
     for variable, name in LAUNCHER.items():
         value = os.environ.get(variable, "")
         if value.lower() not in OFF:
             raise ValueError(f"{variable}={value}: {name} is not supported: {options[name].why}")
     if args.mixed_precision not in ("no", "bf16", *(["fp16"] if options["fp16"] is HONOURED else [])):
         raise ValueError(f"ACCELERATE_MIXED_PRECISION={args.mixed_precision}: {OPTIONS['fp16'].why}")
-    accumulation = args.accelerator_config.gradient_accumulation_kwargs or {}
+    config = args.accelerator_config
+    assert isinstance(config, AcceleratorConfig)  # TrainingArguments makes one of whatever it was given
+    accumulation = config.gradient_accumulation_kwargs or {}
     if "num_steps" in accumulation:
         raise ValueError(
             f"accelerator_config: num_steps={accumulation['num_steps']} of gradient_accumulation_kwargs; say it by"
             " gradient_accumulation_steps"
         )
-    if args.accelerator_config.split_batches:
+    if config.split_batches:
         raise ValueError("accelerator_config: split_batches=True; say by per_device_train_batch_size what a rank reads")
 
 
 @dataclass
 class CheckedTrainingArguments(TrainingArguments):
-    """Refuses what `options` refuses, and says once what has no meaning."""
+    """TrainingArguments that refuse what `options` refuses, and say once what has no effect."""
 
     options: ClassVar[dict[str, Option]] = OPTIONS
 

@@ -8,7 +8,6 @@ from arb_kernels.formats.packing import naive_unpack_trits, pack_trits
 from arb_kernels.formats.packing_triton import (
     triton_effective_weight,
     triton_gather_rows,
-    triton_pack_trits,
     triton_unpack_trits,
 )
 from support.tensors import random_trits
@@ -28,9 +27,7 @@ def assert_equal(ref, out):
 @pytest.mark.parametrize("leading", [(1,), (11,), (2, 3)], ids=str)
 def test_round_trip(triton_device, leading, columns):
     trits = random_trits(*leading, columns).to(triton_device)
-    packed = triton_pack_trits(trits)
-    assert_equal(pack_trits(trits), packed)
-    assert_equal(trits, triton_unpack_trits(packed, columns))
+    assert_equal(trits, triton_unpack_trits(pack_trits(trits), columns))
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int16, *DTYPES, torch.float64], ids=str)
@@ -45,14 +42,12 @@ def test_a_tile_is_not_the_end_of_a_row(triton_device):
     assert_equal(naive_unpack_trits(packed, 2001), triton_unpack_trits(packed, 2001))
 
 
-def test_packing_is_pure_and_takes_views(triton_device):
+def test_unpacking_is_pure_and_takes_views(triton_device):
     trits = random_trits(9, 12).to(triton_device)
-    before = trits.clone()
-    assert_equal(pack_trits(trits.T), triton_pack_trits(trits.T))
-    assert_equal(pack_trits(trits[:, 1::2]), triton_pack_trits(trits[:, 1::2]))
     packed = pack_trits(trits)
+    before = packed.clone()
     assert_equal(naive_unpack_trits(packed[::2], 12), triton_unpack_trits(packed[::2], 12))
-    assert_equal(before, trits)
+    assert_equal(before, packed)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

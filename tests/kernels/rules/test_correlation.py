@@ -5,8 +5,9 @@ import torch
 
 from arb_kernels.formats.correlation_scale import STRENGTH, correlation_octaves
 from arb_kernels.formats.packing import pack_trits, unpack_trits
-from arb_kernels.rules.correlation import correlation_update
-from support.tensors import assert_same, random_trits
+from arb_kernels.formats.rule_states import CorrelationState
+from arb_kernels.rules.correlation import correlation_update, naive_correlation_update
+from support.tensors import assert_same, copied, random_trits
 
 CASES = [
     pytest.param(rows, columns, group, id=f"{rows}x{columns}-G{group}")
@@ -17,22 +18,22 @@ CASES = [
 def fresh_state(rows, columns, group):
     groups = -(-columns // group)
     zero = torch.zeros((), dtype=torch.int64)
-    return pack_trits(random_trits(rows, columns)), torch.zeros(rows, groups, dtype=torch.int64), zero
+    return CorrelationState(pack_trits(random_trits(rows, columns)), torch.zeros(rows, groups, dtype=torch.int64), zero)
 
 
 @pytest.mark.parametrize("rows, columns, group", CASES)
 def test_correlation_update(rows, columns, group):
-    packed, corr_accum, step_counter = fresh_state(rows, columns, group)
-    trits = unpack_trits(packed, columns).tolist()
-    expected = torch.zeros_like(corr_accum)
+    state = fresh_state(rows, columns, group)
+    trits = unpack_trits(state.T_packed, columns).tolist()
+    expected = torch.zeros_like(state.corr_accum)
     for step in range(30):
         dW = torch.randn(rows, columns) * (torch.rand(rows, columns) > 0.2)
         for r, row in enumerate(dW.tolist()):
             for c, g in enumerate(row):
                 expected[r, c // group] -= ((g > 0) - (g < 0)) * trits[r][c]
-        corr_accum, step_counter = correlation_update(packed, corr_accum, step_counter, dW, group)
-        assert_same(f"corr_accum, step {step}", expected, corr_accum)
-        assert_same(f"step_counter, step {step}", torch.tensor(step + 1), step_counter)
+        correlation_update(state, dW, group)
+        assert_same(f"corr_accum, step {step}", expected, state.corr_accum)
+        assert_same(f"step_counter, step {step}", torch.tensor(step + 1), state.step_counter)
 
 
 @pytest.mark.parametrize("rows, columns, group", CASES)
@@ -59,38 +60,41 @@ def test_large_counts_keep_their_precision():
     octaves = correlation_octaves(corr_accum, torch.tensor(2**35), 64, 32)
     assert_same("octaves", torch.tensor([[4.0, -4.0]]), octaves)
     packed = pack_trits(torch.ones(1, 64, dtype=torch.int8))
-    counted, _ = correlation_update(packed, corr_accum, torch.tensor(2**35), torch.ones(1, 64), 32)
-    assert counted.tolist() == [[2**40 - 31, -(2**40) - 33]]
+    correlation_update(CorrelationState(packed, corr_accum, torch.tensor(2**35)), torch.ones(1, 64), 32)
+    assert corr_accum.tolist() == [[2**40 - 31, -(2**40) - 33]]
 
 
 @pytest.mark.parametrize("agreement, octaves", [(1, -4.0), (-1, 4.0)], ids=["too-large", "too-small"])
 def test_scale_moves_against_the_gradient(agreement, octaves):
     """A group of weights all too large, dW along T, shrinks by strength octaves; and the reverse."""
     trits = torch.randint(0, 2, (3, 64), dtype=torch.int8) * 2 - 1
-    _, corr_accum, step_counter = fresh_state(3, 64, 32)
+    state = fresh_state(3, 64, 32)._replace(T_packed=pack_trits(trits))
     for _ in range(5):
         dW = agreement * trits.float() * torch.rand(3, 64)
-        corr_accum, step_counter = correlation_update(pack_trits(trits), corr_accum, step_counter, dW, 32)
-    assert_same("octaves", torch.full((3, 2), octaves), correlation_octaves(corr_accum, step_counter, 64, 32))
+        correlation_update(state, dW, 32)
+    assert_same("octaves", torch.full((3, 2), octaves), correlation_octaves(*state[1:], 64, 32))
 
 
 def test_scale_approaches_the_best_one():
     """A single scale learnt by descent on its sign: it falls while S * T overshoots the target, then comes back."""
     trits = random_trits(8, 128)
-    packed, corr_accum, step_counter = pack_trits(trits), *fresh_state(8, 128, 128)[1:]
+    state = fresh_state(8, 128, 128)._replace(T_packed=pack_trits(trits))
     target = 0.5 * trits.float()
     for _ in range(60):
-        scale = torch.exp2(correlation_octaves(corr_accum, step_counter, 128, 128))
+        scale = torch.exp2(correlation_octaves(*state[1:], 128, 128))
         dW = scale * trits - target
-        corr_accum, step_counter = correlation_update(packed, corr_accum, step_counter, dW, 128)
-    scale = torch.exp2(correlation_octaves(corr_accum, step_counter, 128, 128))
+        correlation_update(state, dW, 128)
+    scale = torch.exp2(correlation_octaves(*state[1:], 128, 128))
     assert (scale / 0.5).log2().abs().max() < 0.2
 
 
-def test_correlation_is_pure():
-    inputs = (*fresh_state(7, 33, 32), torch.randn(7, 33))
-    before = [tensor.clone() for tensor in inputs]
-    correlation_update(*inputs, 32)
-    correlation_octaves(*inputs[1:3], 33, 32)
-    for name, kept, tensor in zip(("packed", "corr_accum", "step_counter", "dW"), before, inputs, strict=True):
+def test_the_reference_is_pure_and_the_update_in_place():
+    state, dW = fresh_state(7, 33, 32), torch.randn(7, 33)
+    before, inputs = (*copied(state), dW.clone()), (*state, dW)
+    new = naive_correlation_update(state, dW, 32)
+    correlation_octaves(*state[1:], 33, 32)
+    for name, kept, tensor in zip((*state._fields, "dW"), before, inputs, strict=True):
         assert_same(name, kept, tensor)
+    correlation_update(state, dW, 32)
+    for name, expected, tensor in zip(state._fields, new, state, strict=True):
+        assert_same(name, expected, tensor)

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from arb_kernels.formats.packing import pack_trits, unpack_trits
-from arb_kernels.rules.flip import flip_update
-from support.tensors import assert_same, random_trits
+from arb_kernels.formats.rule_states import FlipState
+from arb_kernels.rules.flip import flip_update, naive_flip_update
+from support.tensors import assert_same, copied, random_trits
 
 CASES = [
     pytest.param(rows, columns, group, threshold, id=f"{rows}x{columns}-G{group}-threshold{threshold}")
@@ -56,7 +57,7 @@ class NaiveFlip:
 
 def fresh_state(rows, columns, group):
     groups = -(-columns // group)
-    return (
+    return FlipState(
         pack_trits(random_trits(rows, columns)),
         torch.randint(-128, 128, (rows, groups), dtype=torch.int8),
         torch.zeros(rows, columns, dtype=torch.int8),
@@ -77,84 +78,90 @@ def as_int8(rows):
 @pytest.mark.parametrize("rows, columns, group, threshold", CASES)
 def test_flip_update(rows, columns, group, threshold):
     """Thirty steps, every third without a vote on the exponents; every tensor equal after each."""
-    packed, E, T_accum, E_accum = fresh_state(rows, columns, group)
-    naive = NaiveFlip(unpack_trits(packed, columns), E, group)
+    state = fresh_state(rows, columns, group)
+    naive = NaiveFlip(unpack_trits(state.T_packed, columns), state.E, group)
     for step in range(30):
         scale_votes = step % 3 != 2
         dW = biased_gradient(rows, columns)
-        packed, E, T_accum, E_accum, flips = flip_update(packed, E, T_accum, E_accum, dW, group, threshold, scale_votes)
+        flips = flip_update(state, dW, group, threshold, scale_votes)
         assert flips.dtype == torch.int64
         assert flips.item() == naive.update(dW, threshold, scale_votes)
-        assert_same(f"trits, step {step}", as_int8(naive.T), unpack_trits(packed, columns))
-        assert_same(f"E, step {step}", as_int8(naive.E), E)
-        assert_same(f"T_accum, step {step}", as_int8(naive.T_accum), T_accum)
-        assert_same(f"E_accum, step {step}", as_int8(naive.E_accum), E_accum)
+        assert_same(f"trits, step {step}", as_int8(naive.T), unpack_trits(state.T_packed, columns))
+        assert_same(f"E, step {step}", as_int8(naive.E), state.E)
+        assert_same(f"T_accum, step {step}", as_int8(naive.T_accum), state.T_accum)
+        assert_same(f"E_accum, step {step}", as_int8(naive.E_accum), state.E_accum)
 
 
 @pytest.mark.parametrize("threshold", [1, 3, 32, 127])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_threshold_counts_votes(threshold, sign):
     """The trit moves at the threshold-th vote, against the gradient, and not before."""
-    packed, E, T_accum, E_accum = fresh_state(3, 5, 5)
-    packed = torch.zeros_like(packed)
+    state = fresh_state(3, 5, 5)
+    state.T_packed.zero_()
     dW = torch.full((3, 5), 0.01 * sign)
     for vote in range(1, threshold + 1):
-        packed, E, T_accum, E_accum, flips = flip_update(packed, E, T_accum, E_accum, dW, 5, threshold)
+        flips = flip_update(state, dW, 5, threshold)
         assert flips.item() == (15 if vote == threshold else 0)
-    assert (unpack_trits(packed, 5) == -sign).all()
-    assert (T_accum == 0).all()
+    assert (unpack_trits(state.T_packed, 5) == -sign).all()
+    assert (state.T_accum == 0).all()
 
 
 @pytest.mark.parametrize("sign, bound", [(1, -128), (-1, 127)], ids=["lowest", "highest"])
 def test_exponents_saturate(sign, bound):
     trits = torch.ones(2, 9, dtype=torch.int8)
     E = torch.full((2, 3), bound + sign, dtype=torch.int8)
-    T_accum, E_accum = torch.zeros_like(trits), torch.zeros_like(E)
+    state = FlipState(pack_trits(trits), E, torch.zeros_like(trits), torch.zeros_like(E))
     for _ in range(3):
-        _, E, _, E_accum, _ = flip_update(pack_trits(trits), E, T_accum, E_accum, torch.full((2, 9), float(sign)), 4, 1)
-        assert (bound == E).all()
+        state.T_packed.copy_(pack_trits(trits))
+        state.T_accum.zero_()
+        flip_update(state, torch.full((2, 9), float(sign)), 4, 1)
+        assert (bound == state.E).all()
 
 
 def test_a_scale_too_large_gets_smaller():
     """dW agreeing with T says that the group's scale should shrink."""
     trits = random_trits(4, 32)
     trits[:, ::8] = 1
-    zeros = torch.zeros(4, 4, dtype=torch.int8)
-    _, E, _, _, _ = flip_update(pack_trits(trits), zeros, torch.zeros_like(trits), zeros, trits.float(), 8, 1)
+    E, E_accum = torch.zeros(2, 4, 4, dtype=torch.int8)
+    flip_update(FlipState(pack_trits(trits), E, torch.zeros_like(trits), E_accum), trits.float(), 8, 1)
     assert (E == -1).all()
 
 
 def test_no_scale_votes_leave_exponents_alone():
     state = fresh_state(7, 33, 32)
-    votes = torch.full_like(state[3], 2)
-    dW = biased_gradient(7, 33)
-    _, E, T_accum, E_accum, _ = flip_update(*state[:3], votes, dW, 32, 3, False)
-    assert_same("E", state[1], E)
-    assert_same("E_accum", votes, E_accum)
-    assert (T_accum != state[2]).any()
+    state.E_accum.fill_(2)
+    before = copied(state)
+    flip_update(state, biased_gradient(7, 33), 32, 3, False)
+    assert_same("E", before.E, state.E)
+    assert_same("E_accum", before.E_accum, state.E_accum)
+    assert (before.T_accum != state.T_accum).any()
 
 
 def test_trits_stay_trits():
     state = fresh_state(7, 33, 32)
     for _ in range(40):
-        *state, _ = flip_update(*state, torch.randn(7, 33), 32, 1)
+        flip_update(state, torch.randn(7, 33), 32, 1)
         assert unpack_trits(state[0], 33).abs().max() <= 1 and state[0].max() <= 242
 
 
 def test_zero_gradient_changes_nothing():
     state = fresh_state(7, 33, 32)
-    *moved, flips = flip_update(*state, torch.zeros(7, 33), 32, 1)
-    for name, before, after in zip(("packed", "E", "T_accum", "E_accum"), state, moved, strict=True):
-        assert_same(name, before, after)
+    before = copied(state)
+    flips = flip_update(state, torch.zeros(7, 33), 32, 1)
+    for name, kept, tensor in zip(state._fields, before, state, strict=True):
+        assert_same(name, kept, tensor)
     assert flips.item() == 0
 
 
-def test_flip_is_pure():
-    inputs = (*fresh_state(7, 33, 32), biased_gradient(7, 33))
-    before = [tensor.clone() for tensor in inputs]
-    flip_update(*inputs, 32, 1)
-    for name, kept, tensor in zip(("packed", "E", "T_accum", "E_accum", "dW"), before, inputs, strict=True):
+def test_the_reference_is_pure_and_the_update_in_place():
+    state, dW = fresh_state(7, 33, 32), biased_gradient(7, 33)
+    before, inputs = (*copied(state), dW.clone()), (*state, dW)
+    new, flips = naive_flip_update(state, dW, 32, 1)
+    for name, kept, tensor in zip((*state._fields, "dW"), before, inputs, strict=True):
         assert_same(name, kept, tensor)
+    assert_same("flips", flips, flip_update(state, dW, 32, 1))
+    for name, expected, tensor in zip(state._fields, new, state, strict=True):
+        assert_same(name, expected, tensor)
 
 
 def test_recovers_planted_signs():
@@ -164,5 +171,5 @@ def test_recovers_planted_signs():
     for _ in range(400):
         x = torch.randn(32, 64)
         dW = (x @ (unpack_trits(state[0], 64, torch.float32) - target).T).T @ x / 32 + 0.5 * torch.randn(32, 64)
-        *state, _ = flip_update(*state, dW, 64, 16)
+        flip_update(state, dW, 64, 16)
     assert (unpack_trits(state[0], 64) == target).float().mean() > 0.9

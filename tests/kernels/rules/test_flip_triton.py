@@ -5,11 +5,12 @@ import torch
 
 from arb_kernels.formats.groups import num_groups
 from arb_kernels.formats.packing import pack_trits
+from arb_kernels.formats.rule_states import FlipState
 from arb_kernels.rules.flip import naive_flip_update
 from arb_kernels.rules.flip_triton import triton_flip_update
-from support.tensors import assert_same, random_trits
+from support.tensors import assert_same, copied, random_trits
 
-NAMES = ("packed", "E", "T_accum", "E_accum", "flips")
+NAMES = (*FlipState._fields, "flips")
 CASES = [
     pytest.param(*case, id="{}x{}-G{}-threshold{}".format(*case))
     for case in [(1, 1, 1, 1), (3, 5, 4, 1), (7, 33, 32, 3), (2, 333, 333, 2), (5, 100, 96, 2), (37, 64, 6, 4)]
@@ -21,23 +22,18 @@ def fresh_state(rows, columns, group, device):
     E = torch.randint(-128, 128, (rows, groups))
     E[0] = 127  # the end of its range
     votes = (torch.zeros(rows, width, dtype=torch.int8) for width in (columns, groups))
-    state = (pack_trits(random_trits(rows, columns)), E.to(torch.int8), *votes)
-    return [tensor.to(device) for tensor in state]
+    return copied(FlipState(pack_trits(random_trits(rows, columns)), E.to(torch.int8), *votes), device)
 
 
 @pytest.mark.parametrize("rows, columns, group, threshold", CASES)
 def test_steps_equal_the_reference(triton_device, rows, columns, group, threshold):
     state = fresh_state(rows, columns, group, triton_device)
-    mine = [tensor.clone() for tensor in state]
+    mine = copied(state)
     for step in range(6):
         dW = torch.randn(rows, columns, device=triton_device) * (torch.rand(rows, columns) > 0.2).to(triton_device)
         dW += 0.5 * (step % 2)
         scale_votes = step != 3
-        before = [tensor.clone() for tensor in mine]
-        *state, flips = naive_flip_update(*state, dW, group, threshold, scale_votes)
-        *new, my_flips = triton_flip_update(*mine, dW, group, threshold, scale_votes)
-        for name, ref, out in zip(NAMES, (*state, flips), (*new, my_flips), strict=True):
+        state, flips = naive_flip_update(state, dW, group, threshold, scale_votes)
+        my_flips = triton_flip_update(mine, dW, group, threshold, scale_votes)
+        for name, ref, out in zip(NAMES, (*state, flips), (*mine, my_flips), strict=True):
             assert_same(f"{name} at step {step}", ref, out)
-        for name, kept, tensor in zip(NAMES, before, mine, strict=False):
-            assert_same(f"the input {name}", kept, tensor)
-        mine = new

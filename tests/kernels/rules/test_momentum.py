@@ -8,13 +8,10 @@ import torch
 
 from arb_kernels.formats.momentum_format import MAX_UPDATE, MomentumFormat
 from arb_kernels.formats.packing import packed_width, unpack_trits
+from arb_kernels.formats.rule_states import MomentumState
 from arb_kernels.random_bits import stream_key
-from arb_kernels.rules.momentum import (
-    move_weights,
-    naive_momentum_update,
-    normalise,
-)
-from support.tensors import assert_same, random_gradient, random_momentum_state, random_trits, shapes
+from arb_kernels.rules.momentum import move_weights, naive_momentum_update, normalise
+from support.tensors import assert_same, copied, random_gradient, random_momentum_state, random_trits, shapes
 
 BETA = 0.9
 SHAPES = shapes((1, 1), (3, 5), (33, 100), (64, 128), (47, 257), (128, 64))
@@ -128,7 +125,7 @@ def latent_of(state, columns):
 def fold(accum, accum_exp, dW, key):
     """New accum, accum_exp after an update that moves no weight."""
     packed = torch.zeros(len(dW), packed_width(dW.shape[1]), dtype=torch.uint8)
-    return naive_momentum_update(packed, accum, accum_exp, dW, key, lr=0.0, beta=BETA)[1:3]
+    return naive_momentum_update(MomentumState(packed, accum, accum_exp), dW, key, 0.0, BETA)[0][1:]
 
 
 @pytest.mark.parametrize("columns", [64, 50, 7])
@@ -149,13 +146,14 @@ def test_block_sums_follow_one_tree(columns):
 @pytest.mark.parametrize("bits", [4, 8])
 def test_momentum_update(rows, columns, bits):
     """Fifty steps, of which every fifth moves no weight; every tensor equal after each."""
-    packed, accum, accum_exp = random_momentum_state(rows, columns, bits)
-    residual, _ = MomentumFormat(bits).split(accum)
-    naive = NaiveMomentum(unpack_trits(packed, columns).numpy(), residual.numpy(), bits)
+    state = random_momentum_state(rows, columns, bits)
+    residual, _ = MomentumFormat(bits).split(state.accum)
+    naive = NaiveMomentum(unpack_trits(state.T_packed, columns).numpy(), residual.numpy(), bits)
     for step in range(50):
         lr = 0.3 * (1 - step / 50) if step % 5 else 0.0
         dW, key = random_gradient(rows, columns, 0.01), stream_key(7, step, 0, 1)
-        packed, accum, accum_exp, flips = naive_momentum_update(packed, accum, accum_exp, dW, key, lr, BETA, bits)
+        state, flips = naive_momentum_update(state, dW, key, lr, BETA)
+        packed, accum, accum_exp = state
         expected_flips = naive.update(dW.numpy(), key, lr)
         residual, codes = MomentumFormat(bits).split(accum)
         assert_same(f"exponents, step {step}", torch.from_numpy(naive.exponents), accum_exp.long())
@@ -171,7 +169,7 @@ def test_state_stays_valid(rows, columns, bits):
     state = random_momentum_state(rows, columns, bits)
     for step in range(30):
         scale = 10.0 ** torch.randint(-9, 9, ()).item()
-        *state, _ = naive_momentum_update(*state, random_gradient(rows, columns, scale), step, 0.9, BETA, bits)
+        state, _ = naive_momentum_update(state, random_gradient(rows, columns, scale), step, 0.9, BETA)
         assert_valid(*state, columns, bits)
         assert state[1].dtype == MomentumFormat(bits).dtype and state[2].dtype == torch.int8
 
@@ -200,23 +198,24 @@ def test_recovers_a_planted_matrix(bits):
         x = torch.randn(32, columns)
         error = unpack_trits(state[0], columns, torch.float32) - target
         dW = (x @ error.T).T @ x / 32 + 0.5 * torch.randn(rows, columns)
-        *state, _ = naive_momentum_update(*state, dW, stream_key(0, step), 0.05 * (1 - step / steps), BETA, bits)
+        state, _ = naive_momentum_update(state, dW, stream_key(0, step), 0.05 * (1 - step / steps), BETA)
     assert (unpack_trits(state[0], columns) == target).float().mean() > 0.95
 
 
 @pytest.mark.parametrize("rows, columns", SHAPES)
 @pytest.mark.parametrize("bits", [4, 8])
 def test_zero_gradient_changes_nothing(rows, columns, bits):
-    packed, accum, accum_exp = random_momentum_state(rows, columns, bits)
-    moved = naive_momentum_update(packed, accum, accum_exp, torch.zeros(rows, columns), 3, 0.9, BETA, bits)
-    assert_same("trits", packed, moved[0])
-    assert_same("accum", accum, moved[1])
-    assert moved[3].item() == 0
+    state = random_momentum_state(rows, columns, bits)
+    moved, flips = naive_momentum_update(state, torch.zeros(rows, columns), 3, 0.9, BETA)
+    assert_same("trits", state.T_packed, moved.T_packed)
+    assert_same("accum", state.accum, moved.accum)
+    assert flips.item() == 0
 
 
 def test_same_key_same_bits_other_key_other_bits():
     state, dW = random_momentum_state(33, 100), random_gradient(33, 100)
-    first, again, other = (naive_momentum_update(*state, dW, key, 0.5) for key in (5, 5, 6))
+    updates = (naive_momentum_update(state, dW, key, 0.5) for key in (5, 5, 6))
+    first, again, other = ((*new, flips) for new, flips in updates)
     for name, a, b in zip(("packed", "accum", "accum_exp", "flips"), first, again, strict=True):
         assert_same(name, a, b)
     codes, other_codes = (MomentumFormat(4).split(accum)[1] for accum in (first[1], other[1]))
@@ -230,8 +229,8 @@ def test_scale_invariance(bits):
     small = large = random_momentum_state(47, 257, bits)
     for step in range(20):
         dW = random_gradient(47, 257) + 1e-3
-        *small, flips = naive_momentum_update(*small, dW, step, 0.1, BETA, bits)
-        *large, large_flips = naive_momentum_update(*large, dW * 1024, step, 0.1, BETA, bits)
+        small, flips = naive_momentum_update(small, dW, step, 0.1, BETA)
+        large, large_flips = naive_momentum_update(large, dW * 1024, step, 0.1, BETA)
         assert_same("packed", small[0], large[0])
         assert_same("accum", small[1], large[1])
         assert_same("flips", flips, large_flips)
@@ -241,9 +240,9 @@ def test_scale_invariance(bits):
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_update_is_pure(bits):
-    inputs = (*random_momentum_state(33, 100, bits), random_gradient(33, 100))
-    before = [tensor.clone() for tensor in inputs]
-    naive_momentum_update(*inputs, 1, 0.5, BETA, bits)
+    state, dW = random_momentum_state(33, 100, bits), random_gradient(33, 100)
+    before, inputs = [*copied(state), dW.clone()], (*state, dW)
+    naive_momentum_update(state, dW, 1, 0.5, BETA)
     for name, kept, tensor in zip(("packed", "accum", "accum_exp", "dW"), before, inputs, strict=True):
         assert_same(name, kept, tensor)
 
@@ -325,14 +324,14 @@ def test_small_rows_and_columns_move_like_large_ones(small, least_distance, bits
         "blocks": sizes.repeat_interleave(64).expand(48, 256),
         "columns": sizes.repeat(24).expand(48, 96),
     }[small]
-    state, form = list(random_momentum_state(*scale.shape, bits)), MomentumFormat(bits)
+    state, form = random_momentum_state(*scale.shape, bits), MomentumFormat(bits)
 
     def latents():
         return form.cell * unpack_trits(state[0], scale.shape[1]).int() + form.split(state[1])[0]
 
     before = latents()
     for step in range(20):
-        *state, _ = naive_momentum_update(*state, torch.randn(scale.shape) * scale, stream_key(step), 0.05, bits=bits)
+        state, _ = naive_momentum_update(state, torch.randn(scale.shape) * scale, stream_key(step), 0.05)
     distance = (latents() - before).abs().float()
     moved, far = (torch.stack([x[scale == size].mean() for size in sizes]) for x in ((distance > 0).float(), distance))
     assert moved.min() > 0.9 * moved.max() and moved.min() > 0.8, moved
@@ -365,12 +364,12 @@ def test_a_column_that_only_a_small_row_touches():
 
 
 def test_momentum_keeps_moving_weights_after_the_gradient_stops():
-    state = [torch.zeros(8, width, dtype=dtype) for width, dtype in ((13, torch.uint8), (64, torch.uint8))]
-    state.append(torch.zeros(8, 1, dtype=torch.int8))
+    packed, accum = (torch.zeros(8, width, dtype=torch.uint8) for width in (13, 64))
+    state = MomentumState(packed, accum, torch.zeros(8, 1, dtype=torch.int8))
     for step in range(5):
-        *state, _ = naive_momentum_update(*state, torch.ones(8, 64), stream_key(step), 0.1)
+        state, _ = naive_momentum_update(state, torch.ones(8, 64), stream_key(step), 0.1)
     before = latent_of(state, 64)
-    *state, _ = naive_momentum_update(*state, torch.zeros(8, 64), stream_key(5), 0.1)
+    state, _ = naive_momentum_update(state, torch.zeros(8, 64), stream_key(5), 0.1)
     moved = latent_of(state, 64) - before
     assert moved.max() <= 0 and -2 < moved.float().mean() < -1
 
@@ -382,13 +381,13 @@ def test_extreme_gradients_keep_the_state_valid(rows, columns, scale):
     state = random_momentum_state(rows, columns)
     dW = random_signs(rows, columns) * scale
     before = latent_of(state, columns)
-    *state, _ = naive_momentum_update(*state, dW, stream_key(1), 0.9)
+    state, _ = naive_momentum_update(state, dW, stream_key(1), 0.9)
     assert_valid(*state, columns)
     after = latent_of(state, columns)
     if scale > 1e-9:
         at_the_end = (after == -24) | (after == 23)
         assert (((before - after) * dW.sign() > 0) | at_the_end).all()
-    *state, _ = naive_momentum_update(*state, random_gradient(rows, columns), stream_key(2), 0.9)
+    state, _ = naive_momentum_update(state, random_gradient(rows, columns), stream_key(2), 0.9)
     assert_valid(*state, columns)
 
 

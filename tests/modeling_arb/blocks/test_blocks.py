@@ -7,7 +7,7 @@ import torch
 
 from arb_kernels.blocks.ngram_hash import hash_tokens, mix_bits, ngram_slots, to_slot
 from configuration_arb import preset_config
-from configuration_arb.block_options import BLOCK_OPTIONS
+from configuration_arb.optional_blocks import OPTIONAL_BLOCKS
 from modeling_arb import ArbForCausalLM
 from modeling_arb.checkpoints.integrity import OPTIONAL_PARTS
 from support.gradients import Sink
@@ -215,7 +215,7 @@ def test_a_checkpoint_from_before_the_blocks_still_loads(tmp_path):
     model.save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())
-    for field in (*BLOCK_OPTIONS, "head_layers", "head_intermediate_size", "table_rule"):
+    for field in (*OPTIONAL_BLOCKS, "head_layers", "head_intermediate_size", "table_rule"):
         config.pop(field, None)
     path.write_text(json.dumps({**config, "sidecars": None, "composite": None}))
     assert state_hash(ArbForCausalLM.from_pretrained(tmp_path)) == state_hash(model)

@@ -9,8 +9,7 @@ from transformers import DynamicCache, StaticCache, StoppingCriteria, StoppingCr
 from transformers.cache_utils import Cache
 
 from configuration_arb import PRESETS, preset_config
-from modeling_arb import ArbForCausalLM
-from modeling_arb.generation import contrastive_search
+from modeling_arb import ArbForCausalLM, contrastive_search
 from tokenization_arb import ArbTokenizer
 from training_arb.chat.cache_audit import CacheSize, cache_size
 

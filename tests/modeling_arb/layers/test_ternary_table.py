@@ -7,6 +7,7 @@ import torch
 
 from arb_kernels.formats.exponents import EIGHTHS, power_of_two
 from arb_kernels.formats.packing import unpack_trits
+from arb_kernels.formats.rule_states import CorrelationState, FlipState, MomentumState
 from arb_kernels.random_bits import stream_key
 from arb_kernels.rules.correlation import naive_correlation_update
 from arb_kernels.rules.flip import naive_flip_update
@@ -24,8 +25,8 @@ RULES = ["momentum", "flip", "correlation"]
 ROWS, DIM, THRESHOLD = 50, 20, 2
 DIM_OF_MEMORY = 16
 DENSE = {
-    "flip": (naive_flip_update, ("T_packed", "E", "T_accum", "E_accum"), (THRESHOLD, True)),
-    "correlation": (naive_correlation_update, ("T_packed", "corr_accum", "step_counter"), ()),
+    "flip": (lambda *given: naive_flip_update(*given, THRESHOLD, True)[0], FlipState),
+    "correlation": (naive_correlation_update, CorrelationState),
 }
 
 
@@ -94,12 +95,10 @@ def test_a_step_is_the_dense_rule_on_the_touched_rows(rule):
         assert all(torch.equal(tensor, before[name]) for name, tensor in table.state_dict().items())
         optimizer.step()
         row_ids = torch.tensor(sorted(touched))
-        update, names, settings = DENSE[table.table_rule]
+        update, form = DENSE[table.table_rule]
         dW = torch.stack([touched[row] for row in row_ids.tolist()])
-        state = [before[name][row_ids] for name in names]
-        expected = update(*state, dW, DIM_OF_MEMORY, *settings)[: len(names)]
-        moved = names if rule != "correlation" else names[1:]
-        for name, new in zip(moved, expected, strict=False):
+        state = form(*(before[name][row_ids] for name in form._fields))
+        for name, new in zip(form._fields, update(state, dW, DIM_OF_MEMORY), strict=True):
             before[name][row_ids] = new
         for name, tensor in table.state_dict().items():
             assert_same(f"{name} after step {step}", before[name], tensor)
@@ -128,8 +127,8 @@ def test_momentum_of_touched_rows():
         (model(ids, labels=ids).loss / 2).backward()
     (row_ids, first), (_, second) = handed
     key = stream_key(0, 0, 0, zlib.crc32(b"model.memgram.table"))
-    state = [before[name] for name in ("T_packed", "accum", "accum_exp")]
-    *expected, _ = naive_sparse_momentum_update(*state, row_ids, first + second, key, TABLE_RATE * 0.035)
+    state = MomentumState(*(before[name] for name in MomentumState._fields))
+    expected, _ = naive_sparse_momentum_update(state, row_ids, first + second, key, TABLE_RATE * 0.035)
     optimizer.step()
     for tensor, new in zip(state, expected, strict=True):
         tensor[row_ids] = new

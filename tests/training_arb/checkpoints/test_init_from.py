@@ -1,4 +1,4 @@
-"""Finetuning all weights from a checkpoint: same logits at the start, fresh state, its own run, plain errors."""
+"""Finetuning all weights from a checkpoint: same logits at the start, its training state, its own run, plain errors."""
 
 import json
 import shutil
@@ -12,9 +12,9 @@ from modeling_arb import ArbForCausalLM
 from support.loopback_hub import used_by_this_process
 from support.pretraining import arguments, final_hash, report
 from support.scripting import run_script
-from training_arb.checkpoints.starting_point import start_from
+from training_arb.checkpoints.starting_point import describe_start, start_from
 from training_arb.hub.model_card import card_metadata
-from training_arb.memory.state_audit import inference_hash
+from training_arb.memory.state_audit import inference_hash, state_hash
 from training_arb.report.run_facts import RunFacts
 
 NEW_TEXT = b"".join(f"{i} green bottles hanging on the wall, {i} green bottles\n".encode() for i in range(900))
@@ -55,18 +55,52 @@ def finetuning(text, source, output_dir, **changes):
     return arguments(text, output_dir, **settings)
 
 
+def training_state(model):
+    """name -> tensor, of the tensors that inference does not need."""
+    return {
+        f"{name}.{key}": getattr(module, key)
+        for name, module in model.integer_states().items()
+        for key, spec in module.layout().items()
+        if not spec.inference
+    }
+
+
+def is_fresh(model):
+    """Whether all training state is at its beginning: zero, but every motif of a codebook counts as used."""
+    return all(
+        (tensor == (1 if name.endswith(".usage") else 0)).all() for name, tensor in training_state(model).items()
+    )
+
+
 @pytest.mark.parametrize("preset", ["arb-tiny", "arb-tiny-full"])
-@pytest.mark.parametrize("kept", [True, False], ids=["resumable", "inference"])
-def test_starts_with_the_checkpoints_logits_and_fresh_state(tmp_path, preset, kept):
-    stored = saved(tmp_path / "checkpoint", preset, kept)
-    model, origin = start_from(str(tmp_path / "checkpoint"))
+@pytest.mark.parametrize("rule", ["momentum", "flip"])
+def test_training_state_comes_along_where_the_checkpoint_has_it(tmp_path, preset, rule):
+    stored = saved(tmp_path / "resumable", preset, update_rule=rule)
+    model, origin = start_from(str(tmp_path / "resumable"))
     assert torch.equal(model.eval()(IDS).logits, stored(IDS).logits)
-    assert model.config.training_state
-    for module in model.integer_states().values():
-        for name, spec in module.layout().items():
-            expected = 1 if name == "usage" else 0  # every motif has a chance before it is taken for unused
-            assert spec.inference or (getattr(module, name) == expected).all(), name
+    assert training_state(model) and state_hash(model) == state_hash(stored)
+    assert origin["training_state"] and describe_start(origin, model.config).endswith(" come along")
     assert origin["weights_sha256"] == inference_hash(stored) and origin["commit"] is None
+
+
+@pytest.mark.parametrize("preset", ["arb-tiny", "arb-tiny-full"])
+def test_from_an_inference_checkpoint_training_state_starts_at_zero(tmp_path, preset):
+    stored = saved(tmp_path / "inference", preset, training_state=False)
+    model, origin = start_from(str(tmp_path / "inference"))
+    assert torch.equal(model.eval()(IDS).logits, stored(IDS).logits)
+    assert model.config.training_state and training_state(model) and is_fresh(model)
+    assert not origin["training_state"] and describe_start(origin, model.config).endswith(" start at zero")
+
+
+@pytest.mark.parametrize(
+    "changed", [{"update_rule": "flip"}, {"momentum_bits": 8}, {"table_rule": "momentum"}], ids=str
+)
+def test_another_rule_starts_its_state_at_zero_and_says_so(tmp_path, changed):
+    saved(tmp_path / "resumable", "arb-tiny-full")
+    model, origin = start_from(str(tmp_path / "resumable"), fields=changed)
+    assert is_fresh(model) and not origin["training_state"]
+    said = "its votes start at zero" if "update_rule" in changed else "its residuals and momentum start at zero"
+    assert describe_start(origin, model.config).endswith(said)
 
 
 @pytest.mark.parametrize(("stored_rule", "rule"), [("momentum", "flip"), ("flip", "momentum"), ("flip", "correlation")])
@@ -112,6 +146,7 @@ def test_a_finetuning_learns_and_says_where_it_came_from(tuned, checkpoints, tmp
         "revision": None,
         "commit": None,
         "update_rule": "momentum",
+        "training_state": False,
         "weights_sha256": inference_hash(ArbForCausalLM.from_pretrained(checkpoints / "inference")),
     }
     assert report(run_dir)["init_from"] == origin

@@ -232,7 +232,7 @@ def test_what_is_no_utf8_is_replaced_for_every_model_and_said(folders, tmp_path,
     assert run_script("evaluate", folders["arb"], *arguments) == 0
     assert json.loads(out.read_text())["bytes"] == 14 and "UTF-8" not in capsys.readouterr().out
     assert run_script("evaluate", folders["arb"], folders["gpt2"], *arguments) == 0
-    assert "1 of 1 documents are no UTF-8" in capsys.readouterr().out
+    assert "1 of 1 documents are not UTF-8" in capsys.readouterr().out
     scores = json.loads(out.read_text())
     assert [row["bytes"] for row in scores["models"]] == [18, 18] and scores["replaced_documents"] == 1
 
@@ -316,9 +316,9 @@ def broken(tmp_path_factory):
         ("bare", [], "no config.json there"),
         ("garbled", [], "garbled': "),
         ("./nowhere", [], "model='./nowhere': no such folder"),
-        ("bidirectional", [], "is no causal language model: a token changes what it says of those before"),
+        ("bidirectional", [], "is not a causal language model: a token changes the predictions before it"),
         ("headless", [], "lacks 6 tensors of a causal language model: cls.predictions.bias, ..."),
-        ("translator", [], "translator' is no causal language model"),
+        ("translator", [], "translator' is not a causal language model"),
         ("mute", [], "no tokenizer there"),
         ("narrow", [], "is none of the model's 100"),
         ("gpt2", ["--ctx", 65], "ctx=65 is more than the 64 positions"),

@@ -1,5 +1,6 @@
 """lm-evaluation-harness on ARB's own tasks, which read nothing from the network; its bits per byte against ours."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -12,7 +13,7 @@ import torch
 from configuration_arb import preset_config
 from modeling_arb import ArbForCausalLM
 from support.scripting import ROOT, run_script
-from training_arb.evaluation.eval_harness import TASKS_FOLDER, no_script_named_evaluate, own_tasks
+from training_arb.evaluation.eval_harness import TASKS_FOLDER, import_installed, own_tasks
 
 HARNESS = pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval is not installed: pip install 'arb[eval]'")
 CTX = 128
@@ -107,7 +108,7 @@ def test_the_harness_by_itself(export, tmp_path, offline):
 @HARNESS
 def test_a_task_that_nobody_knows(export, capsys):
     assert run_script("evaluate", export, "--lm_eval", "arb_text,no_such_task") == 2
-    assert "lm_eval='no_such_task' is no task; ARB's own are arb_python, arb_text" in capsys.readouterr().err
+    assert "lm_eval='no_such_task' is not a task; ARB's own are arb_python, arb_text" in capsys.readouterr().err
 
 
 @HARNESS
@@ -117,6 +118,8 @@ def test_the_library_evaluate_is_not_our_script(monkeypatch):
     monkeypatch.delitem(sys.modules, "evaluate", raising=False)
     before = sys.path[:]
     assert find_spec("evaluate").origin == str(ROOT / "scripts" / "evaluate.py")
-    with no_script_named_evaluate():
-        assert find_spec("evaluate").origin.endswith("evaluate/__init__.py")
-    assert sys.path == before
+    library = import_installed("evaluate")
+    assert library.__file__.endswith("evaluate/__init__.py") and import_installed("evaluate") is library
+    assert sys.path == before and importlib.import_module("evaluate") is library
+    with pytest.raises(ImportError):
+        import_installed("no_such_library")

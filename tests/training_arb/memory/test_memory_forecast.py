@@ -2,7 +2,6 @@
 
 import json
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
@@ -11,8 +10,7 @@ from configuration_arb import preset_config
 from modeling_arb import ArbForCausalLM
 from support.scripting import run_script
 from training_arb.memory.counted_tensors import CountedTensors
-from training_arb.memory.live_memory import MEGABYTE
-from training_arb.memory.memory_forecast import StepMemory, StepTrace, forecast_step, measure_step
+from training_arb.memory.memory_forecast import FIRST_STEP_MB, StepMemory, StepTrace, forecast_step, measure_step
 from training_arb.optim.integer_optimizer import IntegerOptimizer
 
 
@@ -33,17 +31,18 @@ def test_tensors_are_counted_while_they_live():
     assert counted.events == [0, 1, ~1, ~0]
 
 
-def test_large_blocks_are_told_from_the_heaps():
-    large, small = 40 << 20, 1 << 20
-    trace = StepTrace(7, [small, large, small], [0, 1, ~1, 2, ~0, ~2], forward_events=2)
+def test_a_trace_gives_the_peak_and_what_the_forward_left():
+    trace = StepTrace(7, [10, 40, 30], [0, 1, ~1, 2, ~0, ~2], forward_events=2)
     memory = trace.memory()
-    assert memory == StepMemory(7, small + large, small + large, 2 * small, large)
-    assert memory.peak == 7 + small + large
-    grown = memory.process_peak_mb(100.0) - StepMemory(7, 0, 0, 0, 0).process_peak_mb(100.0)
-    assert grown - large / MEGABYTE == pytest.approx(2, rel=0.5)  # of the heap, with its holes
-    assert grown - large / MEGABYTE > 2
-    recomputed = replace(memory, recomputed=True)
-    assert recomputed.process_peak_mb(0.0) > memory.process_peak_mb(0.0) + large / MEGABYTE / 2
+    assert memory == StepMemory(state=7, saved=50, transient_peak=50)
+    assert memory.peak == 57
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_a_process_is_forecast_by_a_margin_over_its_tensors(recomputed):
+    memory = StepMemory(100 << 20, 200 << 20, 300 << 20, recomputed)
+    assert memory.process_peak_mb(500.0) == 500 + FIRST_STEP_MB + memory.margin * 400
+    assert memory.margin == (2.4 if recomputed else 1.6)
 
 
 def make(preset, **changes):
@@ -69,7 +68,6 @@ def test_a_forecast_is_right_within_ten_per_cent(preset, batch, ctx):
     assert forecast.state == measured.state
     assert forecast.transient_peak == pytest.approx(measured.transient_peak, rel=0.1)
     assert forecast.saved == pytest.approx(measured.saved, rel=0.1)
-    assert forecast.heap_peak + forecast.mapped_peak == pytest.approx(measured.transient_peak, rel=0.1)
     assert measured.saved < measured.transient_peak < 2 * measured.saved
 
 
@@ -94,17 +92,18 @@ def test_a_forecast_leaves_the_model_without_an_optimizer():
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads a process's peak")
-def test_the_peak_of_a_process_is_forecast_within_ten_per_cent(tmp_path, capsys):
+def test_the_peak_of_a_process_is_forecast_from_above_within_its_margin(tmp_path, capsys):
+    """Tensors, and at most the stated multiple of them: never less, never more."""
     out = tmp_path / "memory.json"
     shapes = ["arb-tiny:64x128", "arb-tiny:64x128+checkpointing"]
     assert run_script("bench_memory", "--steps", 2, "--json", out, "--shapes", *shapes) == 0
     plain, checkpointed = json.loads(out.read_text())["rows"]
     for row in (plain, checkpointed):
+        assert 1 < row["over_tensors"] < row["margin"]
         forecast = row["base_mb"] + row["forecast_mb"] - row["forecast_base_mb"]  # pytest has imported more
-        assert forecast == pytest.approx(row["peak_mb"], rel=0.1)
-        assert row["peak_mb"] > row["base_mb"] + row["tensors_mb"]
+        assert row["peak_mb"] < forecast < 1.25 * row["peak_mb"]
     assert checkpointed["saved_mb"] < 0.3 * plain["saved_mb"]
-    assert "error_above_base" in capsys.readouterr().out
+    assert "over_tensors" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("shape", ["arb-tiny", "arb-tiny:3", "arb-9z:2x16", "arb-tiny:0x16", "arb-tiny:2x4"])
