@@ -49,6 +49,7 @@ def tidy(panel: Axes) -> None:
 
 
 def save(figure: Figure, path: str | Path) -> None:
+    """Write the figure to a PNG and close it."""
     figure.savefig(path, dpi=110)
 
 
