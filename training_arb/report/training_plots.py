@@ -49,6 +49,7 @@ def tidy(panel: Axes) -> None:
 
 
 def save(figure: Figure, path: str | Path) -> None:
+    """Write the figure as a PNG."""
     figure.savefig(path, dpi=110)
 
 
