@@ -26,7 +26,7 @@ import torch
 from tqdm.auto import tqdm
 
 from arb_kernels.backend import describe_backend
-from configuration_arb import PRESETS, preset_config
+from configuration_arb import PRESETS, ArbConfig, preset_config
 from modeling_arb import ArbForCausalLM
 from training_arb.bench.measurement import describe_environment
 from training_arb.cli.command_line import check_least, run, script_parser
@@ -55,18 +55,23 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> None:
-    args = build_parser().parse_args()
-    check_least(args, {"ctx": 4, "batch": 1, "steps": 1})
+def smoke_config(args: argparse.Namespace) -> ArbConfig:
+    """The shape asked for. Raises ValueError on options that do not fit it."""
     config = preset_config(args.preset, update_rule=args.update_rule)
-    if args.max_moe_iters is not None and config.moe_graph is None:
-        raise ValueError(f"max_moe_iters={args.max_moe_iters}: preset={args.preset!r} has no expert graph to iterate")
     if args.max_moe_iters is not None:
+        if config.moe_graph is None:
+            raise ValueError(f"max_moe_iters={args.max_moe_iters}: preset={args.preset!r} has no expert graph")
         loop = {**config.block("moe_graph"), "max_iterations": args.max_moe_iters}
         config = preset_config(args.preset, update_rule=args.update_rule, moe_graph=loop)
     if args.ctx > config.max_position_embeddings:
         raise ValueError(f"ctx={args.ctx} is more than the {config.max_position_embeddings} positions of the preset")
-    device = checked_device(args.device)
+    return config
+
+
+def main() -> None:
+    args = build_parser().parse_args()
+    check_least(args, {"ctx": 4, "batch": 1, "steps": 1})
+    config, device = smoke_config(args), checked_device(args.device)
     keep_freed_memory()
     torch.manual_seed(args.seed)
     before_mb = peak_memory_mb()
@@ -79,49 +84,63 @@ def main() -> None:
     print(f"peak memory of the process: {before_mb:.0f} MB before the model was built, {built_mb:.0f} MB after")
     print(f"{args.batch} x {args.ctx} bytes, {describe_backend(device)}", flush=True)
     block = torch.randint(0, 256, (args.batch, args.ctx), generator=torch.Generator().manual_seed(args.seed)).to(device)
-
-    reset_device_peak(device)
-    first_loss, first_call_ms = timed_step(model, optimizer, block)
-    losses, live, peaks, times = [], [], [], []
-    for _ in tqdm(range(args.steps), desc="steps", mininterval=2, leave=False):
-        loss, milliseconds = timed_step(model, optimizer, block)
-        losses.append(loss)
-        times.append(milliseconds)
-        live.append(live_memory_mb(device))
-        peaks.append(peak_device_mb(device) or peak_memory_mb())
-    peak_rss, peak_device = peak_memory_mb(), peak_device_mb(device)
+    measured, times = run_steps(model, optimizer, block, args.steps)
     after = audit_model(model, optimizer)
     probed = describe_probes(state_by_area(after), [probe_step(model, optimizer, block) for _ in range(args.steps)])
-
     result = {
         "state_bytes": after.state_bytes,
         "logical_weights": audit.logical_weights,
-        "live_mb_by_step": live,
-        "peak_mb_by_step": peaks,
+        **measured,
         **probed,
         "rss_before_build_mb": before_mb,
         "rss_after_build_mb": built_mb,
-        "peak_rss_mb": peak_rss,
-        "peak_device_mb": peak_device,
-        "first_loss": first_loss,
-        "loss": losses,
-        "first_call_ms": first_call_ms,
-        "warm_ms": statistics.median(times),
         "backend": describe_backend(device),
         "backward": args.backward,
         "update_rule": args.update_rule,
         "env": describe_environment(args.device),
     }
+    show(result, times, probed)
+    if args.json:
+        write_json(args.json, result)
+    print(json.dumps(result), flush=True)
+
+
+def run_steps(
+    model: ArbForCausalLM, optimizer: IntegerOptimizer | None, block: torch.Tensor, steps: int
+) -> tuple[dict[str, object], list[float]]:
+    """The first call, then `steps` more: their losses, times and memory as the JSON names them; ms of each step."""
+    reset_device_peak(block.device)
+    first_loss, first_call_ms = timed_step(model, optimizer, block)
+    losses, live, peaks, times = [], [], [], []
+    for _ in tqdm(range(steps), desc="steps", mininterval=2, leave=False):
+        loss, milliseconds = timed_step(model, optimizer, block)
+        losses.append(loss)
+        times.append(milliseconds)
+        live.append(live_memory_mb(block.device))
+        peaks.append(peak_device_mb(block.device) or peak_memory_mb())
+    measured = {
+        "live_mb_by_step": live,
+        "peak_mb_by_step": peaks,
+        "peak_rss_mb": peak_memory_mb(),
+        "peak_device_mb": peak_device_mb(block.device),
+        "first_loss": first_loss,
+        "loss": losses,
+        "first_call_ms": first_call_ms,
+        "warm_ms": statistics.median(times),
+    }
+    return measured, times
+
+
+def show(result: dict, times: list[float], probed: dict[str, dict]) -> None:
+    """The result for people."""
+    losses, live, peaks = (result[name] for name in ("loss", "live_mb_by_step", "peak_mb_by_step"))
     for step, (loss, milliseconds, megabytes, peak) in enumerate(zip(losses, times, live, peaks, strict=True)):
         print(
             f"step {step}: loss {loss:.4f}, {milliseconds:.1f} ms, {megabytes:.1f} MB live, peak {peak:.0f} MB so far"
         )
-    print(f"first call {first_call_ms:.1f} ms, loss {first_loss:.4f}; then {result['warm_ms']:.1f} ms a step")
-    print(f"peak {peak_device or peak_rss:.0f} MB\n\n{probe_table(probed)}")
-    print()
-    if args.json:
-        write_json(args.json, result)
-    print(json.dumps(result), flush=True)
+    first = f"first call {result['first_call_ms']:.1f} ms, loss {result['first_loss']:.4f}"
+    print(f"{first}; then {result['warm_ms']:.1f} ms a step")
+    print(f"peak {result['peak_device_mb'] or result['peak_rss_mb']:.0f} MB\n\n{probe_table(probed)}\n")
 
 
 def timed_step(model: ArbForCausalLM, optimizer: IntegerOptimizer | None, block: torch.Tensor) -> tuple[float, float]:

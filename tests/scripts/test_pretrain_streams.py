@@ -92,7 +92,7 @@ def test_two_ranks_train_on_what_one_would(corpus, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("a.txt:x", b"some text", "a.txt:x': no such file, and 'x' is no weight"),
+        ("a.txt:x", b"some text", "a.txt:x': no such file, and 'x' is not a weight"),
         ("a.txt:-1", b"some text", "a.txt:-1': must be PATH:WEIGHT"),
         ("a.txt:nan", b"some text", "a.txt:nan': must be PATH:WEIGHT"),
         ("missing:1", b"some text", "missing': no such file"),

@@ -38,7 +38,7 @@ class HubTrainer(SavingTrainer):
 
     model: ArbForCausalLM
     push_in_progress: Any  # None, or the PushInProgress of the uploads under way
-    set_aside_in_save: ClassVar[dict[str, object]] = {"push_to_hub": False}  # it would upload the checkpoint's pickles
+    set_in_save: ClassVar[dict[str, object]] = {"push_to_hub": False}  # it would upload the checkpoint's pickles
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Create the repository. Raises ValueError when the hub refuses, or when the strategy would push pickles."""

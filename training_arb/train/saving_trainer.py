@@ -51,12 +51,15 @@ class SavingTrainer(BaseTrainer):
     last_checkpoint: the checkpoint that this run last wrote or was resumed from.
     """
 
-    set_aside_in_save: ClassVar[dict[str, object]] = {}  # arguments that Trainer's own saving must not see
+    set_in_save: ClassVar[dict[str, object]] = {}  # arguments as Trainer's own saving is to see them
 
     def __init__(self, model: nn.Module | None, args: CheckedTrainingArguments, run_description: dict, **kwargs):
         self.run_description = run_description
         self.interruption = Interruption()
         self.last_checkpoint: Path | None = None
+        # arguments as Trainer is to see them in training: it would apply the limit to unfinished checkpoints, and to
+        # the latest one in the end
+        self.set_in_training: dict[str, object] = {"save_total_limit": None}
         super().__init__(model=model, args=args, **kwargs)
         self.add_callback(self.interruption)
 
@@ -99,8 +102,7 @@ class SavingTrainer(BaseTrainer):
         self._resumed_step: int | None = None
         self._saved_step: int | None = None
         try:
-            # without a limit, which Trainer would apply to unfinished checkpoints, and to the latest one in the end
-            with naming_lost_ranks(self.where_it_stands), changed(self.args, save_total_limit=None):
+            with naming_lost_ranks(self.where_it_stands), changed(self.args, **self.set_in_training):
                 with self.interruption.listening():
                     output = super().train(wanted, *args, **kwargs)
                 self.interruption.agree(self.args)  # on a signal that came after the last step
@@ -205,7 +207,7 @@ class SavingTrainer(BaseTrainer):
     def _write_stock_files(self, model: nn.Module, trial) -> None:
         """Write Trainer's own files. Without a best step Trainer does not wait for all ranks in between, where a rank
         that has no space would not arrive."""
-        with changed(self.state, best_global_step=None), changed(self.args, **self.set_aside_in_save):
+        with changed(self.state, best_global_step=None), changed(self.args, **self.set_in_save):
             super()._save_checkpoint(model, trial)
 
     def _finish_checkpoint(self, target: Path) -> None:

@@ -55,9 +55,9 @@ class ArbTrainer(HubTrainer):
         }
         self.integer_optimizer: IntegerOptimizer | None = None
         self._stream = kwargs["train_dataset"] if isinstance(kwargs.get("train_dataset"), MixedStream) else None
-        if self._stream is not None:
-            args.ignore_data_skip = True  # the stream goes on from its own position
         super().__init__(model, args, run_description, **kwargs)
+        if self._stream is not None:
+            self.set_in_training["ignore_data_skip"] = True  # the stream continues from its own position
         if self.optimizer is not None and not self.model.byte_head.proj.armed:
             raise ValueError("optimizers=IntegerOptimizer: it is attached to another model")
         self.add_callback(DivergenceStop(args.stop_loss_factor, args.stop_loss_patience))

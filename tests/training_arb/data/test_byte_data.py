@@ -231,9 +231,9 @@ def test_stream_dataset(tmp_path):
     "rows, message",
     [
         pytest.param(
-            [{"body": "some words"}] * 9, "text_column='text' is no text column .*: body, extra", id="missing"
+            [{"body": "some words"}] * 9, "text_column='text' is not a text column .*: body, extra", id="missing"
         ),
-        pytest.param([{"text": 7, "body": "words"}] * 9, "text_column='text' is no text column", id="no-text"),
+        pytest.param([{"text": 7, "body": "words"}] * 9, "text_column='text' is not a text column", id="no-text"),
         pytest.param([{"text": "ab"}] * 9, "ctx=64 is longer than the held-out part .*: ", id="short"),
     ],
 )

@@ -224,8 +224,10 @@ def test_every_kernel_test_file_is_found():
     assert "momentum_fold_kernel" in kernel_names() and len(kernel_names()) > 10
 
 
-def test_every_kernel_test_file_is_read_without_pytest():
+def test_every_kernel_test_file_is_read_without_pytest(monkeypatch):
     paths = kernel_test_files()
+    for folder in {path.parent for path in paths}:
+        monkeypatch.syspath_prepend(folder)
     borrowed = ("pytest", "helpers", *(path.stem for path in paths))
     before = {name: sys.modules.pop(name) for name in borrowed if name in sys.modules}
     try:

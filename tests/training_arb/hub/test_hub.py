@@ -243,7 +243,7 @@ def no_network(hub, monkeypatch):
 @pytest.mark.parametrize(
     ("trouble", "target", "said"),
     [
-        (no_token, "me/arb", "there is no token"),
+        (no_token, "me/arb", "no token found"),
         (wrong_token, "me/arb", "the hub does not accept the token"),
         (None, "you/arb", "the token has no right to write there (403)"),
         (None, "me/a/rb", "me/a/rb"),
