@@ -37,7 +37,7 @@ _SIGNATURES = {
 
 
 class NativeSearch(NamedTuple):
-    """The loaded library, or None and why."""
+    """The loaded library; if it is None, `fault` has the reason."""
 
     library: ctypes.CDLL | None
     fault: str = ""

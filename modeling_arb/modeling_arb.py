@@ -1,4 +1,4 @@
-"""ArbModel and ArbForCausalLM: the byte-level ternary language model in Hugging Face's terms."""
+"""ArbModel and ArbForCausalLM: the byte-level ternary language model as transformers models."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from modeling_arb.layers.training_notice import say_when_nothing_learns
 
 from .pretrained import ArbPreTrainedModel
 
-# transformers' Trainer shifts the labels that it smooths for the architectures listed there, and for no other
+# transformers' Trainer shifts the labels for smoothing only for the architectures in this list
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["arb"] = "ArbForCausalLM"
 
 
@@ -71,7 +71,7 @@ class ArbModelOutput(BaseModelOutputWithPast):
 
 
 class ArbModel(ArbPreTrainedModel):
-    """The backbone and the blocks that the config asks for: byte ids (B, T) -> hidden states (B, T, D)."""
+    """The backbone and the blocks of the config: byte ids (B, T) -> hidden states (B, T, D)."""
 
     def __init__(self, config: ArbConfig):
         super().__init__(config)
@@ -118,7 +118,9 @@ class ArbModel(ArbPreTrainedModel):
     def _read(self, input_ids, attention_mask, position_ids, past_key_values, use_cache) -> Reading:
         """Check and complete the arguments of `forward`, and add the ids to the cache."""
         if input_ids is None:
-            raise ValueError("input_ids=None: a byte is read with those before it, so inputs_embeds cannot replace ids")
+            raise ValueError(
+                "input_ids=None: inputs_embeds is not supported, because blocks read neighbouring ids; give input_ids"
+            )
         cache = self._cache(past_key_values, use_cache)
         is_byte = None
         if attention_mask is not None and attention_mask.dim() == 2:
@@ -208,7 +210,7 @@ class ArbModel(ArbPreTrainedModel):
         return past_key_values
 
     def _positions(self, position_ids, attention_mask, input_ids, past: int) -> torch.Tensor:
-        """(B, T): counted from each row's first unmasked byte, unless the caller gave them."""
+        """(B, T): the caller's, or counted from the first unmasked byte of each row."""
         if position_ids is not None:
             return position_ids
         if attention_mask is not None and attention_mask.dim() == 2:

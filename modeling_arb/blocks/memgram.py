@@ -15,7 +15,7 @@ from modeling_arb.layers.ternary_table import TernaryTable
 
 
 class MemGram(nn.Module):
-    """ids (B, T) and what came before them -> (B, T, D), added to the residual stream by the caller.
+    """ids (B, T) and the ids before them -> (B, T, D), added to the residual stream by the caller.
 
     Each n-gram that ends at a position, one for each length in `orders`, selects a row of width `dim`. The sum of the
     rows is gated by the position's own state and projected to D.

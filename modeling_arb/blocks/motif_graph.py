@@ -13,7 +13,7 @@ from arb_kernels.formats.state_layout import COUNTER, StateTensor
 from configuration_arb.configuration_arb import ArbConfig
 from modeling_arb.layers.integer_state import ObservedState
 
-DECAY_EVERY = 64  # steps: how long an edge seen once survives unseen
+DECAY_EVERY = 64  # steps after which an edge that was seen once is dropped
 EDGE_TENSORS = ("active_edge_src", "active_edge_dst", "active_edge_attr", "active_edge_score")
 
 
