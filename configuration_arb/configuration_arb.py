@@ -1,4 +1,4 @@
-"""ArbConfig: every dial of the model, checked at construction."""
+"""ArbConfig: every setting of the model, checked at construction."""
 
 from __future__ import annotations
 
@@ -44,13 +44,11 @@ class ArbConfig(PreTrainedConfig):
     `v_head_dim`, `kv_latent_dim` (what the cache keeps of keys and values; 0: half the width less the rotary key).
     Ternary state: `group_size` (weights sharing one scale exponent; 0: the whole row), `update_rule` (momentum, flip,
     correlation), `table_rule` (what moves the touched rows of large tables under momentum: votes, which is flip's rule,
-    or momentum), `momentum_bits` (4 or 8), `training_state` (whether the update rule's accumulators are part of the
-    model; an inference checkpoint goes without).
-    Arithmetic: `compute` (int8: matmuls on int8 activations and gradients, exact int32 sums; float: on S * T in the
-    activations' dtype; auto: int8 where one exponent a row lets it, that is with group_size 0).
-    Head: `head_layers` (residual MLPs before the 288-way projection), `head_intermediate_size` (theirs; 0: four times
-    the width).
-    Blocks: each name in OPTIONAL_BLOCKS (optional_blocks.py) is a field, a dict of its settings or None for off.
+    or momentum), `momentum_bits` (4 or 8), `training_state` (whether the model has the update rule's accumulators;
+    inference checkpoints do not). Arithmetic: `compute` (int8: matmuls on int8 activations and gradients, exact int32
+    sums; float: on S * T in the activations' dtype; auto: int8 with group_size 0, otherwise float). Head: `head_layers`
+    (residual MLPs before the 288-way projection), `head_intermediate_size` (theirs; 0: four times the width). Blocks:
+    each name in OPTIONAL_BLOCKS (optional_blocks.py) is a field, a dict of its settings or None for off.
 
     Raises ValueError naming the field and its value when they describe no model.
     """
@@ -153,9 +151,9 @@ class ArbConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> ArbConfig:
-        """As transformers', but what overrides a stored field is checked like the field, and of a stored config only
-        what this class knows is taken: no entry that names another's code, pipeline, file or model reaches a model or
-        what is saved of it."""
+        """As in transformers, with two differences: overrides are checked like fields, and unknown entries of a stored
+        config are dropped. An entry that names foreign code, a pipeline, a file or a model therefore never reaches a
+        model or a saved config."""
         own = {name: kwargs.pop(name) for name in cls.__annotations__ if name in kwargs}
         known = {*(field.name for field in fields(cls)), *TAKEN_FIELDS}
         stored = {name: value for name, value in config_dict.items() if name in known}

@@ -1,8 +1,8 @@
-"""The optional blocks: each declared once, with its settings and with what other parts of the program ask about it.
+"""The optional blocks, each declared once: its settings, and what other parts of the program need to know of it.
 
-The name of a block is the field of ArbConfig that switches it on. ArbConfig checks its settings, the checkpoint loader
-knows by it which tensors a config asks for, the cache what a block reads of earlier bytes, and the audit where its
-weights count.
+The name of a block is the field of ArbConfig that switches it on. From the declaration ArbConfig checks the settings,
+the loader finds which tensors a config adds, the cache keeps what the block reads of earlier bytes, the audit counts
+its weights, and docs/reference/ describes it.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _no_fault(settings: Settings, config: Any) -> str | None:
 
 @dataclass(frozen=True)
 class OptionalBlock:
-    """What the program knows of a block beside its module.
+    """A declaration; the block itself is a module of modeling_arb.
 
     about: what it is, for people. part: the name of its module in ArbForCausalLM, None where it has no weights. area:
     the line of the audit that its weights count to. options: its keys. cached: settings -> how many positions back it
@@ -239,7 +239,7 @@ def switched_on(config: Any) -> Iterator[tuple[OptionalBlock, Settings]]:
 
 
 def check_blocks(config: Any) -> None:
-    """What settings of an ArbConfig's blocks ask of each other. Raises ValueError naming the field and its value."""
+    """Raises ValueError, naming field and value, where the settings of an ArbConfig's blocks contradict each other."""
     for block, settings in switched_on(config):
         fault = block.fault(settings, config)
         if fault is not None:

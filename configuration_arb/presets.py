@@ -20,7 +20,8 @@ def arb_bench(**overrides) -> ArbConfig:
 
 
 def arb_small(**overrides) -> ArbConfig:
-    """3.1M weights: the README's pretraining run, minutes on two CPU cores. MemGram is the block that pays (LOG.md)."""
+    """3.1M weights: `make pretrain`, minutes on two CPU cores. MemGram lowers the loss at equal time
+    (docs/results.md)."""
     shape = {
         "hidden_size": 192,
         "num_hidden_layers": 3,
@@ -33,7 +34,7 @@ def arb_small(**overrides) -> ArbConfig:
 
 
 def arb_14m(**overrides) -> ArbConfig:
-    """14M weights: the seeds' benchmark shape."""
+    """14M weights: the shape of the speed benchmarks."""
     shape = {
         "hidden_size": 512,
         "num_hidden_layers": 4,
@@ -62,7 +63,7 @@ def arb_tiny_full(**overrides) -> ArbConfig:
 
 
 def arb_seed(**overrides) -> ArbConfig:
-    """The seeds' default stack at arb-small's width: text, vector quantisation and graph."""
+    """Text sequencer, codebook, graph, composite and router at arb-small's width."""
     blocks = {
         "memgram": None,
         "text_sequencer": {},
@@ -75,7 +76,7 @@ def arb_seed(**overrides) -> ArbConfig:
 
 
 def arb_3b(**overrides) -> ArbConfig:
-    """3.0B weights in the proportions of seed 004: ten million motifs, five million motif pairs."""
+    """3.0B weights, among them books of ten million motifs and five million motif pairs."""
     shape = {
         "hidden_size": 2048,
         "num_hidden_layers": 17,

@@ -28,7 +28,7 @@ _override: str | None = None
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run the kernels called inside on one backend. Raises ValueError where it is not installed."""
+    """Run the kernels called in the block on one backend. Raises ValueError if it is not installed."""
     global _override
     _check_installed(name)
     before, _override = _override, name
@@ -50,7 +50,7 @@ def _check_installed(name: str) -> None:
 def _check_runs_on(name: str, device: torch.device) -> None:
     _check_installed(name)
     if name == "native" and device.type != "cpu":
-        raise ValueError(f"ARB_BACKEND='native': has no kernels for {device.type} tensors; choose torch, or unset it")
+        raise ValueError(f"ARB_BACKEND='native': does not support {device.type} tensors; set torch, or unset it")
     if name == "triton" and not triton_runs_on(device):
         needs = "set TRITON_INTERPRET=1" if device.type == "cpu" else "use a GPU of compute capability 8.0 or more"
         raise ValueError(f"ARB_BACKEND='triton': does not run on {device.type} tensors here; {needs}, or unset it")
@@ -73,7 +73,7 @@ def backend_for(device: torch.device) -> str:
 
 @cache
 def _warn_of_slow_kernels() -> None:
-    """Once a process: without this line nobody would know that the same code can be faster."""
+    """Once a process. Without it a user could not know that the same model can run faster."""
     logging.getLogger(__name__).warning(
         f"ARB runs on torch's CPU kernels, the native ones are faster: {find_native_library().fault}; {INSTALL}, or set"
         " ARB_BACKEND=torch to keep torch's"
@@ -86,17 +86,19 @@ def _all_contiguous(tensors: tuple[torch.Tensor | None, ...]) -> bool:
 
 
 def uses_native(first: torch.Tensor, *others: torch.Tensor | None) -> bool:
-    """Whether the native kernels take these tensors: on the CPU, and contiguous where they are given."""
+    """Whether the native kernels accept these tensors: they must be on the CPU, and those that are not None
+    contiguous."""
     return first.is_cpu and backend_for(CPU) == "native" and _all_contiguous((first, *others))
 
 
 def uses_triton(first: torch.Tensor, *others: torch.Tensor | None) -> bool:
-    """Whether the Triton kernels take these tensors: where Triton runs, and contiguous where they are given."""
+    """Whether the Triton kernels accept these tensors: Triton must run on their device, and those that are not None
+    must be contiguous."""
     return backend_for(first.device) == "triton" and _all_contiguous((first, *others))
 
 
 def instruction_set() -> int:
-    """The best matmul instructions here: AVX512_VNNI, AVX2, or 0 for none. ARB_ISA=avx2 keeps to AVX2 at most."""
+    """The best matmul instruction set of this CPU: AVX512_VNNI, AVX2, or 0 for none. ARB_ISA=avx2 limits it to AVX2."""
     wanted = os.environ.get("ARB_ISA") or "best"
     if wanted not in INSTRUCTION_SETS:
         raise ValueError(f"ARB_ISA={wanted!r} is not one of {', '.join(INSTRUCTION_SETS)}")
@@ -111,7 +113,7 @@ def _best_instruction_set() -> int:
 
 
 def describe_backend(device: torch.device) -> str:
-    """One line for people: which path the kernels take on `device`."""
+    """A description of the kernels that run on `device`, in one line."""
     backend, instructions = backend_for(device), instruction_set()
     if backend != "native":
         return f"{backend} kernels on {device.type}"

@@ -1,8 +1,9 @@
 """The native CPU kernels: a shared library, found, checked and loaded once, and called through a plain C ABI.
 
 `pip install` compiles kernels/native/*.cpp where there is a compiler (setup.py), and puts the library into the package
-arb_kernels. This code looks there, and first beside itself: as part of a model from the hub it stands elsewhere. The
-library takes its threads from the OpenMP runtime that torch brings, so `torch.set_num_threads` governs it too.
+arb_kernels. It is searched beside this file first, then in the installed package: in a model from the hub this code
+lies elsewhere. The library takes its threads from the OpenMP runtime that torch brings, so `torch.set_num_threads`
+governs it too.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _SIGNATURES = {
 
 
 class NativeSearch(NamedTuple):
-    """The loaded library, or None and why."""
+    """The loaded library; if it is None, `fault` has the reason."""
 
     library: ctypes.CDLL | None
     fault: str = ""

@@ -28,7 +28,8 @@ def _mix_word(word: int) -> int:
 
 
 def _mix(words: torch.Tensor) -> torch.Tensor:
-    """The same mixer over int32 (...), in place; `>>` is arithmetic there, so the shifted-in sign bits are masked."""
+    """The same mixer over int32 (...), in place. `>>` is arithmetic on int32, so the shifted-in sign bits are
+    masked."""
     words ^= (words >> 16) & 0xFFFF
     words *= _signed(MIX_MULTIPLIERS[0])
     words ^= (words >> 15) & 0x1FFFF

@@ -38,7 +38,7 @@ _GOLDEN = constexpr(GOLDEN_STEP)
 
 
 def triton_runs_on(device: torch.device) -> bool:
-    """Whether the kernels take tensors of `device`: a GPU, or the CPU under TRITON_INTERPRET=1."""
+    """Whether the kernels run on `device`: a GPU, or the CPU under TRITON_INTERPRET=1."""
     if triton is None or device.type != "cuda":
         return INTERPRETED and device.type == "cpu"
     return _is_capable(device)
@@ -51,7 +51,7 @@ def _is_capable(device: torch.device) -> bool:
 
 
 def ceil_div(total: int, part: int) -> int:
-    """How many parts of that size cover the total."""
+    """The number of parts of that size that cover the total."""
     return -(-total // part)
 
 
@@ -115,7 +115,7 @@ def magnitude_bits(x):
 
 @jit
 def round_half_even(x):
-    """float32, |x| < 2^22: to the nearest integer. Beyond 1.5 * 2^23 the spacing of floats is one."""
+    """float32, |x| < 2^22: to the nearest integer. Adding 1.5 * 2^23 rounds, because floats there are spaced by one."""
     return (x + 12582912.0) - 12582912.0
 
 
@@ -133,7 +133,7 @@ def clamp(x, limit):
 
 @jit
 def cast_float(x, dtype: tl.constexpr):  # pyright: ignore[reportInvalidTypeForm]
-    """float32 -> dtype, to nearest even. The interpreter truncates to bfloat16, so it gets nothing to cut off."""
+    """float32 -> dtype, to nearest even. The interpreter truncates to bfloat16, so the value is rounded before."""
     if dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000

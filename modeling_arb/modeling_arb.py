@@ -1,4 +1,4 @@
-"""ArbModel and ArbForCausalLM: the byte-level ternary language model in Hugging Face's terms."""
+"""ArbModel and ArbForCausalLM: the byte-level ternary language model as transformers models."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from modeling_arb.layers.training_notice import say_when_nothing_learns
 
 from .pretrained import ArbPreTrainedModel
 
-# transformers' Trainer shifts the labels that it smooths for the architectures listed there, and for no other
+# transformers' Trainer shifts the labels for smoothing only for the architectures in this list
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["arb"] = "ArbForCausalLM"
 
 
@@ -52,7 +52,7 @@ class ContextBlock(GradientCheckpointingLayer):
 
 
 class Reading(NamedTuple):
-    """The bytes of one forward and where they stand, the same for all layers. P: those before them, in the cache."""
+    """The input of one forward, the same for all layers. P: cached positions before it."""
 
     ids: torch.Tensor  # int64 (B, T), PAD where the mask is False
     history: torch.Tensor  # int64 (B, at most P), the ids before them as far as blocks look back
@@ -65,13 +65,13 @@ class Reading(NamedTuple):
 
 @dataclass
 class ArbModelOutput(BaseModelOutputWithPast):
-    """auxiliary_loss (): what the blocks ask for beside the language loss; None where no block asks."""
+    """auxiliary_loss (): the blocks' own losses, summed; None without such a block."""
 
     auxiliary_loss: torch.Tensor | None = None
 
 
 class ArbModel(ArbPreTrainedModel):
-    """The backbone and the blocks that the config asks for: byte ids (B, T) -> hidden states (B, T, D)."""
+    """The backbone and the blocks of the config: byte ids (B, T) -> hidden states (B, T, D)."""
 
     def __init__(self, config: ArbConfig):
         super().__init__(config)
@@ -98,16 +98,16 @@ class ArbModel(ArbPreTrainedModel):
         output_hidden_states: bool | None = None,
         **kwargs,
     ) -> ArbModelOutput:
-        """input_ids (B, T), attention_mask (B, P + T) with P cached positions. hidden_states, where asked for: what
-        each block reads, and the last hidden state."""
+        """input_ids (B, T), attention_mask (B, P + T) with P cached positions. hidden_states, where requested: the
+        input of each context block, and the last hidden state."""
         reading = self._read(input_ids, attention_mask, position_ids, past_key_values, use_cache)
         x = self.byte_embedding(reading.ids, reading.history, self.dtype)  # (B, T, D), and so after every line
-        x = self._sequence(x, reading)
-        x = self._remember(x, reading)
-        x, layers = self._attend(x, reading, output_hidden_states)
-        x, motifs = self._quantise(x)
-        x, ponder_loss = self._deliberate(x, motifs, reading)
-        x, pair_loss = self._propose(x, motifs, reading)
+        x = self._add_text_sequencer(x, reading)
+        x = self._add_memgram(x, reading)
+        x, layers = self._run_context_blocks(x, reading, output_hidden_states)
+        x, motifs = self._add_motifs(x)
+        x, ponder_loss = self._add_moe_graph(x, motifs, reading)
+        x, pair_loss = self._add_composite(x, motifs, reading)
         return ArbModelOutput(
             last_hidden_state=x,
             past_key_values=reading.cache,
@@ -116,9 +116,11 @@ class ArbModel(ArbPreTrainedModel):
         )
 
     def _read(self, input_ids, attention_mask, position_ids, past_key_values, use_cache) -> Reading:
-        """What the caller gave, checked and completed. The new ids join the cache."""
+        """Check and complete the arguments of `forward`, and add the ids to the cache."""
         if input_ids is None:
-            raise ValueError("input_ids=None: a byte is read with those before it, so inputs_embeds cannot replace ids")
+            raise ValueError(
+                "input_ids=None: inputs_embeds is not supported, because blocks read neighbouring ids; give input_ids"
+            )
         cache = self._cache(past_key_values, use_cache)
         is_byte = None
         if attention_mask is not None and attention_mask.dim() == 2:
@@ -130,7 +132,7 @@ class ArbModel(ArbPreTrainedModel):
         positions = self._positions(position_ids, attention_mask, input_ids, past)
         return Reading(ids, history, is_byte, positions, attention_mask, cache, is_plain)
 
-    def _sequence(self, x: torch.Tensor, reading: Reading) -> torch.Tensor:
+    def _add_text_sequencer(self, x: torch.Tensor, reading: Reading) -> torch.Tensor:
         """Add the text sequencer, whose state goes through the cache."""
         if self.text_sequencer is None:
             return x
@@ -141,14 +143,14 @@ class ArbModel(ArbPreTrainedModel):
             self.side_layers.write_states(cache, "sequencer", states)
         return x + addition
 
-    def _remember(self, x: torch.Tensor, reading: Reading) -> torch.Tensor:
+    def _add_memgram(self, x: torch.Tensor, reading: Reading) -> torch.Tensor:
         """Add the n-gram memory."""
         return x if self.memgram is None else x + self.memgram(x, reading.ids, reading.history)
 
-    def _attend(
+    def _run_context_blocks(
         self, x: torch.Tensor, reading: Reading, output_hidden_states: bool | None
     ) -> tuple[torch.Tensor, list[torch.Tensor] | None]:
-        """Go through the context blocks. Returns also what each of them reads, where that is asked for."""
+        """Run the context blocks. Returns also the input of each, where hidden states are requested."""
         config, cache, positions = self.config, reading.cache, reading.positions
         mask = None
         if not reading.is_plain:
@@ -166,17 +168,17 @@ class ArbModel(ArbPreTrainedModel):
             x = block(x, mask, angles, cache, windowed)
         return x, layers
 
-    def _quantise(self, x: torch.Tensor) -> tuple[torch.Tensor, Quantised | None]:
-        """Add the nearest motifs. Returns also which they are, and their loss."""
+    def _add_motifs(self, x: torch.Tensor) -> tuple[torch.Tensor, Quantised | None]:
+        """Add the nearest motifs of the codebook. Returns them, too."""
         if self.shared_vq is None:
             return x, None
         addition, motifs = self.shared_vq(x)
         return x + addition, motifs
 
-    def _deliberate(
+    def _add_moe_graph(
         self, x: torch.Tensor, motifs: Quantised | None, reading: Reading
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Add what the looped experts make of x and of messages between motifs. Returns also the cost of the loops."""
+        """Add the output of the looped experts on x and messages between motifs. Returns also the ponder loss."""
         if self.moe_graph is None:
             return x, None
         ids = rows_of = None
@@ -185,10 +187,10 @@ class ArbModel(ArbPreTrainedModel):
         addition, ponder = self.moe_graph(x, ids, rows_of, reading.is_byte)
         return x + addition, self.config.block("moe_graph")["ponder_cost"] * ponder
 
-    def _propose(
+    def _add_composite(
         self, x: torch.Tensor, motifs: Quantised | None, reading: Reading
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Add what the pair of each motif and the one before it proposes. Returns also the loss of the pairs' book."""
+        """Add the proposal for each motif and the one before it. Returns also the loss of the pairs' book."""
         if self.composite is None or motifs is None:
             return x, None
         ids = motifs.ids if reading.is_byte is None else motifs.ids.masked_fill(~reading.is_byte, NO_MOTIF)
@@ -198,7 +200,7 @@ class ArbModel(ArbPreTrainedModel):
         return x + addition, loss
 
     def _cache(self, past_key_values: Cache | None, use_cache: bool | None) -> Cache | None:
-        """The caller's cache, or a new one outside training."""
+        """The caller's cache, or a new one in evaluation mode, with our side layers added. None: no cache."""
         if past_key_values is None:
             wanted = self.config.use_cache and not self.training if use_cache is None else use_cache
             if not wanted:
@@ -208,7 +210,7 @@ class ArbModel(ArbPreTrainedModel):
         return past_key_values
 
     def _positions(self, position_ids, attention_mask, input_ids, past: int) -> torch.Tensor:
-        """(B, T): counted from each row's first unmasked byte, unless the caller gave them."""
+        """(B, T): the caller's, or counted from the first unmasked byte of each row."""
         if position_ids is not None:
             return position_ids
         if attention_mask is not None and attention_mask.dim() == 2:
@@ -217,15 +219,15 @@ class ArbModel(ArbPreTrainedModel):
 
 
 def total(*losses: torch.Tensor | None) -> torch.Tensor | None:
-    """The sum of those that exist, in their order; None where none does."""
+    """The sum of the losses that are given; None where none is."""
     given = [loss for loss in losses if loss is not None]
     return sum(given[1:], given[0]) if given else None
 
 
 @dataclass
 class ArbCausalLMOutput(CausalLMOutputWithPast):
-    """loss in nats per byte. auxiliary_loss () as ArbModelOutput's; video_latents and talker_logits (B, T, ...) where
-    the heads exist and were asked."""
+    """loss in nats per byte. auxiliary_loss () as in ArbModelOutput, with the losses of the other heads; video_latents
+    and talker_logits (B, T, ...) where the heads exist and their output was requested."""
 
     auxiliary_loss: torch.Tensor | None = None
     video_latents: torch.Tensor | None = None
@@ -251,7 +253,7 @@ class ArbForCausalLM(ArbPreTrainedModel, ArbGenerationMixin):
         return self.byte_head.proj
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Module:
-        """The vocabulary is the 256 bytes and 32 specials: there is nothing to resize."""
+        """Raises ValueError for another size than 288: the vocabulary is fixed, 256 bytes and 32 specials."""
         if new_num_tokens not in (None, self.config.vocab_size):
             raise ValueError(f"new_num_tokens={new_num_tokens} must be {self.config.vocab_size}: bytes and specials")
         return self.get_input_embeddings()
@@ -275,13 +277,14 @@ class ArbForCausalLM(ArbPreTrainedModel, ArbGenerationMixin):
     ) -> ArbCausalLMOutput:
         """labels (B, T): the ids themselves, -100 where not scored; the shift by one byte happens inside.
 
-        The loss is the language model's; what blocks and other heads ask for, and label_smoothing, join its gradient,
+        The loss is the language model's. Losses of blocks and other heads, and label_smoothing, change its gradient and
         not its value.
-        video_targets (B, T, latent_dim) and talker_labels (B, T) train those heads; output_modalities: return theirs.
+        video_targets (B, T, latent_dim) and talker_labels (B, T) train those heads; output_modalities: return their
+        output.
         """
         outputs = self.model(input_ids, attention_mask, position_ids, past_key_values, use_cache, output_hidden_states)
         say_when_nothing_learns(self, outputs.last_hidden_state)
-        x = self._route(outputs.last_hidden_state)
+        x = self._add_output_router(outputs.last_hidden_state)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.byte_head(x[:, kept])
         video, video_loss = _ask(self.video_head, x, video_targets, output_modalities)
@@ -301,7 +304,7 @@ class ArbForCausalLM(ArbPreTrainedModel, ArbGenerationMixin):
             talker_logits=talker,
         )
 
-    def _route(self, x: torch.Tensor) -> torch.Tensor:
+    def _add_output_router(self, x: torch.Tensor) -> torch.Tensor:
         """Add the output router."""
         return x if self.output_router is None else x + self.output_router(x)
 
@@ -309,7 +312,7 @@ class ArbForCausalLM(ArbPreTrainedModel, ArbGenerationMixin):
 def _ask(
     head: VideoHead | TalkerHead | None, x: torch.Tensor, targets: torch.Tensor | None, output_modalities: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """What a head says of x, where it exists and its output or its loss is asked for, and its loss."""
+    """A head's output and loss, each None where it is not requested or the head does not exist."""
     if head is None or not (output_modalities or targets is not None):
         return None, None
     spoken = head(x)

@@ -1,4 +1,4 @@
-"""ArbPreTrainedModel: saving, loading and counting weights of models without a float parameter."""
+"""ArbPreTrainedModel: saving, loading and counting weights of models without float parameters."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from modeling_arb.layers.ternary_matrix import TernaryMatrix
 
 
 class ArbPreTrainedModel(SavesItsCode, CheckedLoading):
-    """What ARB models share: no parameter at all, so device, dtype and counts come from buffers and config."""
+    """Base of the ARB models. They have no parameters: device, dtype and counts come from buffers and the config."""
 
     config: ArbConfig
     config_class = ArbConfig
@@ -42,17 +42,17 @@ class ArbPreTrainedModel(SavesItsCode, CheckedLoading):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of activations; integer state has its own."""
+        """The dtype of activations. Integer state has its own dtypes."""
         dtype = self.config.dtype
         return dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype))
 
     def parameters(self, recurse: bool = True) -> Iterator[torch.Tensor]:
-        """An adapter's; without one a stand-in, see AbsentParameters."""
+        """The parameters of an adapter; without one a stand-in, see AbsentParameters."""
         found = list(super().parameters(recurse))
         return iter(found or [AbsentParameters(buffer.device) for buffer in islice(self.buffers(), 1)])
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """Logical ternary weights, plus whatever float parameters an adapter brought."""
+        """The number of ternary weights and of an adapter's float parameters."""
         ternary = sum(matrix.logical_weights for matrix in self.ternary_matrices().values())
         return ternary + super().num_parameters(only_trainable, exclude_embeddings)
 
@@ -80,8 +80,8 @@ class ArbPreTrainedModel(SavesItsCode, CheckedLoading):
     ) -> None:
         """Write the checkpoint, its config and its code.
 
-        training_state: False leaves out the update rule's accumulators (an inference checkpoint); None or True keep
-        what the model has.
+        training_state: False writes an inference checkpoint without the update rule's accumulators; None and True keep
+        them.
         """
         if training_state and not self.config.training_state:
             raise ValueError("training_state=True: this model was loaded without training state")

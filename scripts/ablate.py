@@ -1,4 +1,4 @@
-"""What each block buys in bits per byte: the backbone, then each block switched on, at equal steps and equal wall time.
+"""Measure what each block gains in bits per byte: backbone against backbone plus block, at equal steps and equal time.
 
 Step times are measured first, all variants in the same rounds. Each variant then trains for --steps, and again for as
 many steps as the backbone's time allows it, with a learning-rate schedule of that length.
@@ -40,8 +40,13 @@ COLUMNS = {
 def build_parser() -> argparse.ArgumentParser:
     parser = script_parser(__doc__)
     add = parser.add_argument
-    add("--variants", nargs="+", default=list(VARIANTS), help="which blocks; the backbone is always among them")
-    add("--preset", default="arb-small", help="whose backbone it is")
+    add(
+        "--variants",
+        nargs="+",
+        default=list(VARIANTS),
+        help="variants to train; the backbone is always included",
+    )
+    add("--preset", default="arb-small", help="preset whose backbone is used")
     add("--steps", type=int, default=600, help="training steps")
     add("--batch", type=int, default=16, help="windows per step")
     add("--ctx", type=int, default=128, help="bytes per window")

@@ -32,7 +32,7 @@ from training_arb.memory.state_audit import StateAudit, audit_config, audit_fold
 
 
 def audit_built(config: ArbConfig) -> tuple[StateAudit, dict[str, float]]:
-    """Build the model and audit it; and what that took: seconds, and megabytes of resident memory."""
+    """Build the model and audit it. Also returns the seconds and megabytes of resident memory that building took."""
     keep_freed_memory()
     before, started = peak_memory_mb(), time.perf_counter()
     model = ArbForCausalLM(config)
@@ -60,7 +60,7 @@ def training_base_mb() -> float:
 def print_step(step: StepMemory, base: float, args: argparse.Namespace) -> None:
     sizes = (size / MEGABYTE for size in (step.peak, step.state, step.saved, step.transient_peak - step.saved))
     print(f"\na training step of {args.batch} x {args.ctx} bytes needs {next(sizes):.1f} MB of tensors:", end=" ")
-    print("{:.1f} of state, {:.1f} saved by the forward, {:.1f} in passing".format(*sizes))
+    print("{:.1f} of state, {:.1f} saved by the forward, {:.1f} temporary".format(*sizes))
     print(
         f"a process on the CPU peaks at {step.process_peak_mb(base):.0f} MB at most: {base:.0f} before the model, and"
         f" up to {step.margin:g} times its tensors"
@@ -72,11 +72,11 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("model_dir", nargs="?", help="a checkpoint folder")
     add("--preset", help=f"audit a shape without allocating it: {', '.join(PRESETS)}")
-    add("--update_rule", default="momentum", help="of the preset")
-    add("--allocate", action="store_true", help="build the preset's model and audit the real thing")
+    add("--update_rule", default="momentum", help="update rule of the preset")
+    add("--allocate", action="store_true", help="build the preset's model and audit it")
     add("--batch", type=int, help="with --ctx: forecast the memory of a training step of the preset")
     add("--ctx", type=int, help="bytes per window of that step")
-    add("--gradient_checkpointing", action="store_true", help="of that step: forward again in backward")
+    add("--gradient_checkpointing", action="store_true", help="of that step: recompute the forward in backward")
     add("--tensors", action="store_true", help="list every tensor")
     add("--json", metavar="OUT", help="write the audit here")
     return parser
@@ -87,13 +87,13 @@ def check(args: argparse.Namespace) -> None:
     if (args.model_dir is None) == (args.preset is None):
         raise ValueError("give either MODEL_DIR or --preset NAME")
     if args.allocate and not args.preset:
-        raise ValueError("allocate: a checkpoint folder is audited as it lies on disk; give --preset NAME")
+        raise ValueError("allocate=True: needs --preset NAME; a checkpoint folder is audited on disk")
     if (args.batch is None) != (args.ctx is None):
-        raise ValueError(f"batch={args.batch}, ctx={args.ctx}: a training step's memory needs both")
+        raise ValueError(f"batch={args.batch}, ctx={args.ctx}: give both to forecast a training step")
     if args.batch is not None and not args.preset:
-        raise ValueError("batch: a training step is forecast for a preset; give --preset NAME")
+        raise ValueError("batch={args.batch}: needs --preset NAME; the forecast is for presets only")
     if args.gradient_checkpointing and args.batch is None:
-        raise ValueError("gradient_checkpointing: it is of a training step; give --batch and --ctx")
+        raise ValueError("gradient_checkpointing=True: needs --batch and --ctx of a training step")
     check_least(args, {"batch": 1, "ctx": 8})
 
 

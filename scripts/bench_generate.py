@@ -1,12 +1,12 @@
-"""Greedy generation with a cache: the ternary model against its own shape in float, one run each a round.
+"""Time greedy generation with a cache: the ternary model against a float model of the same shape.
 
 ternary  the model as it generates: decode kernels on 2 bits a weight       fp32, bf16  the same blocks with F.linear
 
-tokens_per_s: new bytes over the time of generate(), prompt included. token_ms: from one new byte to the next.
-limit_tokens_per_s: DRAM bandwidth, measured in the same rounds, over the bytes of the weights that a step multiplies; a
-model that fits into the cache can pass it, and on a GPU it is not measured. --profile shows what the ternary model's
-steps spend their time on; the native kernels, which torch's profiler does not know, appear as the self time of their
-layer.
+tokens_per_s: new bytes divided by the time of generate(), prompt included. token_ms: time between new bytes.
+limit_tokens_per_s: DRAM bandwidth, measured in the same rounds, divided by the bytes of the weights that a step
+multiplies. A model that fits into the CPU's cache can exceed it. It is not measured on a GPU. --profile shows what the
+ternary model's steps spend their time on; torch's profiler does not see the native kernels: their time appears as self
+time of the layer.
 
 examples:
   python scripts/bench_generate.py --preset arb-tiny --prompt-bytes 8 --new-bytes 8 --repeats 2
@@ -67,14 +67,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser = script_parser(__doc__)
     add = parser.add_argument
     add("--preset", default="arb-14m,200m", help=f"comma-separated shapes: {', '.join([*PRESETS, *SHAPES])}")
-    add("--models", default=",".join(MODELS), help="comma-separated competitors")
+    add("--models", default=",".join(MODELS), help="comma-separated models to time")
     add("--device", default="cpu", help="cpu, cuda or cuda:N")
     add("--batch", default="1", help="comma-separated numbers of texts generated at once")
     add("--prompt-bytes", type=int, default=32, help="length of the prompt")
     add("--new-bytes", type=int, default=64, help="bytes to generate")
     add("--repeats", type=int, default=7, help="rounds over all models")
     add("--threads", type=int, help="default: torch's own choice")
-    add("--limit-mb", type=int, default=512, help="buffer whose reading tells the DRAM bandwidth")
+    add("--limit-mb", type=int, default=512, help="size of the buffer that measures DRAM bandwidth")
     add("--seed", type=int, default=0, help="of weights and prompt")
     add("--profile", action="store_true", help="show where the ternary model's time goes")
     add("--json", metavar="OUT", help="write the rows here")
@@ -91,11 +91,11 @@ class TokenClock(BaseStreamer):
         self.times.append(time.perf_counter())
 
     def end(self) -> None:
-        """Nothing is held back."""
+        """Does nothing: all times are recorded already."""
 
 
 class Generator:
-    """One model and what it took, call by call: seconds to the first new byte, and between the others."""
+    """One model, and for every call the seconds to the first new byte and between the others."""
 
     def __init__(self, model: ArbForCausalLM, prompt: torch.Tensor, new_bytes: int):
         self.model, self.prompt, self.new_bytes = model.eval(), prompt, new_bytes
@@ -115,7 +115,7 @@ class Generator:
         self.calls.append(np.diff(clock.times))
 
     def weight_bytes(self) -> int:
-        """Of the matrices that every step multiplies."""
+        """Bytes of the matrices that every step multiplies."""
         layers = self.model.modules()
         sizes = [m.inference_weight()[0].nbytes if isinstance(m, TernaryLinear) else _float_bytes(m) for m in layers]
         return sum(sizes)
@@ -193,7 +193,7 @@ def build(config: ArbConfig, wanted: list[str], device: torch.device) -> dict[st
 
 
 def profile_table(generator: Generator) -> str:
-    """torch's profile of one generate(), with the time inside each kind of module set apart."""
+    """torch's profile of one generate(), with the time in each kind of module as separate rows."""
     ranges: list[record_function] = []
 
     def enter(module: nn.Module, _inputs) -> None:

@@ -5,9 +5,9 @@ cpu_matmul    more tokens, int8 already; limit: the int8 dot-product instruction
 cpu_update    momentum_update, gradient and state from DRAM; limit: reading each of them once
 cpu_quantise  quantise_tokens, activations from DRAM; limit: reading them once
 
-Peers: torch F.linear in fp32 and bf16, torch._int_mm (on codes that are ready), fused AdamW, and ggml's TQ1_0 and TQ2_0
+Peers: torch F.linear in fp32 and bf16, torch._int_mm (on ready int8 codes), fused AdamW, and ggml's TQ1_0 and TQ2_0
 where training_arb/bench/build_ggml_peer.sh has built them. An operation is one multiply or one add. Limits are medians
-of the same rounds, so a fraction can pass 1 on a noisy machine. A shape is out x in, the weight matrix's.
+of the same rounds, so a fraction can exceed 1 on a noisy machine. A shape is that of the weight matrix, out x in.
 
 examples:
   python scripts/bench_kernels.py --ops cpu_matvec --shapes 512x512 --repeats 5 --cold-mb 16
@@ -68,10 +68,15 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--ops", default=",".join(OPS), help="comma-separated kernels")
     add("--shapes", default="4096x4096,2048x8192", help="comma-separated weight matrices, out x in")
-    add("--batch", default="1,128", help="comma-separated numbers of tokens; each kernel takes those it is made for")
-    add("--threads", type=int, help="of all competitors; default: torch's own choice")
-    add("--repeats", type=int, default=30, help="rounds over all competitors")
-    add("--cold-mb", type=int, default=256, help="operands to cycle through, a competitor; the limit reads twice that")
+    add("--batch", default="1,128", help="comma-separated numbers of tokens; a kernel runs at those that it supports")
+    add("--threads", type=int, help="threads of all implementations; default: torch's choice")
+    add("--repeats", type=int, default=30, help="rounds over all implementations")
+    add(
+        "--cold-mb",
+        type=int,
+        default=256,
+        help="megabytes of operands; the bandwidth limit reads twice as much",
+    )
     add("--ggml", metavar="PATH", help=f"ggml's CPU library or its folder; default: {ENVIRONMENT}")
     add("--seed", type=int, default=0, help="of the operands")
     add("--json", metavar="OUT", help="write the rows here, and a plot beside it")
@@ -87,9 +92,9 @@ def main() -> None:
     threads = set_threads(args.threads)
     torch.manual_seed(args.seed)
     if ggml is None:
-        print(f"no ggml: give --ggml PATH or set {ENVIRONMENT}; its rows are left out")
+        print(f"ggml not found: its rows are left out; give --ggml PATH or set {ENVIRONMENT}")
     elif any(shape[1] % BLOCK for shape in shapes):
-        print(f"ggml's rows are left out where a shape has no multiple of {BLOCK} columns")
+        print(f"ggml's rows are left out for shapes whose columns are not a multiple of {BLOCK}")
 
     env, rows = describe_environment(), []
     limit_jobs = LimitJobs(2_000_000 * args.cold_mb)

@@ -5,9 +5,9 @@ Adam_BF16    the same in bfloat16 autocast
 TrueTernary  the momentum rule, the default              SignSGD_Old, Correlation  the other two rules, groups of 32
 
 step_ms: forward, backward and update. update_ms: the part inside the update, which TrueTernary runs during backward,
-matrix by matrix, and AdamW after it; on a GPU it is not told apart. --compute is how ternary rules with one scale a row
-multiply (bf16: floats, with activations in bfloat16); all others multiply floats. Peak memory cannot be told apart in
-one process: each row's is that of a process of its own, on a GPU that of the device before the others are built.
+matrix by matrix, and AdamW after it; on a GPU it is not measured separately. --compute selects the matmuls of ternary
+rules with one scale a row (bf16: float matmuls with bfloat16 activations); all others use float matmuls. Peak memory is
+measured in a separate process per row; on a GPU it is that of the device before the other rows are built.
 
 examples:
   python scripts/bench_train.py --preset arb-tiny --batch 2 --ctx 32 --configs Adam_FP32,TrueTernary --steps 3
@@ -81,7 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 @dataclass
 class Trainee:
-    """A configuration, ready to step; the times inside its updates as they come."""
+    """A configuration that is ready to step, with the time spent in its updates."""
 
     model: ArbForCausalLM
     optimizer: torch.optim.Optimizer
@@ -97,7 +97,7 @@ class Trainee:
             torch.cuda.synchronize(self.block.device)
 
     def timed(self, update: Callable) -> Callable:
-        """`update`, adding the time it takes to the current step's."""
+        """`update`, with its time added to that of the current step."""
 
         def wrapper(*args, **kwargs):
             started = time.perf_counter()
@@ -175,7 +175,7 @@ def main() -> None:
 
 
 def parse_runs(args: argparse.Namespace) -> list[tuple[str, str]]:
-    """(configuration, how it multiplies), each once."""
+    """Pairs of configuration and compute mode, without duplicates."""
     check_least(args, {"batch": 1, "ctx": 8, "steps": 1})
     names, computes = args.configs.split(","), args.compute.split(",")
     check_known("configs", names, CONFIGS)
@@ -213,14 +213,14 @@ def device_peak(name: str, compute: str, args: argparse.Namespace) -> dict[str, 
 
 
 def peak_memory_apart(name: str, compute: str, args: argparse.Namespace) -> dict[str, float]:
-    """`peak_memory` in a process of its own."""
+    """`peak_memory` in a separate process."""
     command = [sys.executable, __file__, "--only-peak-memory", "--configs", name, "--compute", compute]
     for option in ("preset", "batch", "ctx", "seed"):
         command += [f"--{option}", str(getattr(args, option))]
     command += ["--threads", str(torch.get_num_threads())]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{name}: no peak memory: {done.stderr.strip()}")
+        raise RuntimeError(f"{name}: peak memory was not measured: {done.stderr.strip()}")
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -7,8 +7,8 @@ SignSGD_Old  sign votes flip trits (`flip`, groups of 32)                       
 TrueTernary  int4 residual and int4 momentum (`momentum`), the default                      1.2
 Correlation  fixed trits, scales that follow correlations (`correlation`, groups of 32)     0.5
 
-Learning rates are tuned in the same run and the best is reported: AdamW's over --adam-rates, TrueTernary's over
---ternary-rates; the two other rules have none. Losses are held-out nats per byte.
+Learning rates are tuned in the same run, and the best is reported: --adam-rates for AdamW, --ternary-rates for
+TrueTernary. The two other rules have no learning rate. Losses are held-out nats per byte.
 
 examples:
   python scripts/benchmark_true_ternary.py --configs TrueTernary --preset arb-tiny --steps 50 --ctx 64

@@ -50,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
     start = "before a document; auto: BOS where a tokenizer has one; for ARB EOS where there are several documents"
     add("--start", choices=STARTS, default="auto", help=start)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
-    add("--trust_remote_code", action="store_true", help="run the code that another's checkpoint brings")
+    add("--trust_remote_code", action="store_true", help="allow running Python code from a checkpoint folder")
     add("--lm_eval", metavar="TASK[,TASK]", help=f"run tasks of lm-eval; ARB's own: {', '.join(own_tasks())}")
     add("--json", metavar="OUT", help="write the scores here")
     return parser
@@ -66,12 +66,12 @@ def parse() -> argparse.Namespace:
     if args.data and args.dataset:
         raise ValueError(f"data={' '.join(args.data)!r} and dataset={args.dataset!r}: give one of them")
     if not (args.data or args.dataset or args.lm_eval):
-        raise ValueError("data=None: --data, --dataset or --lm_eval says what to evaluate on")
+        raise ValueError("data=None: give --data, --dataset or --lm_eval")
     return args
 
 
 def read_documents(args: argparse.Namespace) -> list[bytes]:
-    """What --data or --dataset names; none where only tasks are asked for."""
+    """The documents of --data or --dataset; empty if only tasks are requested."""
     if args.dataset:
         found = dataset_documents(args.dataset, args.dataset_config, args.split, args.text_column)
     else:
@@ -131,9 +131,7 @@ def main() -> None:
     for row in rows:
         if row.get("changed_documents"):
             changed = f"{row['changed_documents']} of {row['documents']} documents"
-            print(
-                f"{row['model']}: {changed} do not come back from its tokenizer as they were: this score is of others"
-            )
+            print(f"{row['model']}: {changed} are changed by its tokenizer: the score is that of the changed text")
     for line in task_lines(rows):
         print(line)
     if args.json:

@@ -51,7 +51,7 @@ def parse() -> argparse.Namespace:
     """The command line. Raises ValueError on options that contradict each other or are out of range."""
     args = build_parser().parse_args()
     if args.output is None and args.push is None:
-        raise ValueError("output: name a folder to write, or a repository with --push")
+        raise ValueError("output=None: give a folder to write, or a repository with --push")
     if args.output is not None and Path(args.output).exists():
         raise ValueError(f"output={args.output!r} exists already")
     if not re.fullmatch(r"[\d.]+ ?[KMGT]B", args.max_shard_size):

@@ -1,8 +1,8 @@
 """Finetune a LoRA adapter on conversations over a frozen ternary model, or merge one into it.
 
-The base's integer state stays as it is, bit for bit; the adapter is float, trained by AdamW on what the assistant says.
-Ends with the loss before and after on training and held-out conversations, loss.png, report.json and final/, which
-peft loads, as do scripts/generate.py and scripts/evaluate.py.
+The base's integer state does not change. The adapter is float and is trained by AdamW on the assistant's text. Ends
+with the loss before and after on training and held-out conversations, loss.png, report.json and final/, which peft
+loads, as do scripts/generate.py and scripts/evaluate.py.
 
 examples:
   python scripts/finetune_lora.py runs/pretrain/final                       # the 500 conversations of this repo
@@ -76,7 +76,7 @@ class LoraArguments:
     dataset: str | None = field(default=None, metadata={"help": "Hub dataset of conversations, instead of --data."})
     split: str = field(default="train", metadata={"help": "Which part of --dataset."})
     ctx: int = field(default=512, metadata={"help": "Bytes of a conversation; longer ones are cut there."})
-    hold_out_every: int = field(default=10, metadata={"help": "Each so-many-th conversation is not trained on."})
+    hold_out_every: int = field(default=10, metadata={"help": "Hold out every n-th conversation."})
     r: int = field(default=3, metadata={"help": "Rank of the adapter."})
     alpha: float = field(default=6.0, metadata={"help": "The adapter's output is scaled by alpha / r."})
     dropout: float = field(default=0.0, metadata={"help": "On the adapter's input, in training."})
@@ -85,7 +85,8 @@ class LoraArguments:
     )
     dora: bool = field(default=False, metadata={"help": "Weight-decomposed LoRA."})
     merge: bool = field(
-        default=False, metadata={"help": "Write merged/, a ternary model; MODEL may be an adapter to merge as it is."}
+        default=False,
+        metadata={"help": "Write merged/, a ternary model; MODEL may be an adapter to merge without training."},
     )
 
 
@@ -111,7 +112,7 @@ def read_data(arguments: LoraArguments) -> Data:
 
 
 def sample_answers(model: PeftModel, conversations: Sequence[Conversation]) -> list[dict[str, str]]:
-    """Greedy answers to the first turns of held-out conversations, beside what was wanted."""
+    """Greedy answers to the first turns of held-out conversations, and the wanted answers."""
     tokenizer, shown = ArbTokenizer(), []
     for ids, said in conversations[:SAMPLES]:
         begin = said.index(True)
@@ -135,7 +136,7 @@ def build_parser() -> HfArgumentParser:
 
 @dataclass
 class PreparedRun:
-    """What a run is made of."""
+    """The parts of a run."""
 
     model_name: str
     arguments: LoraArguments
@@ -167,7 +168,7 @@ def main() -> int:
     data = read_data(arguments)
     if is_adapter(positional.model):
         if not arguments.merge:
-            raise ValueError(f"model={positional.model!r} is an adapter: give its base, or --merge true")
+            raise ValueError(f"model={positional.model!r} is an adapter; give its base model, or --merge true")
         merge(load_adapter(positional.model), args, data)
         return 0
     prepared = prepare(positional.model, arguments, args, data, started)
@@ -184,7 +185,7 @@ def main() -> int:
 def prepare(
     name: str, arguments: LoraArguments, args: LoraTrainingArguments, data: Data, started: float
 ) -> PreparedRun:
-    """A fresh adapter over the model called `name`, its losses, and the trainer."""
+    """A new adapter over the model `name`, its losses, and the trainer."""
     set_seed(args.seed)
     base = load_model(name)
     base.name_or_path = str(Path(name).resolve()) if Path(name).is_dir() else name
@@ -215,7 +216,7 @@ def prepare(
 
 
 def finish(prepared: PreparedRun) -> None:
-    """Measure, write and show what the run ends with."""
+    """Evaluate the adapter, write the results and print them."""
     trainer, output_dir = prepared.trainer, Path(prepared.trainer.args.output_dir)
     after = losses(trainer.model, prepared.data, trainer.args.per_device_eval_batch_size)
     if base_hash(trainer.model) != prepared.base_sha256:
@@ -284,7 +285,7 @@ def losses(model: PeftModel, data: Data, batch: int) -> dict[str, float]:
 
 
 def show(report: dict, output_dir: str) -> None:
-    """The report for people."""
+    """Print the report."""
     for sample in report["samples"]:
         print("\n" + "\n".join(f"{name:<9} {text!r}" for name, text in sample.items()))
     print()
@@ -299,7 +300,8 @@ def show(report: dict, output_dir: str) -> None:
 
 
 def merge(model: PeftModel, args: LoraTrainingArguments, data: Data) -> None:
-    """Write merged/, a ternary model again, with the losses on both parts; nothing when that loses the gain."""
+    """Write merged/, a ternary model, with its losses on both parts. Nothing is written if merging loses the adapter's
+    gain."""
     batch, held_out = args.per_device_eval_batch_size, data.held_out
     with model.disable_adapter():
         held_out_losses = {"base": assistant_loss(model, held_out, batch)}

@@ -1,8 +1,8 @@
 """Continue a prompt, or chat.
 
-Ends with two lines on standard error: tokens a second, and the cache's bytes a token against plain multi-head keys and
-values of the same width. In a chat, /reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C ends a reply; what
-is typed is never read as special tokens.
+Prints two lines on standard error at the end: tokens per second, and the cache's bytes per token compared with plain
+multi-head keys and values of the same width. In a chat, /reset forgets the conversation, /exit or Ctrl-D ends it,
+Ctrl-C ends a reply; typed text is never parsed as special tokens.
 
 examples:
   python scripts/generate.py runs/pretrain/final --prompt 'import os'
@@ -37,23 +37,23 @@ def build_parser() -> argparse.ArgumentParser:
     add("model", help="a checkpoint folder or hub name")
     add("--prompt", default="", help="text to continue; -: all of standard input")
     add("--chat", action="store_true", help="talk turn by turn; replies are streamed")
-    add("--system", help="what a chat starts from")
+    add("--system", help="system message of the chat")
     add("--max_new_tokens", type=int, default=200, help="bytes to generate at most")
-    add("--temperature", type=float, default=0.7, help="0: the likeliest byte every time")
-    add("--top_k", type=int, default=0, help="sample from so many likeliest bytes; 0: from all")
-    add("--top_p", type=float, default=1.0, help="sample from the likeliest bytes that make up this probability")
-    add("--num_beams", type=int, default=1, help="search with so many beams")
+    add("--temperature", type=float, default=0.7, help="0: always the most likely byte")
+    add("--top_k", type=int, default=0, help="sample from the k most likely bytes; 0: from all")
+    add("--top_p", type=float, default=1.0, help="sample from the most likely bytes with this total probability")
+    add("--num_beams", type=int, default=1, help="number of beams")
     add("--repetition_penalty", type=float, default=1.0, help="above 1: bytes that occurred become less likely")
-    add("--stop", nargs="+", metavar="STRING", help="end after any of these")
+    add("--stop", nargs="+", metavar="STRING", help="stop after any of these strings")
     add("--seed", type=int, default=0, help="of the sampling")
     add("--stream", action="store_true", help="show characters as they come")
-    add("--no_cache", action="store_true", help="read the whole text again for every byte")
+    add("--no_cache", action="store_true", help="recompute the whole text for every byte")
     add("--quiet", action="store_true", help="nothing on standard error")
     return parser
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises ValueError naming the option that is out of range, or of no use beside another."""
+    """Raises ValueError naming an option that is out of range or conflicts with another."""
     for field in ("max_new_tokens", "num_beams"):
         if getattr(args, field) < 1:
             raise ValueError(f"{field}={getattr(args, field)} must be at least 1")
@@ -65,13 +65,13 @@ def check(args: argparse.Namespace) -> None:
     if not args.repetition_penalty > 0:
         raise ValueError(f"repetition_penalty={args.repetition_penalty} must be positive")
     if args.stop and "" in args.stop:
-        raise ValueError("stop='' would end every text before it begins")
+        raise ValueError("stop='' must not be empty")
     if args.stream and args.num_beams > 1:
-        raise ValueError(f"num_beams={args.num_beams}: what a beam says may still change, so it cannot be streamed")
+        raise ValueError(f"num_beams={args.num_beams}: beams cannot be streamed; leave out --stream")
     if args.chat and args.prompt:
-        raise ValueError(f"prompt={args.prompt!r} has no meaning in a chat; its start is --system")
+        raise ValueError(f"prompt={args.prompt!r}: not used in a chat; give --system")
     if args.system is not None and not args.chat:
-        raise ValueError(f"system={args.system!r} is for --chat")
+        raise ValueError(f"system={args.system!r}: only used with --chat")
 
 
 def options(args: argparse.Namespace, tokenizer: ArbTokenizer) -> dict:
@@ -88,7 +88,7 @@ def options(args: argparse.Namespace, tokenizer: ArbTokenizer) -> dict:
 
 
 def complete(generator: TextGenerator, tokenizer: ArbTokenizer, data: bytes, stream: bool) -> None:
-    """Print the bytes and what the model adds to them."""
+    """Print the prompt and its continuation."""
     spell_controls = sys.stdout.isatty()
     ids = tokenizer.encode_bytes(data) or [SPECIAL_IDS["EOS"]]
     streamer = TerminalStreamer(tokenizer, skip_prompt=False, spell_controls=spell_controls) if stream else None

@@ -18,7 +18,7 @@ examples:
   torchrun --nproc_per_node 2 --max_restarts 9 scripts/pretrain.py --use_cpu true --resume_from_checkpoint auto
 
 Exit codes: 0 done; 1 the loss or a gradient exploded or was not finite; 2 an option, the data, a checkpoint or the disk
-is at fault; 75 another rank was lost or did not answer for --ddp_timeout seconds; 130, 143 stopped by Ctrl-C, SIGTERM.
+is wrong; 75 another rank was lost or did not respond for --ddp_timeout seconds; 130, 143 stopped by Ctrl-C, SIGTERM.
 All but 0 come with one line that says what happened; ARB_TRACEBACK=1 shows where.
 """
 
@@ -87,14 +87,14 @@ class PretrainArguments:
             " them. Default: the running Python's standard library."
         },
     )
-    stream_above_mb: int = field(default=1024, metadata={"help": "Read text larger than this as it is trained on."})
+    stream_above_mb: int = field(default=1024, metadata={"help": "Stream text larger than this instead of loading it."})
     dataset: str | None = field(
         default=None, metadata={"help": "Hub dataset, or a folder of jsonl or parquet, read as a stream."}
     )
     text_column: str = field(default="text", metadata={"help": "Column of text in a dataset, .jsonl and .parquet."})
     ctx: int = field(default=256, metadata={"help": "Bytes per block."})
     blocks: str = field(
-        default="{}", metadata={"help": "Config fields over the preset's, as JSON; null switches a block off."}
+        default="{}", metadata={"help": "Config fields that override the preset's, as JSON; null switches a block off."}
     )
     update_rule: str | None = field(
         default=None, metadata={"help": "momentum, flip or correlation. Default: momentum, or --init_from's."}
@@ -111,11 +111,11 @@ class PretrainArguments:
     )
     eval_blocks: int = field(default=64, metadata={"help": "Held-out blocks in evaluations during training."})
     eval_bytes: int = field(default=200_000, metadata={"help": "Held-out bytes in the final evaluation."})
-    prompt: str = field(default="def ", metadata={"help": "What the final sample continues."})
+    prompt: str = field(default="def ", metadata={"help": "Prompt of the sample at the end."})
 
     @property
     def beginning(self) -> str:
-        """What the run begins with, for titles."""
+        """The preset or checkpoint that the run starts from, for titles."""
         return str(self.preset or self.init_from)
 
 
@@ -131,7 +131,7 @@ def parse_blocks(text: str) -> dict:
         if name not in ArbConfig.__annotations__:
             raise ValueError(f"blocks: {name!r} is not a field of the config")
         if name in PretrainArguments.__dataclass_fields__:
-            raise ValueError(f"blocks: {name!r} has an option of its own, --{name}")
+            raise ValueError(f"blocks: {name!r}: use the option --{name}")
     return fields
 
 
@@ -142,7 +142,7 @@ def first_model(arguments: PretrainArguments, resume: str | None) -> tuple[ArbFo
     if arguments.init_from is not None:
         return start_from(arguments.init_from, arguments.revision, arguments.preset, fields, arguments.ctx, resume)
     if arguments.revision is not None:
-        raise ValueError(f"revision={arguments.revision!r} goes with --init_from only")
+        raise ValueError(f"revision={arguments.revision!r}: only used with --init_from")
     fields = {"max_position_embeddings": max(arguments.ctx, 4096), **fields}
     return ArbForCausalLM(preset_config(arguments.preset or DEFAULT_PRESET, **fields)), None
 
@@ -164,7 +164,7 @@ def build_parser() -> HfArgumentParser:
 
 
 def read_command() -> tuple[PretrainArguments, ArbTrainingArguments]:
-    """The command line, checked. Several processes on CPUs meet here, as --ddp_timeout says."""
+    """Parse and check the command line. Connects several processes on CPUs, with --ddp_timeout."""
     parser = build_parser()
     given = parser.parse_args()
     if given.use_cpu:
@@ -184,7 +184,7 @@ def read_command() -> tuple[PretrainArguments, ArbTrainingArguments]:
 
 @dataclass
 class PreparedRun:
-    """What a run is made of. arguments: with the config's values where the command line left them open."""
+    """The parts of a run. arguments: completed with the config's values."""
 
     arguments: PretrainArguments
     trainer: ArbTrainer
@@ -236,7 +236,7 @@ def prepare() -> PreparedRun:
 
 
 def show_start(prepared: PreparedRun) -> None:
-    """What will be trained on what, for people."""
+    """Print the model, the data and the start of the run."""
     arguments, args, model = prepared.arguments, prepared.trainer.args, prepared.trainer.model
     audit, origin, config = audit_model(model), prepared.trainer.run_description["init_from"], model.config
     step_bytes = prepared.trainer.step_blocks * arguments.ctx
@@ -264,7 +264,7 @@ def main() -> int:
 
 
 def finish(prepared: PreparedRun) -> None:
-    """Measure, write and show what the run ends with."""
+    """Evaluate the model, write the results and print them."""
     arguments, trainer = prepared.arguments, prepared.trainer
     model, output_dir = trainer.model.eval(), Path(trainer.args.output_dir)
     held_out, stride = prepared.held_out[: arguments.eval_bytes], max(arguments.ctx // 2, 1)
@@ -320,7 +320,7 @@ def push(trainer: ArbTrainer, output_dir: Path) -> None:
         commit = trainer.push_to_hub()
     except ValueError as error:
         how = f"scripts/export_hub.py {output_dir}/final --push {trainer.hub_model_id}"
-        raise ValueError(f"{error}; the run is whole, {how} pushes it") from error
+        raise ValueError(f"{error}; the run is complete, push it with {how}") from error
     assert isinstance(commit, CommitInfo)  # on the first rank, which waited for it
     print(f"pushed      {commit.repo_url}, commit {commit.oid}")
 

@@ -1,4 +1,4 @@
-"""Report on a run, finished or still going, from its folder alone.
+"""Report on a run, finished or in progress, from its folder.
 
 Curves of loss and bits per byte, flip rates per step and per layer, the trits of each area, the state table, samples
 and settings: one HTML file with its plots inside, or the plots as a PNG.
@@ -22,8 +22,8 @@ from training_arb.report.run_report import write_report
 def build_parser() -> argparse.ArgumentParser:
     parser = script_parser(__doc__)
     parser.add_argument("run_dir", help="the folder that pretrain.py writes to")
-    parser.add_argument("--html", metavar="OUT", help="the page; report.html in the folder when nothing is asked for")
-    parser.add_argument("--png", metavar="OUT", help="the plots alone")
+    parser.add_argument("--html", metavar="OUT", help="the page; default: report.html in the folder")
+    parser.add_argument("--png", metavar="OUT", help="write the plots as a picture")
     return parser
 
 

@@ -1,11 +1,11 @@
 """Run a few steps of one exact shape: forward, or with --backward also backward and the update of every weight.
 
-The first call builds what later ones find ready: kernels compiled for these shapes, tables, memory. It comes before the
-steps and is timed apart, so this also warms the caches of a real run on the same machine. Random bytes, fresh weights.
+The first call compiles kernels for these shapes, builds tables and allocates memory. It is timed separately, before the
+steps, and also warms the caches for a real run on the same machine. Bytes are random, weights are new.
 
-live_mb_by_step: memory in use after each step, which stays level unless something leaks; peak_mb_by_step: the most that
-was resident up to then. As many steps again, not timed, are counted tensor by tensor: state and saved activations by
-area, and the highest of forward, backward and update. Exit code 2 on bad input.
+live_mb_by_step: memory in use after each step, constant unless something leaks; peak_mb_by_step: highest resident
+memory so far. The same number of steps runs again, untimed, to count tensors: state and saved activations by area, and
+the peaks of forward, backward and update. Exit code 2 on bad input.
 
 examples:
   python scripts/smoke.py --preset arb-tiny --ctx 16 --batch 1 --backward
@@ -75,7 +75,7 @@ def main() -> None:
     keep_freed_memory()
     torch.manual_seed(args.seed)
     before_mb = peak_memory_mb()
-    with device:  # billions of weights take minutes to draw on a CPU
+    with device:  # initialising billions of weights takes minutes on a CPU
         model = ArbForCausalLM(config)
     built_mb = peak_memory_mb()
     optimizer = IntegerOptimizer(model, seed=args.seed) if args.backward else None

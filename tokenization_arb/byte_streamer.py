@@ -1,4 +1,4 @@
-"""Streamers for byte tokens: every character as soon as its last byte is there, and never a part of one."""
+"""Streamers for byte tokens: every character is output when its last byte arrives, never a part of one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LONGEST_START = 3  # bytes of a character that can be there before its last
 
 
 def unfinished(data: bytes) -> int:
-    """How many bytes at the end of data begin a character that later bytes can complete."""
+    """The number of bytes at the end of data that begin a character which later bytes can complete."""
     return next((n for n in range(min(LONGEST_START, len(data)), 0, -1) if _is_start(data[-n:])), 0)
 
 
@@ -26,11 +26,11 @@ def _is_start(data: bytes) -> bool:
 
 
 class ByteStreamer(TextStreamer):
-    """Prints what `generate` adds. transformers' own waits for a space; a byte model's words need no such wait.
+    """Prints new text of `generate` character by character. transformers' streamer waits for a space.
 
-    What comes out, joined, is `bytes.decode("utf-8", errors="replace")` of what went in: bytes that no character can
-    begin or continue with become U+FFFD as soon as that is certain, at the latest at the end. Specials are spelled out,
-    unless skip_special_tokens=True. One text at a time: put raises ValueError for a batch.
+    The joined output equals `bytes.decode("utf-8", errors="replace")` of the input. Invalid bytes become U+FFFD as soon
+    as they are known to be invalid. Specials are spelled out, unless skip_special_tokens=True. One text at a time: put
+    raises ValueError for a batch.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, skip_prompt: bool = False, **kwargs: Any):
@@ -58,11 +58,11 @@ class ByteStreamer(TextStreamer):
         return str(self.tokenizer.convert_ids_to_tokens(token)).encode()
 
     def end(self) -> None:
-        """Give out what is left of an unfinished character, and be ready for another text."""
+        """Output the rest of an unfinished character and reset for another text."""
         text, self.held = self.held.decode("utf-8", errors="replace"), b""
         self.next_tokens_are_prompt = True
         self.on_finalized_text(text, stream_end=True)
 
 
 class ByteIteratorStreamer(ByteStreamer, TextIteratorStreamer):
-    """The same, read as an iterator by another thread than the one that generates; takes `timeout` in seconds."""
+    """The same as an iterator, read by another thread than the generating one; `timeout` is in seconds."""

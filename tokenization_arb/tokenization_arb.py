@@ -46,8 +46,8 @@ def _byte_tokenizer() -> Tokenizer:
 class ArbTokenizer(PreTrainedTokenizerFast):
     """Ids 0-255 are the bytes, 256-287 the specials in SPECIAL_NAMES' order. Nothing is added around a text.
 
-    Text in which a special's spelling occurs (`<|eos|>`) becomes that special, unless split_special_tokens=True.
-    Saved, it is a stock tokenizer folder, which AutoTokenizer loads without this class.
+    The spelling of a special in a text (`<|eos|>`) becomes that special, unless split_special_tokens=True. A saved
+    folder is that of a stock tokenizer, which AutoTokenizer loads without this class.
     """
 
     model_input_names = ["input_ids", "attention_mask"]
@@ -75,7 +75,7 @@ class ArbTokenizer(PreTrainedTokenizerFast):
     def encode_turn(self, message: Mapping[str, str | bytes]) -> list[int]:
         """The ids of one message, {"role": ..., "content": ...}: its role's special, the content's bytes, EOS.
 
-        Whatever the content spells (`<|eos|>`) stays bytes: no content can end its turn or speak for another role.
+        Special spellings in the content (`<|eos|>`) stay bytes, so no content can end its turn or imitate another role.
         """
         role, content = (message.get(field) for field in ("role", "content"))
         if role not in CHAT_ROLES:
@@ -88,7 +88,7 @@ class ArbTokenizer(PreTrainedTokenizerFast):
     def encode_chat(
         self, messages: Iterable[Mapping[str, str | bytes]], add_generation_prompt: bool = False
     ) -> list[int]:
-        """What `apply_chat_template` gives for contents without special spellings, and safe for any other.
+        """Equals `apply_chat_template` for contents without special spellings, and is safe for all others.
 
         add_generation_prompt: end with the assistant's special, so that the model answers.
         """

@@ -1,5 +1,5 @@
-"""Training ARB models on integer state. The names below are loaded when they are first asked for: a script that only
-needs a small module of this package, for its --help say, does not import torch and transformers."""
+"""Training ARB models on integer state. Names are imported at their first use, so that a script which needs only a
+small module, for example for --help, does not import torch and transformers."""
 
 from __future__ import annotations
 

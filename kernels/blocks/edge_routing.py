@@ -1,10 +1,10 @@
 """A bounded list of directed edges between motifs: integers only, and never a (motif x motif) tensor.
 
 An edge is src int32, dst int32, sign int8 and score int8, in four tensors (A,). Valid edges come first, in the order
-(dst, falling score, src), so that one search finds a motif's incoming edges with the strongest ahead; empty slots
-have src = dst = -1. Everything goes by sorting unique keys dst * num_motifs + src and by integer sums: a result
-depends on which pairs were seen and how often, not on their order or the device. Counting, decay and eviction follow
-the "space saving" sketch (Metwally et al. 2005).
+(dst, falling score, src), so that one search finds a motif's incoming edges, strongest first; empty slots have src =
+dst = -1. All operations sort unique keys dst * num_motifs + src and add integers: a result depends on which pairs were
+seen and how often, not on their order or the device. Counting, decay and eviction follow the "space saving" sketch
+(Metwally et al. 2005).
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ def merge_edges(
 ) -> Edges:
     """Count the pairs (src, dst), int64 (P, 2) with pair_sign int8 (P,) in {-1, 1}, into the list's scores.
 
-    Scores stop at 127. An edge seen now takes the sign of most of its pairs (+1 on a tie), since motifs move; others
-    keep theirs. Beyond `capacity` the lowest scores go, among equal ones those with the larger key (dst, src).
-    Returns the four tensors anew, (capacity,); needs memory for A + P keys.
+    Scores stop at 127. An edge in the pairs takes the majority sign of its pairs (+1 on a tie); other edges keep their
+    sign. Beyond `capacity`, edges with the lowest scores are dropped, among equal scores those with the larger key
+    (dst, src). Returns four new tensors, (capacity,). Needs memory for A + P keys.
     """
     valid = src != EMPTY
     keys, place = torch.unique(
@@ -64,16 +64,16 @@ def merge_edges(
 
 
 def decay_scores(src: torch.Tensor, dst: torch.Tensor, sign: torch.Tensor, score: torch.Tensor) -> Edges:
-    """All scores minus one, and the edges that reach zero dropped: the four tensors anew, in the same order."""
+    """Subtract one from all scores and drop the edges that reach zero. Returns four new tensors in the same order."""
     kept = score > 1
     return _fill_slots(src[kept], dst[kept], sign[kept], score[kept] - 1, len(src))
 
 
 def incoming_edges(dst: torch.Tensor, ids: torch.Tensor, neighbours: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where edges into the motifs `ids`, int64 (N,), stand in the list: index int64 and mask bool, (N, neighbours).
+    """Positions of the edges into the motifs `ids`, int64 (N,): index int64 and mask bool, (N, neighbours).
 
-    Of more than `neighbours`, those of the highest score. Where the mask is False there is no edge, and the index
-    points at any slot.
+    If a motif has more edges than `neighbours`, those with the highest scores. Where the mask is False, the index is
+    arbitrary.
     """
     ordered = torch.where(dst == EMPTY, _AFTER_ALL, dst)
     ids = ids.to(torch.int32)

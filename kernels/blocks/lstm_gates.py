@@ -16,7 +16,7 @@ from arb_kernels.backend import uses_triton
 from .lstm_gates_triton import triton_lstm_gates, triton_lstm_gates_backward
 from .sigmoid import sigmoid
 
-FORGET_BIAS = 1.0  # fixed: at first three quarters of a cell stay (Jozefowicz et al. 2015), and no bias need be learnt
+FORGET_BIAS = 1.0  # fixed: a new cell keeps three quarters of its state (Jozefowicz et al. 2015) without a learned bias
 
 
 def _activations(gates: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -51,7 +51,7 @@ def naive_lstm_gates_backward(
 
 
 class LstmGatesFunction(torch.autograd.Function):
-    """Saves the gates and both cells, nothing of what lies between."""
+    """Saves the gates and both cells; intermediate values are recomputed."""
 
     @staticmethod
     def forward(ctx, gates, cell):

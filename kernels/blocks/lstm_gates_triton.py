@@ -29,7 +29,7 @@ def _sigmoid(x):
 
 @jit
 def _places(elements, H, BLOCK: tl.constexpr):
-    """This program's elements of a (B, H) tensor: their mask, where they lie, and where their row of gates does."""
+    """This program's elements of a (B, H) tensor: mask, offsets, and the offset of their row of gates."""
     element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     return element < elements, element, element // H * 4 * H + element % H
 
@@ -46,7 +46,7 @@ def _load_activations(gates_ptr, place, H, mask, FORGET_BIAS: tl.constexpr):
 
 @jit
 def _store(pointers, x, mask):
-    """float32, rounded to what the pointers point to."""
+    """Store float32, rounded to the dtype of the pointers."""
     tl.store(pointers, cast_float(x, pointers.dtype.element_ty), mask=mask)
 
 
@@ -113,7 +113,7 @@ def triton_lstm_gates_backward(
     grad_new_cell: torch.Tensor,
     forget_bias: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `triton_lstm_gates` took and gave, and the gradients of its results -> those of gates and cell."""
+    """Inputs and outputs of `triton_lstm_gates`, and the gradients of its outputs -> gradients of gates and cell."""
     inputs = [tensor.contiguous() for tensor in (gates, cell, new_cell, grad_hidden, grad_new_cell)]
     grad_gates, grad_cell = torch.empty_like(inputs[0]), torch.empty_like(inputs[1])
     _launch(lstm_gates_backward_kernel, forget_bias, *inputs, grad_gates, grad_cell)

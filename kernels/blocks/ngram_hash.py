@@ -9,7 +9,7 @@ _MASK63 = (1 << 63) - 1
 
 
 def mix_bits(words: torch.Tensor) -> torch.Tensor:
-    """int64 (...) -> int64 (...), every bit of the result depending on every bit of the argument."""
+    """int64 (...) -> int64 (...): every bit of the result depends on every bit of the argument."""
     words = words * _MULTIPLIER
     words = words ^ (words >> 32 & 0xFFFFFFFF)
     words = words * _MULTIPLIER

@@ -1,4 +1,4 @@
-"""The logistic function in the one form that every caller shares."""
+"""The logistic function, with the same bits on every CPU and for every batch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 class SigmoidFunction(torch.autograd.Function):
-    """Saves its result alone; the backward is of basic operations, which round alike everywhere."""
+    """Saves only its result. Backward uses basic operations, which round the same everywhere."""
 
     @staticmethod
     def forward(ctx, x):
@@ -24,8 +24,8 @@ class SigmoidFunction(torch.autograd.Function):
 def sigmoid(x: torch.Tensor) -> torch.Tensor:
     """1 / (1 + exp(-x)) of floats (...), in their dtype, as 0.5 + 0.5 * tanh(x / 2).
 
-    On a CPU torch.sigmoid rounds differently where a vector register is not full and where the input is strided, so
-    the same value could give another result in another batch; torch.tanh does not, but in float32 it rounds
-    differently from one make of CPU to another. Rounded from float64 both are the same.
+    On a CPU, torch.sigmoid rounds differently in a partly filled vector register and on strided input: the same value
+    can give another result in another batch. torch.tanh does not, but in float32 it rounds differently on CPUs of
+    different makers. Computed in float64 and rounded, the result is always the same.
     """
     return SigmoidFunction.apply(x)

@@ -30,7 +30,7 @@ def power_of_two(exponent: torch.Tensor, steps_per_octave: int) -> torch.Tensor:
 def quarter_octaves_covering(square: torch.Tensor) -> torch.Tensor:
     """float32 (...) >= 0 -> int8 (...): the least e in [-127, 127] with 2^(e / 4) >= sqrt(square).
 
-    sqrt(square) = 2^(e/4) means square = 2^(e/2): two steps an octave of the square, told apart by its mantissa.
+    sqrt(square) = 2^(e/4) means square = 2^(e/2): two steps an octave of the square; its mantissa selects the step.
     """
     mantissa, octave = torch.frexp(square)  # square = mantissa * 2^octave, mantissa in [0.5, 1)
     half_octaves = 2 * (octave - 1) + (mantissa > 0.5).int() + (mantissa > SQRT_HALF).int()
@@ -39,7 +39,8 @@ def quarter_octaves_covering(square: torch.Tensor) -> torch.Tensor:
 
 
 def octave_scale(octave: torch.Tensor) -> torch.Tensor:
-    """int32 (...) in [-126, 127] -> float32 (...): 2^octave from its bits: ldexp goes by pow, which may be inexact."""
+    """int32 (...) in [-126, 127] -> float32 (...): 2^octave, built from its bits: ldexp calls pow, which may be
+    inexact."""
     return ((octave + 127) << 23).view(torch.float32)
 
 

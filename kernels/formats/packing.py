@@ -1,6 +1,6 @@
 """Planar base-3 packing: five trits a byte, 0.2 bytes per weight.
 
-A row of K trits takes nb = ceil(K / 5) bytes, and digit j of byte b is column j * nb + b: unpacking is five
+A row of K trits takes nb = ceil(K / 5) bytes. Digit j of byte b is column j * nb + b, so unpacking writes five
 contiguous planes. A digit is the trit mod 3 (0 -> 0, +1 -> 1, -1 -> 2), so the zero byte is five zero weights and
 padding is harmless. Bytes above 242 are invalid. Packing is pure: it never writes its input.
 """
@@ -28,7 +28,7 @@ def packed_width(num_trits: int) -> int:
 
 @cache
 def _digit_table(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """(256, 5): the trits of each byte value; an invalid byte reads as its value mod 243 would."""
+    """(256, 5): the trits of each byte value; an invalid byte is read as its value mod 243."""
     codes = torch.arange(256, device=device) % (LARGEST_BYTE + 1)
     digits = torch.stack([(codes // 3**j) % 3 for j in range(TRITS_PER_BYTE)], dim=1)
     return torch.where(digits == 2, -1, digits).to(dtype)

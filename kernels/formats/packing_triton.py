@@ -1,7 +1,7 @@
 """Planar base-3 packing (packing.py) on Triton: unpack, unpack with scales, gather rows of a table.
 
-A program decodes a tile of bytes once and writes five runs of columns, one a plane. Addresses are 64-bit: a table of
-ten million rows is longer than 2^31 bytes.
+A program decodes a tile of bytes once and writes five runs of columns, one per plane. Addresses are 64-bit, because a
+table of ten million rows exceeds 2^31 bytes.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ def triton_unpack_trits(packed: torch.Tensor, num_trits: int, dtype: torch.dtype
 def triton_effective_weight(
     packed: torch.Tensor, num_trits: int, scale: torch.Tensor, group_size: int, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """uint8 (N, nb), scale float32 (N, groups) -> `dtype` (N, num_trits): scale * trits, rounded once. One group a row
-    is the row's scale, whatever group_size says."""
+    """uint8 (N, nb), scale float32 (N, groups) -> `dtype` (N, num_trits): scale * trits, rounded once. With one group a
+    row, group_size is ignored."""
     return _unpack(packed, None, num_trits, dtype, scale, group_size)
 
 
@@ -103,7 +103,7 @@ def triton_gather_rows(
 ) -> torch.Tensor:
     """Rows of a packed table: uint8 (N, nb), ids int64 (...) -> `dtype` (..., num_trits).
 
-    scale: float32 (..., groups), of the rows asked for (not of the table), as in `triton_effective_weight`.
+    scale: float32 (..., groups), of the requested rows (not of the table), as in `triton_effective_weight`.
     """
     flat_scale = None if scale is None else scale.reshape(-1, scale.shape[-1])
     out = _unpack(packed, ids.reshape(-1).contiguous(), num_trits, dtype, flat_scale, group_size or num_trits)

@@ -53,7 +53,7 @@ def state_layout(
 ) -> dict[str, StateTensor]:
     """The persistent tensors of a (rows, columns) ternary matrix by name, training state included.
 
-    votes_by_row: `correlation` counts the votes of each row, for tables whose rows are touched unequally often.
+    votes_by_row: `correlation` counts the votes of each row, for tables whose rows are used unequally often.
     """
     groups = num_groups(columns, group_size)
     layout = {

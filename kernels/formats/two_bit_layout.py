@@ -2,8 +2,8 @@
 
 Blocks of 16 rows of the weight matrix, and in a block chunks of 16 columns in 64 bytes: byte 4 * i + j of a chunk holds
 row i at the columns j, 4 + j, 8 + j and 12 + j, lowest bits first, as trit + 1. Four masked shifts of one vector then
-give four vectors of 16 rows x 4 columns, what one int8 dot-product instruction takes. Padding is the code 0 and is
-harmless: columns meet zero activations, and rows are not written.
+give four vectors of 16 rows x 4 columns, the operand of one int8 dot-product instruction. Padding has code 0 and no
+effect: padded columns meet zero activations, and padded rows are not written.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ def to_decode_layout(trits: torch.Tensor) -> torch.Tensor:
 
 
 def in_huge_pages(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy of a contiguous CPU tensor at the start of a huge page, with the system asked for such pages.
+    """A copy of a contiguous CPU tensor, aligned to a huge page and with huge pages requested from the system.
 
-    Weights that are streamed from memory once per token wait for address translation otherwise: a matvec of 4 MB took
-    1.4 to 1.6 times as long (LOG.md). Tensors under a huge page are returned as they are.
+    Without huge pages, weights that are read once per token wait for address translation: a matvec of 4 MB took 1.4 to
+    1.6 times as long (LOG.md). Tensors smaller than a huge page are returned unchanged.
     """
     if tensor.nbytes < HUGE_PAGE or tensor.device.type != "cpu" or native_library() is None:
         return tensor

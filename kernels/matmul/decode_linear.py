@@ -47,7 +47,7 @@ def _layout_linear(values: torch.Tensor, layout: torch.Tensor, num_rows: int, ro
 def layout_matmul(
     codes: torch.Tensor, token_scale: torch.Tensor, layout: torch.Tensor, num_rows: int, row_scale: torch.Tensor
 ) -> torch.Tensor:
-    """What `quantise_tokens` gave, int8 (M, K) and float32 (M,), times the decode layout -> float32 (M, N)."""
+    """Outputs of `quantise_tokens`, int8 (M, K) and float32 (M,), times the decode layout -> float32 (M, N)."""
     M, K = codes.shape
     if not codes.numel() or not instruction_set() or not uses_native(codes, token_scale, layout, row_scale):
         return naive_int8_matmul(codes, from_decode_layout(layout, num_rows, K), token_scale, row_scale, trits=True)

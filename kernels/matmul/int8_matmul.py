@@ -24,8 +24,8 @@ _CUDA_MULTIPLE, _CUDA_LEAST_ROWS = 16, 17  # required by torch._int_mm
 
 
 def _with_own_strides(matrix: torch.Tensor) -> torch.Tensor:
-    """A single row or column taken from a transposed matrix counts as contiguous whatever its strides, and the CPU's
-    GEMM then reads beyond it."""
+    """Gives a single row or column of a transposed matrix its own strides. torch treats it as contiguous whatever its
+    strides, and the CPU's GEMM would read out of bounds."""
     return matrix.reshape(-1).view(matrix.shape) if 1 in matrix.shape else matrix
 
 
@@ -34,8 +34,8 @@ def _padded(matrix: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
 
 
 def _cuda_sums(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """The vendor's int8 GEMM, padded to round sizes, in the one layout that cuBLAS takes everywhere: the first operand
-    row by row, the second column by column."""
+    """The vendor's int8 GEMM on padded sizes, in the layout that every cuBLAS accepts: first operand row-major, second
+    column-major."""
     (R, K), C = rows.shape, columns.shape[1]
     pad_k = -K % _CUDA_MULTIPLE
     by_row = _padded(rows, max(_CUDA_LEAST_ROWS - R, 0), pad_k).contiguous()
@@ -44,7 +44,7 @@ def _cuda_sums(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
 
 
 def _float_sums(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """Exact on any CPU, and with operands cut to TF32 or bfloat16: eight bits are all they have."""
+    """Exact on any CPU, also when operands are reduced to TF32 or bfloat16: they have eight bits."""
     sums = torch.zeros(len(rows), columns.shape[1], dtype=torch.int32, device=rows.device)
     with torch.autocast(rows.device.type, enabled=False):  # it would round the sums
         for start in range(0, rows.shape[1], EXACT_COLUMNS):
@@ -89,7 +89,7 @@ def int8_matmul(
 ) -> torch.Tensor:
     """rows int8 (R, K), columns int8 (C, K), or (K, C) if `transposed`; scales float32 (R,) and (C,) -> float32 (R, C).
 
-    trits: the columns hold nothing but -1, 0 and 1, and the rows nothing below -127. Sums must fit int32: K < 2^17.
+    trits: the columns hold only -1, 0 and 1, and the rows no value below -127. Sums must fit int32: K < 2^17.
     """
     if rows.numel() and columns.numel() and uses_triton(rows, columns, row_scale, column_scale):
         sums = _exact_sums(rows, columns, transposed, trits)

@@ -1,4 +1,4 @@
-"""Decoding's matmul on Triton: a few tokens against packed trits, unpacked on the way to the tensor cores.
+"""Matmul of decoding in Triton: a few tokens times packed trits, which are unpacked before the tensor cores.
 
 With at most 16 tokens the time is that of reading W, so W is read as it is stored, at 0.2 bytes a weight, and no dense
 matrix is written. The trits are the left operand of the dot, the tokens, padded to 16, the right one. Sums are int32.
@@ -53,7 +53,7 @@ def triton_packed_matvec(
     codes: torch.Tensor, packed: torch.Tensor, token_scale: torch.Tensor, row_scale: torch.Tensor
 ) -> torch.Tensor:
     """codes int8 (M, K), packed uint8 (N, ceil(K / 5)), scales float32 (M,) and (N,) -> float32 (M, N): equal to
-    `naive_int8_matmul(codes, trits, token_scale, row_scale)`. Right for any M, meant for M <= 16."""
+    `naive_int8_matmul(codes, trits, token_scale, row_scale)`. Correct for any M, fast for M <= 16."""
     codes, packed = codes.contiguous(), packed.contiguous()
     (M, K), (N, width) = codes.shape, packed.shape
     out = torch.empty(M, N, device=codes.device)

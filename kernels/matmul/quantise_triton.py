@@ -1,7 +1,7 @@
 """Quantisation to int8 (quantise.py) on Triton, and the scales applied to an integer matmul's sums.
 
-Maxima are taken over the bits of |x| as integers, which order like it and put NaN on top. The largest value of a
-gradient keys its random bits: the second kernel reads it from where the first one left it, on the device.
+Maxima compare the bits of |x| as integers, which have the same order and put NaN on top. The largest value of a
+gradient is the key of its random bits: the first kernel stores it on the device, the second reads it there.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _scale_of(absmax_bits):
 
 @jit
 def _inverse_of(absmax_bits):
-    """127 / absmax, 0 for a row of zeros or one that is not a number."""
+    """127 / absmax, 0 for a row of zeros and for NaN."""
     absmax = absmax_bits.to(tl.float32, bitcast=True)
     levels = tl.zeros_like(absmax) + 127.0
     return tl.where(absmax > 0, tl.div_rn(levels, tl.where(absmax > 0, absmax, 1.0)), 0.0)
@@ -49,7 +49,7 @@ def _round_to_int8(value, uniform):
 
 @jit
 def quantise_tokens_kernel(values_ptr, codes_ptr, scale_ptr, columns, BC: tl.constexpr):
-    """One program a row."""
+    """One program per row."""
     row = tl.program_id(0).to(tl.int64)
     largest = tl.zeros([BC], tl.int32)
     for start in range(0, columns, BC):

@@ -1,9 +1,9 @@
 """correlation: fixed trits, scales that follow the correlation of gradient and trit.
 
-The smallest state and the weakest learner: about 0.48 bytes per weight with groups of 32. State of a matrix (N, K),
-besides its packed trits and exponents E (N, groups) int8, both fixed after initialisation:
+The rule with the smallest state and the highest loss: about 0.48 bytes per weight with groups of 32. State of a matrix
+(N, K), besides its packed trits and exponents E (N, groups) int8, both fixed after initialisation:
     corr_accum    (N, groups) int64: minus the sum of sign(dW) * T over the group and over all votes
-    step_counter  () int64: how many votes there were
+    step_counter  () int64: the number of votes
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The flip rule (flip.py) on Triton.
 
 votes: a program takes the groups of some rows, a group at a time, counts the votes on its trits and on its exponent,
-and moves the exponent. move: shifts the trits that have reached the threshold, five to a byte. The votes lie in
-columns, the bytes in planes, hence two kernels.
+and moves the exponent. move: shifts the trits that have reached the threshold, five to a byte. There are two kernels
+because votes are stored by column and bytes by plane.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """The sum of a step's weight gradients over its micro-batches: one transient byte a weight.
 
-    codes      (N, K) int8: the sum in steps of its block
-    exponents  (N, ceil(K / 64)) int8: a block's step is 2^exponent, the least power of two whose 127 steps cover the
+    codes      (N, K) int8: the sum, in units of its block's step
+    exponents  (N, ceil(K / 64)) int8: a block's step is 2^exponent, the least power of two of which 127 cover the
                block's largest sum
 
 Each addition takes the float32 dW of one micro-batch, and rounds the new sum stochastically. A code's rounding error is
-at most a 64th of its block's largest sum: where momentum keeps 4 bits of the mean gradient, the sum keeps 8. Steps are
-powers of two, so scaling is exact and every backend gives the same bits for the same dW and key.
+at most a 64th of its block's largest sum. The sum has 8 bits where the momentum has 4. Steps are powers of two, so
+scaling is exact and every backend gives the same bits for the same dW and key.
 """
 
 from __future__ import annotations

@@ -5,10 +5,10 @@ State of a matrix (N out, K in), besides its packed trits:
                both two's complement, so that zero means zero
     accum_exp  (N, ceil(K / 64)) int8: the step of a block of 64 momentum codes, in quarter octaves
 
-*Fold* takes a weight gradient into the momentum; *move* shifts every weight along its latent line (one cell per trit,
-2^momentum_bits residual steps per cell) against the Nesterov direction, normalised by its row and column RMS.
-Both round stochastically. Statistics are summed as integers, or in a fixed tree, so the result does not depend on
-the order of summation: every backend gives the same bits for the same dW and key.
+*Fold* adds a weight gradient to the momentum; *move* shifts every weight along its latent line (one cell per trit,
+2^momentum_bits residual steps per cell) against the Nesterov direction, normalised by its row and column RMS. Both
+round stochastically. Statistics are summed as integers, or in a fixed tree, so the result does not depend on the order
+of summation: every backend gives the same bits for the same dW and key.
 """
 
 from __future__ import annotations
@@ -80,18 +80,20 @@ def fold_momentum(
 
 
 def _square_root(total: torch.Tensor) -> torch.Tensor:
-    """int64 -> float32, each step correctly rounded: by way of float64, as some libraries' float32 roots are not."""
+    """int64 -> float32 with every step correctly rounded. Computed in float64, because some libraries' float32 square
+    roots are not correctly rounded."""
     return total.float().double().sqrt().float()
 
 
 def _sum_squares(direction: torch.Tensor, scale: torch.Tensor, axis: int) -> torch.Tensor:
-    """Sums of squares of float32 (N, K) along an axis, int64, exact in any order: in fixed point of these scales."""
+    """Sums of squares of float32 (N, K) along an axis, as int64 in fixed point with these scales: exact in any
+    order."""
     steps = (direction * scale).round_().int()
     return (steps * steps).sum(axis, dtype=torch.int64)
 
 
 def _octaves_above(least: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """log2(scale / least) of powers of two, int32; not below zero, where only a row or column of zeros would be."""
+    """log2(scale / least) of powers of two, int32, at least zero: only a row or column of zeros would be below."""
     return (torch.frexp(scale)[1] - torch.frexp(least)[1]).clamp(min=0)
 
 
@@ -99,8 +101,8 @@ def normalise(direction: torch.Tensor) -> torch.Tensor:
     """float32 (N, K) -> the update, float32 of unit RMS.
 
     u_ij = d_ij / sqrt(r_i * c_j / mean(r)), r and c the row and column mean squares of d, clipped to +-2. A row's
-    squares are summed in fixed point of 15 bits below that row's largest element, a column's below its own: a small
-    row moves as a large one does, and a column does down to 2^-64 of the largest.
+    squares are summed in fixed point of 15 bits below that row's largest element, a column's below its own: a small row
+    moves as far as a large one, and so does a column down to 2^-64 of the largest.
     """
     row_max, column_max = direction.abs().amax(1), direction.abs().amax(0)
     row_fixed, column_fixed, least = (
@@ -154,7 +156,7 @@ def naive_momentum_update(
 
 
 def momentum_update(state: MomentumState, dW: torch.Tensor, key: int, lr: float, beta: float = 0.9) -> torch.Tensor:
-    """Fold and move in one go, in place.
+    """Fold and move, in place.
 
     dW: float32 (N, K), the step's mean gradient; lr: cells per step; beta: decay of the momentum. Returns the number
     of changed trits, int64 ().

@@ -1,12 +1,12 @@
 """The momentum rule (momentum.py) on Triton: four passes over dW and state, no float temporary beyond a tile.
 
 fold:    requantises the momentum of a block of 64 columns; the largest |direction| of each row and column
-squares: sums of the direction's squares by row and column, each in its own fixed point (then, over them: the scales)
+squares: sums of the direction's squares by row and column, each in its own fixed point; scales are computed from them
 power:   the sum of squares of the update before it is set to unit RMS
-move:    shifts the latents; works on bytes of five trits, one plane of columns after the other
+move:    moves the latents; works on bytes of five trits, one plane of columns after the other
 
-The direction is computed again in each pass from state and dW, which is cheaper than to store it. Sums are integers,
-so the order of the atomics does not matter; scalars stay on the device from pass to pass.
+Each pass recomputes the direction from state and dW, which is cheaper than storing it. Sums are integers, so the order
+of atomics does not matter. Scalars stay on the device between passes.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def _sum_in_tree(x, ROWS: tl.constexpr):
 
 @jit
 def _covering_exponent(square):
-    """quarter_octaves_covering. Squares that are not normal numbers lie below the least exponent anyway."""
+    """quarter_octaves_covering. Subnormal squares are below the least exponent."""
     bits = square.to(tl.int32, bitcast=True)
     fraction = bits & 0x7FFFFF
     half_octaves = 2 * ((bits >> 23) - 127) + (fraction > 0).to(tl.int32) + (fraction > _HALF_OCTAVE).to(tl.int32)
@@ -94,13 +94,13 @@ def _covering_exponent(square):
 
 @jit
 def _fixed_point_shift(absmax):
-    """log2 of `fixed_point_scale`, of the bits of |direction|; subnormal numbers get the greatest either way."""
+    """log2 of `fixed_point_scale`, from the bits of |direction|; subnormal numbers get the largest scale."""
     return tl.where(absmax > 0, clamp(_BITS + 126 - (absmax >> 23), 126), 0)
 
 
 @jit
 def _octaves_above_least(scalars_ptr, shift, limit):
-    """How much finer than the largest row's a scale is, from 0 to `limit` octaves."""
+    """By how many octaves a scale is finer than that of the largest row, 0 to `limit`."""
     least = _fixed_point_shift(tl.load(scalars_ptr + _ABSMAX).to(tl.int32))
     return tl.minimum(tl.maximum(shift - least, 0), limit)
 
@@ -199,7 +199,7 @@ def momentum_squares_kernel(of, maxima_ptr, sums_ptr, BITS: tl.constexpr, SPARSE
 
 @jit
 def momentum_row_scales_kernel(maxima_ptr, sums_ptr, scales_ptr, scalars_ptr, rows, B: tl.constexpr):
-    """Row sums -> what the direction is multiplied by along rows, and the sum over all in the largest row's scale."""
+    """Row sums -> factors of the direction along rows, and the total in the scale of the largest row."""
     row = tl.program_id(0) * B + tl.arange(0, B)
     shift = _fixed_point_shift(tl.load(maxima_ptr + row, mask=row < rows, other=0))
     row_sum = tl.load(sums_ptr + row, mask=row < rows, other=0)

@@ -1,4 +1,4 @@
-"""Causal trigram embedding: position t sees bytes t, t-1 and t-2, each through a ternary table of its own."""
+"""Causal trigram embedding: position t reads bytes t, t-1 and t-2, each through its own ternary table."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TRIGRAM = 3
 
 
 def preceded_by(history: torch.Tensor, ids: torch.Tensor, count: int, pad_token_id: int | None) -> torch.Tensor:
-    """(B, count + T): ids (B, T) after the last `count` of history (B, P); PAD stands before the start."""
+    """(B, count + T): the last `count` ids of history (B, P), then ids (B, T). Positions before the start hold PAD."""
     context = torch.cat([history[:, max(0, history.shape[1] - count) :], ids], dim=1)
     return F.pad(context, (count + ids.shape[1] - context.shape[1], 0), value=pad_token_id)
 
@@ -31,7 +31,7 @@ class ByteEmbedding(nn.Module):
         )
 
     def forward(self, ids: torch.Tensor, history: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """ids (B, T); history (B, P): the ids before them, oldest first. Before the start stands PAD. -> (B, T, D)."""
+        """ids (B, T); history (B, P): the preceding ids, oldest first; PAD before the start. -> (B, T, D)."""
         length = ids.shape[1]
         context = preceded_by(history, ids, TRIGRAM - 1, self.pad_token_id)
         parts = (

@@ -17,7 +17,7 @@ IGNORE = -100
 
 
 class ByteHead(nn.Module):
-    """(B, T, D) -> logits (B, T, 288), through `head_layers` residual MLPs of its own."""
+    """(B, T, D) -> logits (B, T, 288), through `head_layers` residual MLPs."""
 
     def __init__(self, config: ArbConfig):
         super().__init__()
@@ -34,7 +34,7 @@ class ByteHead(nn.Module):
 
 
 def mask_incomplete_trigrams(labels: torch.Tensor) -> torch.Tensor:
-    """labels (B, T), aligned with the ids -> a copy that leaves out bytes predicted from less than a full trigram."""
+    """labels (B, T), aligned with the ids -> a copy with -100 at bytes that have no full trigram before them."""
     labels = labels.clone()
     labels[:, :TRIGRAM] = IGNORE
     return labels
@@ -49,11 +49,11 @@ def next_byte_loss(
     """Cross-entropy in nats per byte: position t of logits (B, T, V) predicts labels[:, t + 1] of (B, T).
 
     Mean over the scored bytes, or their sum over `num_items_in_batch` when a Trainer accumulates gradients.
-    label_smoothing: share of each target that is spread evenly over all V. It changes the gradient only: the value
-    stays the cross-entropy, so that bits per byte stay comparable. Raises ValueError unless it is in [0, 1).
+    label_smoothing: share of each target that is spread evenly over all V. It changes the gradient; the returned value
+    stays the plain cross-entropy, so that bits per byte stay comparable. Raises ValueError unless it is in [0, 1).
     """
     if not 0 <= label_smoothing < 1:
-        raise ValueError(f"label_smoothing={label_smoothing}: not a share of the targets; give one in [0, 1)")
+        raise ValueError(f"label_smoothing={label_smoothing} must be in [0, 1)")
     targets = mask_incomplete_trigrams(labels)[:, 1:].flatten()
     predicted = logits[:, :-1].flatten(0, 1).float()
     total = F.cross_entropy(predicted, targets, ignore_index=IGNORE, reduction="sum")
@@ -68,7 +68,7 @@ def next_byte_loss(
 
 
 def batch_share(labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor | float:
-    """How much of an accumulated step's scored bytes these labels (B, T) are: 1 where nothing is accumulated."""
+    """The share of an accumulated step's scored bytes that is in these labels (B, T); 1 without accumulation."""
     if num_items_in_batch is None:
         return 1.0
     return (mask_incomplete_trigrams(labels)[:, 1:] != IGNORE).sum() / num_items_in_batch

@@ -1,8 +1,8 @@
 """Context attention: multi-head latent attention (DeepSeek-V2, section 2.1) with a sigmoid output gate, all ternary.
 
 Keys and values come from one small latent per token, plus one rotary key shared by all heads: the cache keeps only
-those. Every ternary matrix reads a normalised input, and queries and keys are normalised per head. What a query sees
-can be narrowed to the last bytes and summaries of those before them (windowed_context.py).
+those. Every ternary matrix reads a normalised input, and queries and keys are normalised per head. windowed_context.py
+can limit a query to the last bytes and summaries of earlier ones.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class ContextAttention(nn.Module):
         windowed: WindowedContext | None = None,
     ) -> torch.Tensor:
         """attention_mask: (B, 1, T, P + T) or None for plain causal; angles: cos and sin of the T new positions;
-        windowed: what they see instead of all that attention_mask lets them."""
+        windowed: the context that replaces the full one."""
         x = rms_norm(x, self.eps)
         query = self._query(x, angles)
         latent, rotary_key = self._latent(x, angles)
@@ -70,7 +70,7 @@ class ContextAttention(nn.Module):
         return torch.cat([rms_norm(nope, self.eps), rotate(rms_norm(rope, self.eps), angles)], dim=-1)
 
     def _latent(self, x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, T, D) -> what the cache keeps: latent (B, 1, T, latent), rotary key (B, 1, T, rope)."""
+        """(B, T, D) -> the cached tensors: latent (B, 1, T, latent), rotary key (B, 1, T, rope)."""
         down = self.kv_down_proj(x).unsqueeze(1)
         latent, rotary_key = down.split([self.latent_dim, self.rope_dim], dim=-1)
         return rms_norm(latent, self.eps), rotate(rms_norm(rotary_key, self.eps), angles)
@@ -86,11 +86,11 @@ class ContextAttention(nn.Module):
 def _attend(query, key, value, mask: torch.Tensor | None, causal: bool, exact: bool) -> torch.Tensor:
     """Scaled dot product attention, (B, H, T, v).
 
-    exact: on a CPU, compute in float64. In float32 the last bit depends on how many queries and keys come together,
-    and one bit can become another int8 code and another expert: cached decoding would not equal the full forward, nor
-    a row itself in a batch. Training forwards compare with no other forward, and there float64 would cost: so the
-    caller asks for it with a cache or in eval mode. Whether autograd records must not decide: gradient checkpointing
-    runs a block once without and once with it.
+    exact: on a CPU, compute in float64. In float32 the last bit depends on the number of queries and keys, and one bit
+    can change an int8 code and the choice of an expert: cached decoding would differ from the full forward, and a row
+    from the same row in a batch. The caller sets it with a cache or in eval mode. Training does not need it and would
+    be slower. It must not depend on whether autograd records, because gradient checkpointing runs a block once without
+    and once with autograd.
     """
     dtype = query.dtype
     if exact and query.device.type == "cpu":

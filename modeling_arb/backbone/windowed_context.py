@@ -1,10 +1,10 @@
-"""Windowed attention: the last W positions one by one, what lies before them by the block of s.
+"""Windowed attention: the last W positions one by one, earlier positions as blocks of s.
 
-A block is s consecutive positions of one text, and the first of them is a multiple of s: the same blocks whatever
-padding precedes it. A query sees a block's summary once the whole block has left its window. The summary's latent is
-the mean of the block's, normalised again, so that it goes through kv_up_proj like any other; its rotary key is that of
-its last position, which says how far back it lies and keeps its key as long as the others it competes with. Keys of
-a cached text then cost W + P / s rows of kv_up_proj per byte instead of P; the cache keeps all latents.
+A block is s consecutive positions of one text and begins at a multiple of s, so padding before the text does not change
+the blocks. A query sees a block's summary once the whole block has left its window. The summary's latent is the mean of
+the block's, normalised again, so that kv_up_proj reads it like any other latent. Its rotary key is that of its last
+position, which encodes its distance and has the same norm as other keys. Keys of a cached text then cost W + P / s rows
+of kv_up_proj per byte instead of P; the cache keeps all latents.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from modeling_arb.layers.norm import rms_norm
 
 
 class WindowedContext(NamedTuple):
-    """What the queries of one forward see; the same for all layers. S keys in all, N summaries."""
+    """The context of the queries of one forward, the same for all layers. S keys, N summaries."""
 
     start: int  # the first key that lies in any window
-    block_ends: torch.Tensor  # int64 (1 or B, N): index of each block's last key; of no meaning where the mask hides it
+    block_ends: torch.Tensor  # int64 (1 or B, N): index of each block's last key; ignored where the mask hides it
     stride: int
     mask: torch.Tensor  # bool (1 or B, 1, T, N + S - start): summaries, then the keys from `start`
 
@@ -39,7 +39,8 @@ def windowed_context(
     mask: torch.Tensor | None, positions: torch.Tensor, queries: int, window: int, stride: int
 ) -> WindowedContext:
     """mask (B, 1, T, S), bool or added to scores, None for plain causal; positions of the keys (1 or B, S); the last
-    `queries` = T of them ask. window: keys seen one by one, the query's own included; stride 0: no summaries."""
+    `queries` = T of them are the queries'. window: keys attended to one by one, the query's own included. stride 0: no
+    summaries."""
     S = positions.shape[1]
     key = torch.arange(S, device=positions.device)
     query = key[-queries:, None]
@@ -55,8 +56,8 @@ def windowed_context(
 
 
 def _block_ends(positions: torch.Tensor, stride: int) -> torch.Tensor:
-    """positions (B, P) -> (B, N): indices of the last positions of all complete blocks, ascending; beyond any index
-    where a row has fewer than the most it could have."""
+    """positions (B, P) -> (B, N): indices of the last positions of all complete blocks, ascending; an index out of
+    range fills rows with fewer blocks than the maximum."""
     length = positions.shape[1]
     if not stride or length < stride:
         return positions[:, :0]
@@ -70,8 +71,8 @@ def _block_ends(positions: torch.Tensor, stride: int) -> torch.Tensor:
 def summarise_blocks(
     context: WindowedContext, latent: torch.Tensor, rotary_key: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """All cached latents (B, 1, S, L) and rotary keys (B, 1, S, R) -> those that `context.mask` tells of, with
-    N + S - start in place of S."""
+    """All cached latents (B, 1, S, L) and rotary keys (B, 1, S, R) -> those that `context.mask` refers to, N + S -
+    start instead of S."""
     near, near_key = latent[:, :, context.start :], rotary_key[:, :, context.start :]
     if not context.block_ends.shape[1]:
         return near, near_key

@@ -1,9 +1,9 @@
-"""Adaptive computation time (Graves 2016, arXiv:1603.08983, section 2): each position iterates until it has had enough.
+"""Adaptive computation time (Graves 2016, arXiv:1603.08983, section 2): each position decides how often it iterates.
 
 With h_n the state after iteration n and p_n its halting probability, a position stops at the first N where
 p_1 + ... + p_N reaches the threshold, or at the last allowed iteration. The output is sum_{n<N} p_n h_n + R h_N, the
 remainder being R = 1 - sum_{n<N} p_n, and the ponder cost is N + R. N has no gradient, R has. Our deviation: positions
-that stopped leave the batch, so that an iteration costs what still runs.
+that stopped leave the batch, so that an iteration computes only the others.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def iterate_until_halted(
     """h (N, D) -> output (N, D), ponder cost float32 (N,).
 
     step: states (R, D) of the positions int64 (R,) that still run, and these positions -> their next states.
-    halting: states (R, D) -> probabilities (R,). One wait for the device an iteration: how many go on.
+    halting: states (R, D) -> probabilities (R,). Each iteration waits for the device once: how many go on.
     """
     running = torch.arange(len(h), device=h.device)
     spent = torch.zeros(len(h), device=h.device)  # p_1 + ... + p_(n-1), of those running

@@ -1,4 +1,4 @@
-"""Composite proposal: each pair of successive motifs names rows of a second book, and the head hears what they say."""
+"""Composite proposal: each pair of successive motifs selects a row of a second book, which is added before the head."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NO_MOTIF = -1  # before the first byte
 
 
 class CompositeProposal(nn.Module):
-    """The hidden state chooses among the rows that the pair's hashes name; the row, widened, is the proposal."""
+    """The pair's hashes select candidate rows, the hidden state the nearest of them, which an MLP widens to D."""
 
     def __init__(self, config: ArbConfig):
         super().__init__()

@@ -1,4 +1,4 @@
-"""MemGram: a memory of byte n-grams, hashed to the rows of one large ternary table and added through a gate."""
+"""MemGram: byte n-grams are hashed to rows of one large ternary table, which are added through a gate."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from modeling_arb.layers.ternary_table import TernaryTable
 
 
 class MemGram(nn.Module):
-    """ids (B, T) and what came before them -> (B, T, D), added to the residual stream by the caller.
+    """ids (B, T) and the ids before them -> (B, T, D), added to the residual stream by the caller.
 
-    Each n-gram that ends at a position, one for each of `orders`, names a row of `dim`; their sum is projected to the
-    width and gated by the position's own state.
+    Each n-gram that ends at a position, one for each length in `orders`, selects a row of width `dim`. The sum of the
+    rows is gated by the position's own state and projected to D.
     """
 
     def __init__(self, config: ArbConfig):

@@ -1,4 +1,4 @@
-"""VideoHead and TalkerHead: what a hidden state says of the next video latent and the next audio code."""
+"""VideoHead and TalkerHead: predict the next video latent and the next audio code from a hidden state."""
 
 from __future__ import annotations
 

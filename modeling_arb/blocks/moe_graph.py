@@ -1,4 +1,4 @@
-"""MoEGraph: ternary experts in a loop that each position leaves when it has had enough, fed by messages of motifs."""
+"""MoEGraph: ternary experts in a loop with adaptive computation time, with messages between motifs as input."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ HALT_OFFSET = 1.0  # fresh logits have variance 1 around it: most positions reac
 
 
 class MoEGraph(nn.Module):
-    """One iteration is h <- lti(h, e, experts(h)) with e = x + projected messages, from h = e on; ACT adds the states
-    up. A position depends on its own x and motif, and on the edges of earlier steps: cached decoding needs no state.
+    """One iteration is h <- lti(h, e, experts(h)) with e = x + projected messages, starting at h = e. ACT
+    (act_halting.py) sums the states. A position depends on its own x and motif, and on the edges of earlier steps:
+    cached decoding needs no state.
     """
 
     def __init__(self, config: ArbConfig):

@@ -1,4 +1,4 @@
-"""MotifGraph: which motif tends to follow which, as a bounded list of signed edges, and the messages along them."""
+"""MotifGraph: counts which motif follows which, in a bounded list of signed edges, and sends messages along them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from arb_kernels.formats.state_layout import COUNTER, StateTensor
 from configuration_arb.configuration_arb import ArbConfig
 from modeling_arb.layers.integer_state import ObservedState
 
-DECAY_EVERY = 64  # steps: how long an edge seen once survives unseen
+DECAY_EVERY = 64  # steps after which an edge that was seen once is dropped
 EDGE_TENSORS = ("active_edge_src", "active_edge_dst", "active_edge_attr", "active_edge_score")
 
 
 class MotifGraph(ObservedState):
-    """Edges m[t-1] -> m[t] between successive motifs of a row (seed 004, section 2), counted as training sees them.
+    """Edges m[t-1] -> m[t] between successive motifs of a row, counted in training.
 
-    Its size does not depend on the number of motifs. No gradient moves it; a forward reads the edges of earlier steps.
+    The list's length does not depend on the number of motifs. No gradient changes it; a forward reads the edges of
+    earlier steps.
     """
 
     active_edge_src: torch.Tensor
@@ -65,8 +66,8 @@ class MotifGraph(ObservedState):
         """motif_ids int64 (B, T) -> messages (B, T, dim) in the dtype of the rows, without a gradient.
 
         A message is the mean of sign * score / 127 * row[src] over the position's strongest incoming edges, at most
-        `neighbours`; zero where there is none. motif_rows: ids (...) -> rows (..., dim). is_byte (B, T): False where
-        padding stands, whose motifs make no edges; None: nowhere.
+        `neighbours`; zero without any. motif_rows: ids (...) -> rows (..., dim). is_byte (B, T): False under
+        padding, whose motifs make no edges; None: no padding.
         """
         if motif_ids.is_cuda:  # which would wait for the number of distinct motifs
             ids, place = (

@@ -1,4 +1,4 @@
-"""Output router: several projections of the last hidden state, mixed by gates of each position's own."""
+"""Output router: several projections of the last hidden state, mixed by gates that each position computes."""
 
 from __future__ import annotations
 

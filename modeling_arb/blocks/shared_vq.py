@@ -1,4 +1,4 @@
-"""Shared VQ: the hidden state through a narrow bridge to the nearest motif of a book, and back (seeds 000, 004)."""
+"""Shared VQ: the hidden state through a narrow bridge to the nearest motif of a book, and back."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .ternary_codebook import Quantised, TernaryCodebook
 
 
 class SharedVQ(nn.Module):
-    """(B, T, D) -> the addition to the residual stream (B, T, D), and what was quantised."""
+    """(B, T, D) -> the addition to the residual stream (B, T, D), and the motifs chosen."""
 
     def __init__(self, config: ArbConfig):
         super().__init__()

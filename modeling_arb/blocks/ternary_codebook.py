@@ -1,9 +1,9 @@
-"""TernaryCodebook: vector quantisation against a packed ternary book of any size (seeds 000 and 004).
+"""TernaryCodebook: vector quantisation against a packed ternary book of any size.
 
-A small book is searched whole, tile by tile. In a large one the signs of the input, turned by fixed random signs, name
-candidate rows: several hashes, and of each the probes with the least certain signs turned over (multi-probe LSH, Lv et
-al. 2007); only those rows are decoded and compared. The nearest row replaces the input, straight through; rows learn
-to lie where the inputs are, on touched rows only (van den Oord et al. 2017, eq. 3, both terms).
+A small codebook is searched completely, tile by tile. In a large one, the signs of randomly rotated inputs hash to
+candidate rows: several hashes, and for each the probes with the least certain signs flipped (multi-probe LSH, Lv et al.
+2007). Only these rows are decoded and compared. The nearest row replaces the input with a straight-through gradient.
+Rows that were used learn to match their inputs (van den Oord et al. 2017, eq. 3, both terms).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from configuration_arb.configuration_arb import ArbConfig
 from modeling_arb.layers.integer_state import ObservedState
 from modeling_arb.layers.ternary_table import TernaryTable
 
-EXACT_ROWS = 1 << 14  # a larger book is searched by its candidates
+EXACT_ROWS = 1 << 14  # larger codebooks are searched by candidates
 TILE_SCORES = 1 << 22  # of an exact search, at a time
 SAMPLES = 64  # inputs a forward keeps for renewal
 RENEWED = 16  # rows a step, at most
@@ -37,7 +37,7 @@ class Quantised(NamedTuple):
 
 
 class TernaryCodebook(ObservedState):
-    """`size` rows of `dim`; `usage` int16 counts how often a row was chosen, fading."""
+    """`size` rows of `dim`. `usage` int16 counts how often a row was chosen; counts decay."""
 
     usage: torch.Tensor
     fade_position: torch.Tensor
@@ -76,10 +76,10 @@ class TernaryCodebook(ObservedState):
         return self.table.rows_of(ids, dtype)
 
     def _nearest(self, values: torch.Tensor) -> torch.Tensor:
-        """(N, dim) -> int64 (N,) over the whole book; of equally near rows the first.
+        """(N, dim) -> int64 (N,) over the whole book; the first of equally near rows.
 
-        Scores are rounded from float64: the last bit of a float32 product depends on how many inputs come together, and
-        with it the choice would.
+        Scores are computed in float64 and rounded: the last bit of a float32 product depends on the number of inputs,
+        and the choice must not.
         """
         book = self.table.effective_weight(torch.float32).double()  # (size, dim)
         offset = book.square().sum(1) / 2
@@ -96,7 +96,7 @@ class TernaryCodebook(ObservedState):
         return torch.cat(chosen)
 
     def candidate_rows(self, values: torch.Tensor) -> torch.Tensor:
-        """(N, dim) -> int64 (N, hashes * probes): rows that the signs of the input name."""
+        """(N, dim) -> int64 (N, hashes * probes): candidate rows by the signs of the input."""
         bits = max(1, (self.size - 1).bit_length())
         found = []
         for seed in range(self.hashes):
@@ -116,7 +116,7 @@ class TernaryCodebook(ObservedState):
 
     @torch.no_grad()
     def apply_observations(self, ids: torch.Tensor, sample: torch.Tensor, searched: torch.Tensor, key: int) -> None:
-        """Count uses; halve those of the next rows in turn; give unused rows to inputs of the step.
+        """Count uses, halve the counts of the next rows in turn, and set unused rows to inputs of the step.
 
         ids (N,), sample (S, dim) inputs, searched (S, C) the rows each was compared with; C = 0: the whole book.
         """

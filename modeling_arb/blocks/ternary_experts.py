@@ -21,15 +21,15 @@ BIAS_STEP = 1 / 16  # of a logit
 MAX_BIAS = 127
 BIASES = ((-MAX_BIAS, MAX_BIAS),)
 GROUPED_MULTIPLE = 4  # torch's grouped product needs strides of 16 bytes
-GROUPED_BYTES = 1 << 26  # of stacked float32 weights at most: larger experts fill a GPU one by one
+GROUPED_BYTES = 1 << 26  # at most, of stacked float32 weights: a larger expert uses a GPU fully by itself
 
 
 class GroupedLinearFunction(torch.autograd.Function):
-    """Segments of rows, each times its own layer's weights, in one grouped product forward and two backward.
+    """Multiplies each segment of rows by its own layer's weights: one grouped product in forward and two in backward.
 
-    Codes and trits are small integers whose float32 sums are exact up to 2^24 / 127 = 132104 columns (in TF32 too): the
-    forward has the bits of Int8LinearFunction. The backward multiplies float32 gradients, which then need no rounding
-    to int8. x (M, K), expert int64 (M,), ascending, ends int32 (E,), one past each segment -> (M, N).
+    Codes and trits are small integers whose float32 sums are exact up to 2^24 / 127 = 132104 columns (in TF32 too):
+    forward equals Int8LinearFunction bit for bit. Backward multiplies float32 gradients without rounding them to int8.
+    x (M, K), expert int64 (M,), ascending, ends int32 (E,), one past each segment -> (M, N).
     """
 
     @staticmethod
@@ -60,7 +60,7 @@ class GroupedLinearFunction(torch.autograd.Function):
 
 
 def stacked_weights(layers: Sequence[TernaryLinear]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Trits float32 (E, N, K) and row scales float32 (E, N) of equally large layers: transients of one product."""
+    """Trits float32 (E, N, K) and row scales float32 (E, N) of equally large layers: temporaries of one product."""
     packed = torch.cat([layer.T_packed for layer in layers])
     trits = unpack_trits(packed, layers[0].columns, torch.float32)
     trits = trits.contiguous().view(len(layers), -1, trits.shape[1])
@@ -72,12 +72,12 @@ class TernaryExperts(ObservedState):
 
     logits = rms_norm(x) @ centroids^T / sqrt(D); experts are chosen by logits + bias / 16, and gated by a softmax over
     the chosen logits without the bias (DeepSeek-V3, arXiv:2412.19437, section 2.1.2, eq. 16; there the gates are
-    normalised sigmoids). After each step a bias moves by one towards an even load. Everything is `shared`: a looped
-    core uses it several times per forward.
+    normalised sigmoids). After each step a bias moves by one towards an even load. All matrices are `shared`, because a
+    looped core uses them several times per forward.
 
     grouped: True and False force one product over all experts or a loop over them; None goes by the device and the
-    experts' size. Without integer matmuls (one scale a row), or with widths that are no multiple of 4, it is always the
-    loop.
+    experts' size. Without integer matmuls (one scale a row), or with widths that are not a multiple of 4, it is always
+    the loop.
     """
 
     expert_bias: torch.Tensor
@@ -139,7 +139,7 @@ class TernaryExperts(ObservedState):
 
     @torch.no_grad()
     def apply_observations(self, counts: torch.Tensor, *, key: int) -> None:
-        """counts int64 (R, E), visits per expert of R forwards: each bias moves by one towards the mean load."""
+        """counts int64 (R, E): tokens per expert in R forwards. Each bias moves by one towards an even load."""
         load = counts.sum(0)
         step = (load.sum() - load * self.num_experts).sign()
         self.expert_bias.copy_((self.expert_bias + step).clamp(-MAX_BIAS, MAX_BIAS))

@@ -17,7 +17,7 @@ LSTMState = tuple[torch.Tensor, torch.Tensor]
 
 
 class TernaryLSTMCell(nn.Module):
-    """One step of H units from D inputs. The state is the caller's: hidden (B, H) in the activations' dtype and cell
+    """One step of H units from D inputs. The caller keeps the state: hidden (B, H) in the activations' dtype and cell
     float32 (B, H)."""
 
     def __init__(self, input_size: int, hidden_size: int, config: ArbConfig):
@@ -29,16 +29,16 @@ class TernaryLSTMCell(nn.Module):
         self.recurrent_proj.shared = self.recurrent_proj.keeps_trits = True  # used once a byte
 
     def project(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, T, D) -> (B, T, 4H): the inputs' share of the gates, for all steps at once."""
+        """(B, T, D) -> (B, T, 4H): the part of the gates that depends on the input, for all steps."""
         return self.input_proj(rms_norm(x, self.eps)) * GATE_SCALE
 
     def initial_state(self, projected: torch.Tensor) -> LSTMState:
-        """Zeros, for what `project` gave."""
+        """The zero state for an output of `project`."""
         hidden = projected.new_zeros(len(projected), self.hidden_size)
         return hidden, hidden.float()
 
     def step(self, projected: torch.Tensor, state: LSTMState) -> LSTMState:
-        """projected (B, 4H), one step of what `project` gave -> the state after it."""
+        """projected (B, 4H), one step of `project`'s output -> the next state."""
         hidden, cell = state
         recurrent = self.recurrent_proj(rms_norm(hidden, self.eps))
         return lstm_gates(torch.add(projected, recurrent, alpha=GATE_SCALE), cell)

@@ -1,4 +1,4 @@
-"""Text sequencer: a ternary LSTM over the embedded bytes, added to them; its state carries over from call to call."""
+"""Text sequencer: a ternary LSTM over the embedded bytes, added to them; the cache keeps its state between calls."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from .ternary_lstm_cell import LSTMState, TernaryLSTMCell
 
 
 class TextSequencer(nn.Module):
-    """(B, T, D) -> (B, T, D), added to the residual stream by the caller. A position sees itself and those before."""
+    """(B, T, D) -> (B, T, D), added to the residual stream by the caller. A position depends on itself and earlier
+    ones."""
 
     def __init__(self, config: ArbConfig):
         super().__init__()
@@ -29,9 +30,9 @@ class TextSequencer(nn.Module):
         state: LSTMState | None = None,
         states: list[LSTMState] | None = None,
     ) -> tuple[torch.Tensor, LSTMState]:
-        """x (B, T, D); mask bool (B, T), False where there is nothing to read and the state stays as it was; state
-        hidden (B, H) and cell float32 (B, H), None before the first byte -> the addition (B, T, D), the state after.
-        states: takes the state after each position, for a reader who may have to go back."""
+        """x (B, T, D); mask bool (B, T), False under padding, where the state stays as it was; state hidden (B, H) and
+        cell float32 (B, H), None before the first byte -> the addition (B, T, D), the state after. states: a list that
+        receives the state after each position, for decoding that may go back."""
         projected = self.cell.project(x)
         state = self.cell.initial_state(projected) if state is None else state
         outputs = []
@@ -45,5 +46,5 @@ class TextSequencer(nn.Module):
 
 
 def _where(real: torch.Tensor, new_state: LSTMState, state: LSTMState) -> LSTMState:
-    """The new state of the rows where `real`, bool (B, 1), is True, the old one of the others."""
+    """The new state in rows where `real`, bool (B, 1), is True, the old state in the others."""
     return torch.where(real, new_state[0], state[0]), torch.where(real, new_state[1], state[1])

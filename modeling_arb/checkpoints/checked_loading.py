@@ -1,4 +1,4 @@
-"""CheckedLoading: `from_pretrained` as transformers', with every checkpoint checked wherever it comes from."""
+"""CheckedLoading: transformers' `from_pretrained` with a check of every checkpoint, whatever its source."""
 
 from __future__ import annotations
 
@@ -16,22 +16,28 @@ from .integrity import (
     read_json_object,
 )
 
-LOCATING = ("revision", "subfolder", "cache_dir", "token", "local_files_only")  # what finds a checkpoint on the hub
+LOCATING = (
+    "revision",
+    "subfolder",
+    "cache_dir",
+    "token",
+    "local_files_only",
+)  # a checkpoint on the hub
 
 
 class CheckedLoading(PreTrainedModel):
     """PreTrainedModel that checks a checkpoint's tensors before and after they are loaded."""
 
     def _adjust_missing_and_unexpected_keys(self, loading_info) -> None:
-        """Missing tensors are judged before they are missed, in one line instead of transformers' table of them."""
+        """Reports missing tensors before loading, in one line instead of transformers' table."""
         super()._adjust_missing_and_unexpected_keys(loading_info)
         self.__dict__["_missing_keys"] = set(loading_info.missing_keys)
         loading_info.missing_keys.clear()
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
-        """Where every way to load passes, its files at hand and nothing of them in memory: a folder, a hub name, any
-        format, a state dict. Checks first what is stored, from headers alone, then the values that were loaded."""
+        """Called for every way to load (folder, hub name, any format, state dict), when the files are present and not
+        yet read. Checks dtypes and shapes from the headers first, then the values that were loaded."""
         source = str(load_config.pretrained_model_name_or_path or "state_dict")
         stored, stored_config = state_dict, model.config.to_dict()
         if stored is None:
@@ -49,7 +55,7 @@ class CheckedLoading(PreTrainedModel):
 
     def _load_and_finalize_distributed_pretrained_model(self, distributed_checkpoint_dir, *args, **kwargs):
         raise ValueError(
-            f"{distributed_checkpoint_dir}: holds the shards of ranks; save_pretrained writes what is read"
+            f"{distributed_checkpoint_dir}: a distributed checkpoint is not supported; write it with save_pretrained"
         )
 
     @overload
@@ -66,8 +72,8 @@ class CheckedLoading(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
-        """As transformers', but refuses a checkpoint whose tensors are missing, mistyped, misshapen or hold values that
-        mean nothing."""
+        """As in transformers. Raises ValueError if tensors are missing, have the wrong dtype or shape, or hold illegal
+        values."""
         if pretrained_model_name_or_path is not None:
             located = {name: kwargs[name] for name in LOCATING if kwargs.get(name) is not None}
             check_json_files(str(pretrained_model_name_or_path), kwargs.get("variant"), **located)

@@ -1,9 +1,9 @@
-"""Puts the modules of a package into one file that reads from top to bottom.
+"""Joins the modules of a package into one readable file.
 
 A file has one docstring, the imports of all its modules once, and a section for each module: its name, its docstring as
-a comment, its code. Imports within the file fall away; those from another file become `from .name import x`, the form
-by which transformers finds the files that a checkpoint's code needs. All modules of a file share one namespace, so a
-name may stand for one thing only.
+a comment, its code. Imports within the file are removed. Imports from another file become `from .name import x`, the
+form by which transformers finds the files of a checkpoint's code. All modules of a file share one namespace, so a name
+must have one meaning.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LINE_LENGTH = 120
 
 
 class CodeFile(NamedTuple):
-    """A file to write, its name without .py; the package whose modules it holds; what it is about."""
+    """A file to write: its name without .py, the package whose modules it holds, its subject."""
 
     name: str
     package: str
@@ -40,10 +40,10 @@ class CodeFile(NamedTuple):
 class SourceModule:
     """One module, parsed.
 
-    own_imports: names by the module of ours that they come from. outside_imports: (source, clause) by bound name, such
-    as {"F": ("", "torch.nn.functional as F"), "nn": ("torch", "nn")}. struck: names from modules in `left_out`.
-    Raises ValueError on an import of ours that can neither fall away nor become relative: one under another name, of a
-    whole module, or below the top level.
+    own_imports: imported names by our module that defines them. outside_imports: (source, clause) by bound name, such
+    as {"F": ("", "torch.nn.functional as F"), "nn": ("torch", "nn")}. struck: names from modules in `left_out`. Raises
+    ValueError on an import of our modules that can be neither removed nor made relative: under another name, of a whole
+    module, or below the top level.
     """
 
     def __init__(self, name: str, source: str, packages: Container[str], left_out: Container[str] = ()):
@@ -59,7 +59,7 @@ class SourceModule:
                 if (target or alias.name).partition(".")[0] in packages:
                     if node not in self.tree.body or "." not in target or alias.asname or alias.name == "*":
                         raise ValueError(
-                            f"{name}, line {node.lineno}: {ast.unparse(node)!r} cannot stand in a common file; write"
+                            f"{name}, line {node.lineno}: {ast.unparse(node)!r} is not allowed in one file; write"
                             " `from package.module import name` at the top level"
                         )
                     if target in left_out:
@@ -74,7 +74,7 @@ class SourceModule:
         return f"{self.name.rpartition('.')[0]}.{module}" if node.level else module
 
     def definitions(self) -> set[str]:
-        """Names bound at its top level, other than by the imports that a file has at its top."""
+        """Names bound at the module's top level, except by imports."""
         symbols = symtable(self.source, self.name, "exec").get_symbols()
         bound = {symbol.get_name() for symbol in symbols if symbol.is_assigned() or symbol.is_imported()}
         return bound.difference(self.outside_imports, *self.own_imports.values(), self.struck, ["annotations"])
@@ -96,9 +96,8 @@ class SourceModule:
 
 
 def bundle(modules: Sequence[SourceModule], files: Iterable[CodeFile]) -> dict[str, str]:
-    """The text of each file by its name. modules: each after those that it imports.
-
-    Raises ValueError when two modules of one file mean different things by a name, or one hides a builtin.
+    """The text of each file by its name. modules: in import order. Raises ValueError if two modules of one file use a
+    name for different things, or one hides a builtin.
     """
     file_of = {file.package: file for file in files}
     texts = {}
@@ -162,7 +161,7 @@ def _kind_and_name(name: str) -> tuple[int, str]:
 
 
 def _as_comment(text: str) -> str:
-    """Each line behind a `#`; a paragraph that gets too wide by that is filled anew."""
+    """Each line after a `#`; paragraphs that become too wide are wrapped again."""
     paragraphs = []
     for paragraph in text.split("\n\n"):
         lines = paragraph.splitlines()

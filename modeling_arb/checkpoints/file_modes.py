@@ -1,4 +1,4 @@
-"""Files that others may read: the safetensors library writes with mode 0600, whatever the process's umask says."""
+"""Sets the mode of files by the umask: the safetensors library writes with mode 0600."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def follow_umask(files: Iterable[str | Path]) -> None:
-    """Give each file the mode that a new one beside it gets."""
+    """Give each file the mode of a newly created file in its folder."""
     modes: dict[Path, int] = {}
     for path in map(Path, files):
         if path.parent not in modes:
@@ -17,7 +17,8 @@ def follow_umask(files: Iterable[str | Path]) -> None:
 
 
 def _mode_of_new_file(folder: Path) -> int:
-    """By making one: reading the umask means setting it, for all threads, and a folder may have rules of its own."""
+    """Creates a file to find out: reading the umask would set it for all threads, and a folder can have its own
+    defaults."""
     probe = folder / f".mode-{os.getpid()}"
     os.close(os.open(probe, os.O_CREAT | os.O_WRONLY, 0o666))
     try:

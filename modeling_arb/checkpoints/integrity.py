@@ -1,4 +1,4 @@
-"""What makes a checkpoint unreadable, said in one line naming the file, the tensor and the value."""
+"""Checks of a checkpoint's files. Every error is one line that names the file, the tensor and the value."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ logger = logging.get_logger(__name__)
 
 
 def read_json_object(path: str | Path) -> dict:
-    """Raises ValueError naming the file when it holds anything but one JSON object."""
+    """Raises ValueError naming the file if it does not hold exactly one JSON object."""
     path = Path(path)
     if path.stat().st_size > LARGEST_JSON:
-        raise ValueError(f"{path}: {path.stat().st_size:,} bytes, more than the {LARGEST_JSON:,} that are read")
+        raise ValueError(f"{path}: {path.stat().st_size:,} bytes, more than the limit of {LARGEST_JSON:,}")
     try:
         value = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: no JSON ({error})") from error
+        raise ValueError(f"{path}: not JSON ({error})") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path}: must hold a JSON object, not a {type(value).__name__}")
     return value
@@ -54,7 +54,7 @@ def open_tensor_file(path: str | Path) -> Iterator[safe_open]:
         header = int.from_bytes(file.read(8), "little")
     if header > LARGEST_HEADER:
         raise ValueError(
-            f"{path}: damaged or truncated safetensors file (a header of {header:,} bytes; {LARGEST_HEADER:,} are read)"
+            f"{path}: damaged or truncated safetensors file (header {header:,} bytes, limit {LARGEST_HEADER:,})"
         )
     try:
         with safe_open(path, framework="pt") as file:
@@ -64,7 +64,7 @@ def open_tensor_file(path: str | Path) -> Iterator[safe_open]:
 
 
 def read_config(path: str | Path) -> ArbConfig:
-    """A local config.json. Raises ValueError, naming the file, when it describes no model."""
+    """The config of a local config.json. Raises ValueError naming the file if it does not describe a valid model."""
     fields = read_json_object(path)
     if fields.get("model_type", ArbConfig.model_type) != ArbConfig.model_type:
         raise ValueError(f"{path}: model_type={fields['model_type']!r} must be {ArbConfig.model_type!r}")
@@ -81,10 +81,10 @@ def read_config(path: str | Path) -> ArbConfig:
 
 
 def load_pickle(path: str | Path, map_location: str = "cpu") -> object:
-    """What torch.save wrote, its tensors mapped from the file, not read.
+    """A file written by torch.save, with its tensors memory-mapped.
 
-    Raises ValueError naming the file when it is damaged, holds more than tensors and plain values, or is packed inside;
-    OSError when it cannot be opened.
+    Raises ValueError naming the file if it is damaged, compressed, or holds more than tensors and plain values; OSError
+    when it cannot be opened.
     """
     try:
         with ZipFile(path) as archive:
@@ -95,13 +95,13 @@ def load_pickle(path: str | Path, map_location: str = "cpu") -> object:
         raise
     except Exception as error:  # a damaged pickle makes it raise almost anything
         reason = str(error).partition("\n")[0].partition(". ")[0]
-        raise ValueError(f"{path}: damaged, or not what torch.save writes ({reason})") from error
-    raise ValueError(f"{path}: packed, which torch.save does not do")
+        raise ValueError(f"{path}: damaged, or not written by torch.save ({reason})") from error
+    raise ValueError(f"{path}: compressed, which torch.save does not do")
 
 
 def read_headers(path: str | Path) -> dict[str, torch.Tensor]:
-    """The tensors of a weight file, on the meta device: of .safetensors, or a pickle in torch's zip format. Of the data
-    nothing is read.
+    """The tensors of a weight file (.safetensors, or a pickle in torch's zip format) on the meta device. Tensor data is
+    not read.
 
     Raises ValueError naming the file when it is damaged, or holds anything but tensors by name.
     """
@@ -110,10 +110,10 @@ def read_headers(path: str | Path) -> dict[str, torch.Tensor]:
             return {name: _on_meta(path, name, file.get_slice(name)) for name in file.keys()}  # noqa: SIM118
     tensors = load_pickle(path, "meta")
     if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
-        raise ValueError(f"{path}: must hold tensors by name, and nothing else")
+        raise ValueError(f"{path}: must hold a dict of tensors and nothing else")
     for name, tensor in tensors.items():
         if tensor.layout != torch.strided or tensor.untyped_storage().nbytes() < tensor.nbytes:
-            raise ValueError(f"{path}: tensor {name} of shape {tuple(tensor.shape)} is more than what is stored of it")
+            raise ValueError(f"{path}: tensor {name} of shape {tuple(tensor.shape)} is larger than its stored data")
     return tensors
 
 
@@ -131,8 +131,8 @@ def by_loaded_name(
     base_model_prefix: str,
     renamings: Sequence[WeightRenaming],
 ) -> dict[str, torch.Tensor]:
-    """The stored tensors by the names that transformers will load them under: the backbone's with or without its
-    prefix, and what `key_mapping` makes of names. Raises ValueError when two of them would be one."""
+    """The stored tensors by the names under which transformers loads them: with or without the backbone's prefix, and
+    renamed by `key_mapping`. Raises ValueError if two names become equal."""
     named = {}
     for name, tensor in stored.items():
         loaded, _ = rename_source_key(name, [*renamings], [], base_model_prefix, {**expected})
@@ -150,12 +150,12 @@ def check_headers(
     sizes_may_differ: bool = False,
     asking: str = "the config",
 ) -> None:
-    """Hold stored tensors against those of a model, by name, before anything is loaded: both may be on the meta device.
+    """Compare stored tensors with those of a model, by name, before loading. Both may be on the meta device.
 
-    Raises ValueError when a tensor is missing, or of another dtype (transformers would cast it without a word) or
-    another shape. Blocks that the checkpoint's own config does not have may be missing: they start fresh, named in one
-    warning. sizes_may_differ: missing tensors and other shapes start fresh too, while all of the state stays within
-    MOST_GROWTH times what is stored. asking: what the model was built by.
+    Raises ValueError when a tensor is missing, or of another dtype (transformers would cast it silently) or another
+    shape. Blocks that the checkpoint's own config does not have may be missing: they start fresh, named in one warning.
+    sizes_may_differ: missing tensors and other shapes start fresh too, while all of the state stays within MOST_GROWTH
+    times what is stored. asking: what the model was built from, for messages.
     """
     new_parts = [part for part, field in OPTIONAL_PARTS.items() if not stored_config.get(field)]
     fresh, asked, held = set(), 0, sum(tensor.nbytes for tensor in stored.values())
@@ -166,28 +166,28 @@ def check_headers(
             fresh.add(part)
             continue
         if found is None and not sizes_may_differ:
-            raise ValueError(f"{source}: tensor {name} is missing: {asking} asks for it")
+            raise ValueError(f"{source}: tensor {name} is missing: {asking} requires it")
         if found is not None and found.dtype != tensor.dtype:
-            raise ValueError(f"{source}: tensor {name} has dtype {found.dtype}, {asking} asks for {tensor.dtype}")
+            raise ValueError(f"{source}: tensor {name} has dtype {found.dtype}, {asking} requires {tensor.dtype}")
         if found is not None and found.shape != tensor.shape and not sizes_may_differ:
             raise ValueError(
-                f"{source}: tensor {name} has shape {tuple(found.shape)}, {asking} asks for {tuple(tensor.shape)}"
+                f"{source}: tensor {name} has shape {tuple(found.shape)}, {asking} requires {tuple(tensor.shape)}"
             )
         asked += tensor.nbytes
     if asked > MOST_GROWTH * held:
-        raise ValueError(f"{source}: {asking} asks for {asked:,} bytes of state, but {held:,} are stored")
+        raise ValueError(f"{source}: {asking} requires {asked:,} bytes of state, but {held:,} are stored")
     if fresh:
         logger.warning(f"{source} does not have {', '.join(sorted(fresh))}: freshly initialised, to be trained")
 
 
 def _stands_in(name: str, part: str) -> bool:
-    """Whether a tensor is one of a part's; the backbone alone has no prefix."""
+    """Whether a tensor belongs to a part of the model. The backbone alone has no prefix."""
     return name.removeprefix("model.").startswith(f"{part.removeprefix('model.')}.")
 
 
 def check_values(source: str, model: nn.Module) -> None:
-    """Raises ValueError when a tensor of integer state holds a value that means nothing: bytes that are not trits, an
-    edge to a motif that is not there."""
+    """Raises ValueError if a tensor of integer state holds an illegal value, such as a byte that does not encode trits
+    or an edge to a motif that does not exist."""
     for name, module in model.named_modules():
         layout = module.layout() if isinstance(module, IntegerState) else {}
         for key, spec in layout.items():
@@ -197,16 +197,16 @@ def check_values(source: str, model: nn.Module) -> None:
 
 
 def describe_illegal(spec: StateTensor, illegal: int) -> str:
-    """What is wrong with a tensor that holds so many illegal values."""
+    """The error message for a tensor with this many illegal values."""
     ranges = " or ".join(f"{low} to {high}" for low, high in spec.legal)
     return f"holds {illegal} values outside {ranges}: not {spec.role}"
 
 
 def check_json_files(source: str, variant: str | None = None, **located) -> None:
-    """Read the config and the index of shards of a checkpoint, a folder or a hub name, before transformers does.
+    """Check the config and the shard index of a checkpoint (folder or hub name) before transformers reads them.
 
-    located: what finds it on the hub, as `from_pretrained` takes it. Raises ValueError naming a file that is damaged,
-    or a shard that is not there.
+    located: the arguments of `from_pretrained` that locate it on the hub. Raises ValueError naming a damaged file or a
+    missing shard.
     """
     found = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     config = cached_file(source, "config.json", **found, **located)
@@ -218,18 +218,18 @@ def check_json_files(source: str, variant: str | None = None, **located) -> None
     for index in filter(None, indices):
         _check_index(Path(index), folder if folder.is_dir() else None)
     if not any(indices) and not (folder / "model.safetensors").is_file() and any(folder.glob("model-*-of-*")):
-        raise ValueError(f"{folder}: {names[0]} is missing, and with it what its shards hold")
+        raise ValueError(f"{folder}: {names[0]} is missing, but shards are present")
 
 
 def _check_index(index: Path, folder: Path | None) -> None:
-    """folder: where its shards must be; None: they are still to be fetched."""
+    """folder: where its shards must be; None: they are not downloaded yet."""
     fields = read_json_object(index)
     shards, metadata = fields.get("weight_map"), fields.get("metadata")
     named = isinstance(shards, dict) and all(isinstance(name, str) for name in shards.values())
     if not isinstance(shards, dict) or not named or not isinstance(metadata, dict):
-        raise ValueError(f"{index}: no index of shards: it needs weight_map, the file of each tensor, and metadata")
+        raise ValueError(f"{index}: not a shard index: weight_map and metadata are required")
     for name in sorted(set(shards.values())):
         if Path(name).name != name:
-            raise ValueError(f"{index}: shard {name!r} must be a file beside it")
+            raise ValueError(f"{index}: shard {name!r} must be a file in the same folder")
         if folder is not None and not (folder / name).is_file():
-            raise ValueError(f"{folder}: {name} is missing, a shard that {index.name} names")
+            raise ValueError(f"{folder}: {name} is missing, a shard of {index.name}")

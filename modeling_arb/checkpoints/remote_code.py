@@ -47,7 +47,7 @@ def code_files() -> dict[str, str]:
 
 
 def needed_modules() -> list[SourceModule]:
-    """The entry modules and every module of ours that they import, directly or not, each after those it imports."""
+    """The entry modules and all our modules that they import, directly or not, in import order."""
     packages = [file.package for file in FILES]
     found: dict[str, SourceModule] = {}
 

@@ -1,8 +1,8 @@
-"""What the cache keeps beside latents (the last bytes, the last motif, the sequencer's state), and static layers.
+"""Cache layers for data beside the attention latents (last bytes, last motif, sequencer state), and static layers.
 
-The side layers stand behind the attention layers and do not grow with the text: each is a stock sliding window over the
-last positions. They go back to an earlier byte like any other layer once `activate_past_recording` was called, as
-assisted decoding does.
+The side layers follow the attention layers and do not grow with the text: each is a stock sliding window over the last
+positions. After `activate_past_recording`, which assisted decoding calls, they can be cropped to an earlier byte like
+any other layer.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from modeling_arb.backbone.byte_embedding import TRIGRAM
 
 
 class PreallocatedLayer(DynamicLayer):
-    """A static layer that hands over what is filled, not its whole allocation: no work on empty positions, and the
-    arithmetic is the dynamic layer's to the last bit."""
+    """A static layer that returns only the filled positions. No work is spent on empty positions, and results equal
+    those of a dynamic layer bit for bit."""
 
     keys: torch.Tensor
     values: torch.Tensor
@@ -37,7 +37,7 @@ class PreallocatedLayer(DynamicLayer):
         self.is_initialized = True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        """(B, 1, T, ...) each -> all there are, (B, 1, P + T, ...). Raises ValueError when they do not fit."""
+        """(B, 1, T, ...) each -> all filled positions, (B, 1, P + T, ...). Raises ValueError if they do not fit."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start, self.filled = self.filled, self.filled + key_states.shape[2]
@@ -61,7 +61,7 @@ class PreallocatedLayer(DynamicLayer):
 
 
 class SideLayers:
-    """The layers behind the attention layers of a cache, in a fixed order."""
+    """The side layers of a cache, after the attention layers, in a fixed order."""
 
     def __init__(self, config: ArbConfig):
         self.first = config.num_hidden_layers
@@ -71,7 +71,8 @@ class SideLayers:
                 self.reach[name] = max(back, self.reach.get(name, 0))
 
     def add_to(self, cache: Cache) -> None:
-        """Give a cache that has only attention layers the others. Raises ValueError when it is another model's."""
+        """Append the side layers to a cache with attention layers only. Raises ValueError if the cache belongs to
+        another model."""
         while cache.layer_class_to_replicate is not None and len(cache.layers) < self.first:
             cache.layers.append(cache.layer_class_to_replicate())
         if len(cache.layers) == self.first:
@@ -85,7 +86,7 @@ class SideLayers:
         return self.first + list(self.reach).index(name)
 
     def append_tokens(self, cache: Cache | None, name: str, tokens: torch.Tensor) -> torch.Tensor:
-        """tokens int64 (B, T) join what is kept; returns those kept before them, int64 (B, at most its reach)."""
+        """Append tokens int64 (B, T); returns the tokens kept before, int64 (B, at most the window)."""
         if cache is None:
             return tokens[:, :0]
         kept = tokens.to(torch.int32)[:, None, :, None]
@@ -93,7 +94,7 @@ class SideLayers:
         return kept[:, 0, : -tokens.shape[1], 0].long()
 
     def read_state(self, cache: Cache | None, name: str) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Hidden and cell (B, H), or None at the start."""
+        """Hidden state and cell (B, H); None at the start."""
         layer: Any = None if cache is None else cache.layers[self._index(name)]
         if layer is None or not layer.get_seq_length():
             return None
@@ -106,9 +107,9 @@ class SideLayers:
 
 
 def _in_place(layer):
-    """The layer itself, or for a stock static one ours of its length."""
+    """The layer; a stock static layer is replaced by ours of the same length."""
     if not isinstance(layer, StaticLayer):
         return layer
     if layer.get_seq_length():
-        raise ValueError("past_key_values: a static cache that another model filled")
+        raise ValueError("past_key_values: this static cache was filled by another model")
     return PreallocatedLayer(layer.max_cache_len)

@@ -1,7 +1,7 @@
 """Contrastive search (Su et al. 2022, arXiv:2202.06417, eq. 5) as a `custom_generate` of transformers.
 
-transformers 5 fetches this mode from the hub as remote code; here it is without a download:
-`model.generate(**inputs, custom_generate=contrastive_search, penalty_alpha=0.6, top_k=4, max_new_tokens=100)`.
+transformers 5 downloads this mode from the hub as remote code. Here it needs no download: `model.generate(**inputs,
+custom_generate=contrastive_search, penalty_alpha=0.6, top_k=4, max_new_tokens=100)`.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 def contrastive_search(
     model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs
 ) -> torch.Tensor | GenerateDecoderOnlyOutput:
-    """Each new byte is the one of the `top_k` likeliest that has the best (1 - penalty_alpha) * probability -
-    penalty_alpha * the greatest cosine of its hidden state with one before it. input_ids (B, T) -> ids (B, T + new).
+    """Of the `top_k` most likely bytes, takes the one with the highest (1 - penalty_alpha) * probability -
+    penalty_alpha * (largest cosine of its hidden state with an earlier one). input_ids (B, T) -> ids (B, T + new).
 
-    Raises ValueError without those two settings, or with a cache that has read something already.
+    Raises ValueError without these two settings, or if the cache is not empty.
     """
     alpha, k = generation_config.penalty_alpha, generation_config.top_k
     if alpha is None or not 0 <= alpha <= 1:

@@ -1,4 +1,4 @@
-"""Generation: transformers' own, with a cache whose side layers are there from the start."""
+"""Generation by transformers, with a cache that has its side layers from the start."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from transformers.generation.utils import GenerationMixin
 
 
 class ArbGenerationMixin(GenerationMixin):
-    """Every mode of `generate` that transformers ships, cached and uncached, dynamic and static."""
+    """Supports every mode of transformers' `generate`, without a cache and with a dynamic or static one."""
 
     if TYPE_CHECKING:  # transformers types `self` as a protocol that a class with a config of its own does not meet
         model: Any
@@ -16,7 +16,8 @@ class ArbGenerationMixin(GenerationMixin):
         def generate(self, *args, **kwargs) -> Any: ...
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
-        """Assisted decoding tells all layers to record their past before the model has run once: they must be there."""
+        """Assisted decoding calls `activate_past_recording` on all layers before the first forward, so they must
+        exist."""
         prepare: Any = super()._prepare_cache_for_generation  # pyright: ignore[reportAttributeAccessIssue]
         prepare(generation_config, model_kwargs, *args, **kwargs)
         cache = model_kwargs.get("past_key_values")

@@ -1,4 +1,5 @@
-"""What code finds that looks for a float parameter in a model that has none: an answer, or an error that says why."""
+"""Stand-ins for the float parameters that other libraries look for: they have a device and a shape, or raise a clear
+error."""
 
 from __future__ import annotations
 
@@ -8,9 +9,9 @@ import torch
 
 
 class AbsentParameters(torch.Tensor):
-    """An empty tensor that stands for no parameters: it has the device that peft and others look for.
+    """An empty tensor in place of parameters. peft and others read its device.
 
-    Optimizers refuse it, as they refuse an empty list: they would train nothing and say nothing.
+    Optimizers refuse it, as they refuse an empty list. Otherwise they would silently train nothing.
     """
 
     @staticmethod
@@ -19,7 +20,7 @@ class AbsentParameters(torch.Tensor):
 
     @property
     def is_leaf(self) -> NoReturn:
-        """What torch's optimizers ask of a tensor before they take it."""
+        """Checked by torch's optimizers before they accept a tensor."""
         raise ValueError(
             "this model has no float parameters to optimize: train its integer state with ArbTrainer or"
             " IntegerOptimizer, or add an adapter (peft)"
@@ -30,8 +31,8 @@ class AbsentParameters(torch.Tensor):
 
 
 class AbsentWeight:
-    """Stands where an nn.Linear or nn.Embedding has its float weight: peft looks at its shape, and merges an adapter
-    into its `data`, which is refused."""
+    """In place of the float weight of nn.Linear or nn.Embedding. peft reads its shape. Merging an adapter into its
+    `data` raises an error."""
 
     def __init__(self, packed: torch.Tensor, shape: tuple[int, int]):
         self.device, self.dtype, self.shape = packed.device, packed.dtype, torch.Size(shape)
@@ -39,7 +40,7 @@ class AbsentWeight:
     @property
     def data(self) -> NoReturn:
         raise ValueError(
-            "a ternary layer has no float weight that an adapter could be merged into or start from: merge with"
+            "a ternary layer has no float weight to merge an adapter into or to start one from: merge with"
             " training_arb.lora.lora_merge.merge_adapter or scripts/finetune_lora.py --merge, which round to trits and"
             " measure the loss before and after"
         )

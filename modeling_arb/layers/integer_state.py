@@ -22,7 +22,7 @@ class IntegerState(nn.Module):
     checkpoints and loader use that list."""
 
     def layout(self) -> dict[str, StateTensor]:
-        """The persistent tensors by name, training state included whether or not it is there."""
+        """The persistent tensors by name. Training state is listed even if the module does not hold it."""
         raise NotImplementedError
 
     def caches(self) -> dict[str, torch.Tensor]:
@@ -44,14 +44,14 @@ class IntegerState(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
 
     def add_training_state(self) -> None:
-        """Register what an inference checkpoint left out, at zero."""
+        """Register the tensors that an inference checkpoint leaves out, at zero."""
         device = next(self.buffers()).device
         for name, spec in self.layout().items():
             if not hasattr(self, name):
                 self.register_buffer(name, torch.zeros(spec.shape, dtype=spec.dtype, device=device))
 
     def reset_state(self) -> None:
-        """Bring the registered buffers to their first values."""
+        """Set the registered buffers to their initial values."""
         for name in self.layout():
             if hasattr(self, name):
                 init.zeros_(getattr(self, name))
@@ -62,7 +62,7 @@ class IntegerState(nn.Module):
 
 
 class ObservedState(IntegerState):
-    """Integer state that no gradient moves: usage counts, edges, biases.
+    """Integer state that changes without a gradient: usage counts, edges, biases.
 
     A training forward calls `observe`; nothing changes until the attached optimizer's `step()`, which joins the
     observations of all micro-batches and ranks and passes them to `apply_observations`. So a forward never sees its own
@@ -77,13 +77,13 @@ class ObservedState(IntegerState):
             self.__dict__.setdefault("_observations", []).append(tuple(tensor.detach() for tensor in seen))
 
     def take_observations(self) -> tuple[torch.Tensor, ...] | None:
-        """What was observed since the last call, each argument of `observe` joined along its first axis."""
+        """The observations since the last call, each argument of `observe` concatenated along its first axis."""
         calls = self.__dict__.pop("_observations", [])
         return tuple(torch.cat(column) for column in zip(*calls, strict=True)) if calls else None
 
     def apply_observations(self, *seen: torch.Tensor, key: int) -> None:
-        """Move the state, in place, by what the whole step saw; `key` is this step's stream of random bits.
+        """Update the state in place from the observations of the whole step. `key` selects this step's random bits.
 
-        The result may depend on nothing but the state and the arguments as sets of rows in rank order.
+        The result may depend only on the state and on the arguments, whose rows come in rank order.
         """
         raise NotImplementedError

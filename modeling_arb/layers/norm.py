@@ -1,4 +1,4 @@
-"""RMSNorm without gain: a gain would be a float parameter, and the next ternary matrix has scales of its own."""
+"""RMSNorm without gain: a gain would be a float parameter, and the ternary matrix that follows has its own scales."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Rotary position (RoFormer, eq. 34), computed from the position ids on every forward: nothing to store or load."""
+"""Rotary position (RoFormer, eq. 34), computed from the position ids in every forward, so no table is stored or
+loaded."""
 
 from __future__ import annotations
 

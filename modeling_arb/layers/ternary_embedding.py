@@ -43,13 +43,13 @@ class TernaryEmbedding(TernaryMatrix):
         self.setup_state(num_embeddings, embedding_dim, config, init_fan_in=1)
 
     def rows_of(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Decode only the rows asked for, unless the whole table is smaller."""
+        """Decode only the selected rows, unless the whole table is smaller."""
         if ids.numel() >= self.rows:
             return F.embedding(ids, self.effective_weight(dtype))
         return gather_rows(self.T_packed, ids, self.columns, self.scale()[ids], self.group_size, dtype)
 
     def pass_on_gradient(self, ids: torch.Tensor, gradient: torch.Tensor) -> None:
-        """ids (N,) and the gradient of the rows looked up, float32 (N, columns): sum by row and hand to the sink."""
+        """ids (N,) and the gradient of the rows looked up, float32 (N, columns): sum by row and pass to the sink."""
         assert self.gradient_sink is not None
         self.gradient_sink.dense(self, sum_by_row(ids, gradient, self.rows))
 

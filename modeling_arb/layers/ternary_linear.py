@@ -1,4 +1,4 @@
-"""TernaryLinear: y = x @ W_eff^T, with a backward that updates the weights and keeps no float."""
+"""TernaryLinear: y = x @ W_eff^T. Backward updates the integer weights and keeps no float tensor."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ class FloatLinearFunction(torch.autograd.Function):
 
 
 class Int8LinearFunction(torch.autograd.Function):
-    """All three matmuls on int8 with int32 sums. Saves x as its codes: a quarter of the float activations.
+    """All three matmuls on int8 with int32 sums. Saves the int8 codes of x, a quarter of the float activations.
 
-    y  = (codes @ T^T) * token scale * S
-    dx = (q(dy * S) @ T) * token scale, the rows' S folded into dy because the sum runs over them
-    dW = (q(dy * x's token scale)^T @ codes) * output scale, the tokens' scale folded in for the same reason
+    y = (codes @ T^T) * token scale * S dx = (q(dy * S) @ T) * token scale, S is multiplied into dy, because the sum
+    runs over the rows dW = (q(dy * x's token scale)^T @ codes) * output scale, the token scale is multiplied in for the
+    same reason
     """
 
     @staticmethod
@@ -89,8 +89,8 @@ class TernaryLinear(TernaryMatrix, nn.Linear):
     W_q = qweight
 
     def dequantize(self) -> torch.Tensor:
-        """float32 (out_features, in_features), a transient. DoRA divides by the norm of a row: one of zeros gets a
-        trace of one."""
+        """float32 (out_features, in_features), a temporary. DoRA divides by row norms, so a row of zeros gets a small
+        value."""
         weight = self.effective_weight(torch.float32)
         weight[:, 0] += ZERO_ROW_TRACE * (weight == 0).all(1)
         return weight

@@ -40,7 +40,8 @@ StateVersions = list[tuple[int, int]]  # of each tensor that a forward reads: it
 
 
 class ForwardUse:
-    """One forward through a matrix, held by that forward's graph: `versions` is the state that it read."""
+    """Record of one forward through a matrix, held by its autograd graph. `versions` identifies the state that was
+    read."""
 
     __slots__ = ("__weakref__", "versions")
 
@@ -49,7 +50,8 @@ class ForwardUse:
 
 
 class DecodedWeight(NamedTuple):
-    """The result of `inference_weight` and the state that it was made from: held tensors keep their ids."""
+    """The result of `inference_weight` and the state that it was made from. Holding the tensors prevents reuse of their
+    ids."""
 
     versions: StateVersions
     tensors: list[torch.Tensor]
@@ -64,8 +66,8 @@ class GradientSink(Protocol):
     """
 
     def dense(self, matrix: TernaryMatrix, dW: torch.Tensor, used: torch.Tensor | None = None) -> None:
-        """dW (rows, columns) of one forward. used: bool (), on dW's device; False: dW is zero, because the forward
-        took no token through the matrix, and the matrix must not move. None: used."""
+        """dW (rows, columns) of one forward. used: bool (), on dW's device; False: dW is zero, because no token used
+        the matrix, and the matrix must not change. None: used."""
         ...
 
     def rows(self, table: TernaryMatrix, row_ids: torch.Tensor, dW: torch.Tensor) -> None:
@@ -76,9 +78,10 @@ class GradientSink(Protocol):
 class TernaryMatrix(IntegerState):
     """A (rows, columns) matrix of trits with one scale exponent per group, all of it integer buffers.
 
-    An optimizer arms the matrix by setting `gradient_sink`. The layer's autograd function then registers every forward
-    with `begin_use`, ends it in backward with `end_use`, and hands dW to the sink. So a gradient of weights that have
-    moved since the forward is refused, and the optimizer knows whether another backward through the matrix will come.
+    An optimizer attaches by setting `gradient_sink`. The layer's autograd function then registers every forward with
+    `begin_use`, ends it in backward with `end_use`, and passes dW to the sink. A gradient of weights that have changed
+    since the forward is therefore refused, and the optimizer knows whether another backward through the matrix will
+    come.
 
     `shared`: the matrix is used more than once per forward, so its gradients are summed and applied in
     `optimizer.step()` instead of inside backward. `keeps_trits`: the unpacked int8 weights are cached, for layers that
@@ -103,7 +106,7 @@ class TernaryMatrix(IntegerState):
     full_name = "a ternary matrix"  # within the model, for errors; set by an attached optimizer
 
     def setup_state(self, rows: int, columns: int, config: ArbConfig, init_fan_in: int) -> None:
-        """Register the buffers that `config` (an ArbConfig) asks for; weights start with variance 1 / init_fan_in."""
+        """Register the buffers that `config` (an ArbConfig) requires; weights start with variance 1 / init_fan_in."""
         self.rows, self.columns = rows, columns
         self.group_size = config.group_size or columns
         self.update_rule, self.momentum_bits = config.update_rule, config.momentum_bits
@@ -142,7 +145,8 @@ class TernaryMatrix(IntegerState):
             _fill_at_random(self.accum, 2**self.momentum_bits)
 
     def trits(self) -> torch.Tensor:
-        """int8 (rows, columns) in {-1, 0, 1}; with `keeps_trits` unpacked once until they change, not to be written."""
+        """int8 (rows, columns) in {-1, 0, 1}, read-only. With `keeps_trits` they are unpacked once until they
+        change."""
         if not self.keeps_trits:
             return unpack_trits(self.T_packed, self.columns)
         version = (id(self.T_packed), self.T_packed._version)
@@ -157,7 +161,7 @@ class TernaryMatrix(IntegerState):
         return {name: tensor for name, tensor in found.items() if tensor is not self.T_packed}
 
     def generation_caches(self, device: torch.device) -> dict[str, int]:
-        """Bytes that `inference_weight` will keep on a device, by what they are; none where it is not used."""
+        """Bytes that `inference_weight` keeps on a device, by description; empty where it is not used."""
         return {}
 
     def scale(self) -> torch.Tensor:
@@ -172,9 +176,9 @@ class TernaryMatrix(IntegerState):
         return torch.exp(octaves.double() * math.log(2)).float()  # torch.exp2 rounds by place in the tensor
 
     def inference_weight(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The trits as the backend multiplies them fastest, and the row scale float32 (rows,).
+        """The trits in the form that the backend multiplies fastest, and the row scale float32 (rows,).
 
-        Made at the first use and kept until the state changes: a transient like the attention cache, never saved.
+        Computed at the first use and kept until the state changes. Like the attention cache, it is never saved.
         """
         versions = self._state_versions()
         if self._decoded is None or self._decoded.versions != versions:
@@ -184,7 +188,7 @@ class TernaryMatrix(IntegerState):
         return self._decoded.weight, self._decoded.scale
 
     def effective_weight(self, dtype: torch.dtype) -> torch.Tensor:
-        """(rows, columns): W_eff = S * T, a transient made for one matmul."""
+        """(rows, columns): W_eff = S * T, a temporary for one matmul."""
         return effective_weight(self.T_packed, self.columns, self.scale(), self.group_size, dtype)
 
     def _state_versions(self) -> StateVersions:
@@ -207,14 +211,14 @@ class TernaryMatrix(IntegerState):
             return
         if self.armed and use.versions != self._state_versions():
             raise RuntimeError(
-                f"{self.full_name}: its weights moved between a forward and its backward: use each forward's graph"
+                f"{self.full_name}: its weights changed between a forward and its backward: use each forward's graph"
                 f" once, before step(), or {SEVERAL_BACKWARDS}"
             )
         if self._uses:
             self._uses.discard(use)
 
     def is_used_ahead(self) -> bool:
-        """Whether a graph is alive whose forward read the present weights and whose backward has not begun."""
+        """Whether a live graph has read the current weights and its backward has not begun."""
         if not self._uses:
             return False
         versions = self._state_versions()

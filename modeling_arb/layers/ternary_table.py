@@ -33,7 +33,7 @@ class TernaryTable(TernaryEmbedding):
         )
 
     def rows_of(self, ids: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Decode the rows asked for, without autograd: (..., columns)."""
+        """Decode rows `ids` without autograd: (..., columns)."""
         scale = power_of_two(self.E[ids], EIGHTHS)
         if self.update_rule == "correlation":
             votes, counts = self.corr_accum[ids].flatten(0, -2), self.step_counter[ids].flatten(0, -2)

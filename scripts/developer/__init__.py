@@ -1,1 +1,1 @@
-"""What developers run: checks and benchmarks of single promises."""
+"""Checks and benchmarks for developers."""

@@ -1,9 +1,9 @@
-"""The peak memory of training runs, each measured in a process of its own, against what was forecast for it.
+"""Compare the peak memory of training runs, each in a separate process, with its forecast.
 
-A shape is PRESET:BATCHxCTX, with +checkpointing behind it for --gradient_checkpointing. Each trains --steps steps of
-random bytes with ArbTrainer; the forecast comes from this process, which runs batches of at most three rows. In MB:
-base, what a process has resident before it builds the model; forecast and peak, of the whole process. over_tensors: the
-peak above the base and a first step's own needs, over the tensors; margin: what the forecast takes for it. Linux only:
+A shape is PRESET:BATCHxCTX; append +checkpointing for --gradient_checkpointing. Each trains --steps steps of random
+bytes with ArbTrainer; the forecast comes from this process, which runs batches of at most three rows. In MB: base:
+resident memory of a process before it builds the model; forecast and peak, of the whole process. over_tensors: the peak
+above the base and a first step's own needs, over the tensors; margin: what the forecast takes for it. Linux only:
 elsewhere a peak cannot be read.
 
 examples:
@@ -88,7 +88,8 @@ class Shape:
 
 
 def train(shape: Shape, steps: int) -> dict[str, float]:
-    """Train in this process, which should be fresh: MB before the model and at the highest, and seconds a step."""
+    """Train in this process, which should be new. Returns MB before the model is built, MB at the peak, seconds per
+    step."""
     keep_freed_memory()
     base = resident_mb()
     ids = np.random.default_rng(0).integers(0, 256, shape.ctx * max(64, 2 * shape.batch), dtype=np.uint8)
@@ -112,7 +113,7 @@ def train(shape: Shape, steps: int) -> dict[str, float]:
 
 
 def measure(shape: Shape, steps: int) -> dict[str, float]:
-    """`train` in a process of its own. Raises RuntimeError with what it said when it fails."""
+    """`train` in a separate process. Raises RuntimeError with its error output if it fails."""
     command = [sys.executable, __file__, "--measure", str(shape), "--steps", str(steps)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -135,7 +136,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--shapes", nargs="+", default=SHAPES, metavar="PRESET:BATCHxCTX", help=f"presets: {', '.join(PRESETS)}")
     add("--steps", type=int, default=3, help="steps of each run")
-    add("--measure", metavar="SHAPE", help="train this one here, print what it took, and end")
+    add("--measure", metavar="SHAPE", help="train this shape in this process, print its memory, and exit")
     add("--json", metavar="OUT", help="write the rows here")
     return parser
 

@@ -1,7 +1,8 @@
-"""Time a training step alone and beside other trainings on the same cores, for several ways that threads can wait.
+"""Time a training step alone and beside other trainings on the same cores, for several settings of how threads wait.
 
 libgomp's threads spin while they wait. Alone that is fastest; with more threads than cores they spin through each
-other's time. GOMP_SPINCOUNT and OMP_WAIT_POLICY govern it, and are read once, so every figure is a process of its own.
+other's time. GOMP_SPINCOUNT and OMP_WAIT_POLICY control this and are read once, so every figure comes from a separate
+process.
 
 examples:
   python scripts/developer/bench_neighbours.py --preset arb-tiny --batch 2 --ctx 32 --steps 3 --rounds 1
@@ -51,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def step_ms(args: argparse.Namespace, setting: dict[str, str], runs: int) -> float:
-    """The slowest process's median step in milliseconds, of `runs` that start together. Raises ValueError when one
+    """The median step of the slowest of `runs` simultaneous processes, in milliseconds. Raises ValueError if one
     fails."""
     environment = {name: value for name, value in os.environ.items() if name not in ASKED_FOR}
     shape = ["--preset", args.preset, "--batch", str(args.batch), "--ctx", str(args.ctx), "--steps", str(args.steps)]

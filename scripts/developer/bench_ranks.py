@@ -1,8 +1,8 @@
-"""What several processes on one machine are worth: N ranks of one thread each against one process with N threads.
+"""Time several processes on one machine: N ranks of one thread each against one process with N threads.
 
 The work is the same: --batch windows a step, shared among the ranks. Ranks are gloo replicas that average each layer's
-gradient; `overlapped` is how pretrain.py does it, while backward goes on with the next layer, `waiting` waits for every
-average before it goes on. All three run in turn, --rounds times.
+gradient; `overlapped` sends while backward continues with the next layer, as in pretrain.py; `waiting` waits for every
+average. All three run in turn, --rounds times.
 
 examples:
   python scripts/developer/bench_ranks.py --preset arb-tiny --batch 2 --ctx 32 --rounds 1 --steps 2
@@ -39,7 +39,7 @@ COLUMNS |= {"bytes_per_s": ".0f", "of_one_process": ".3f"}
 
 
 class WaitingGradient(AveragedGradient):
-    """An average that is there before backward goes on."""
+    """An average that backward waits for."""
 
     def __init__(self, dW: torch.Tensor, owner: int):
         super().__init__(dW, owner)

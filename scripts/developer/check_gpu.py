@@ -1,8 +1,9 @@
-"""Try on a GPU what was never run on one: the kernels, training, speed and memory. One card, under eight minutes.
+"""Check kernels, training, speed and memory on a GPU. One card, under eight minutes.
 
 Nothing needs to be installed beyond Python, torch, triton and transformers: run it from a checkout. Every stage is a
-process of its own, bounded in time; one that fails or hangs is reported, and the next one starts. The JSON is written
-after each stage, so a run that is broken off leaves what it had. Exit code 2 without a GPU, 1 when a stage failed.
+separate process with a time limit. A stage that fails or hangs is reported, and the next one starts. The JSON is
+written after each stage, so an interrupted run keeps the results so far. Exit code 2 without a GPU, 1 when a stage
+failed.
 
 examples:
   make gpu
@@ -38,9 +39,9 @@ STATE_LIMITS_GB = {"correlation": 2.0, "momentum": 4.2}  # of the device, for ar
 
 @dataclass(frozen=True)
 class Stage:
-    """A script with its arguments, the seconds that it may take, and what its JSON says in a line.
+    """A script with its arguments, its time limit in seconds, and a summary of its JSON.
 
-    summarise: the JSON -> whether it is good, and the line.
+    summarise: JSON -> whether it passed, and one line of text.
     """
 
     name: str
@@ -74,7 +75,7 @@ def memory_of(rule: str, limited: bool) -> Callable[[dict], tuple[bool, str]]:
 
 
 def stages(device: str, tiny: bool) -> list[Stage]:
-    """All of them, the most telling first; `tiny` shrinks each to seconds on a CPU, and leaves it all the time."""
+    """All stages, the most important first. `tiny`: sizes that take seconds on a CPU, without time limits."""
     small, large, huge = ("arb-tiny",) * 3 if tiny else ("arb-14m", "100m", "arb-3b")
     on = ("--device", device)
 
@@ -146,7 +147,7 @@ def main() -> int:
 
 @contextmanager
 def package_links() -> Iterator[dict[str, str]]:
-    """An environment in which Python finds the checkout's packages; what it needs and leaves is gone afterwards."""
+    """An environment in which Python finds the checkout's packages. Temporary files are removed afterwards."""
     with tempfile.TemporaryDirectory(prefix="arb_gpu_") as folder:
         for name, source in LINKED.items():
             (Path(folder) / name).symlink_to(ROOT / source, target_is_directory=True)
@@ -239,7 +240,7 @@ def write(path: Path, value: dict) -> None:
 
 
 def run_stage(args: argparse.Namespace) -> int:
-    """What a stage's own process does: find out, and write it. Returns the exit code."""
+    """Run one stage in this process and write its result. Returns the exit code."""
     result = STAGES[args.stage](args)
     if args.json:
         write(Path(args.json), result)
@@ -254,7 +255,7 @@ def environment_stage(args: argparse.Namespace) -> dict:
     except ImportError as error:
         raise ValueError(f"torch is not installed for {sys.executable}: {error}") from error
     if args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device={args.device!r}: torch {torch.__version__} sees no GPU; run this where there is one")
+        raise ValueError(f"device={args.device!r}: torch {torch.__version__} does not find a GPU")
     from training_arb.device_check.device_environment import describe_device
 
     return describe_device(args.device)

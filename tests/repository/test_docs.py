@@ -111,6 +111,13 @@ def test_links_lead_somewhere(document):
     assert broken_links(document) == []
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=page_name)
+def test_files_that_a_page_names_exist(document):
+    folders = "kernels|configuration_arb|modeling_arb|training_arb|scripts|tests|docs|benchmarks"
+    named = re.findall(rf"`((?:{folders})/[\w/.]*\w)`", document.read_text(encoding="utf-8"))
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
 def test_every_page_is_in_the_index():
     index = ROOT / "docs" / "README.md"
     linked = {(index.parent / name).resolve() for name in re.findall(r"\]\(([^)#\s]+)", index.read_text())}

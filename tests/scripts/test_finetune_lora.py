@@ -303,7 +303,7 @@ def test_a_row_of_zeros_does_not_break_dora():
 
 def test_an_adapter_is_no_base(run, data, tmp_path, capsys):
     assert finetune(run / "final", data, tmp_path / "out") == 2
-    assert "is an adapter: give its base, or --merge true" in capsys.readouterr().err
+    assert "is an adapter; give its base model, or --merge true" in capsys.readouterr().err
 
 
 def test_an_adapter_knows_its_base(run, tmp_path):

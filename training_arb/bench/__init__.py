@@ -1,1 +1,1 @@
-"""Benchmarks: what is measured, against whom, and how rows are reported."""
+"""Benchmarks: measurements, peers and reports."""

@@ -1,4 +1,4 @@
-"""What each block buys: the backbone with one block at a time switched on, at equal steps and at equal wall time."""
+"""Ablation: the backbone with one block switched on at a time, at equal steps and at equal time."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def build_variant(preset: str, name: str, settings: BenchmarkSettings, rate: flo
 
 
 def step_times(names: list[str], settings: BenchmarkSettings) -> dict[str, Timing]:
-    """Seconds of a training step of each variant, measured in the same rounds; no weight learns anything here."""
+    """Seconds of a training step of each variant, measured in the same rounds. Weights do not change."""
 
     def job(name: str):
         model, optimizer = build_variant(settings.preset, name, settings, 0.0)
@@ -100,7 +100,7 @@ def ablate(
     train_ids: np.ndarray,
     held_out: np.ndarray,
 ) -> AblationRow:
-    """Train a variant twice, each run with a whole schedule of its own; once where both runs would be the same."""
+    """Train a variant twice, each time with a complete learning-rate schedule; once if both runs would be equal."""
     steps = round(settings.steps * times[BACKBONE].p50 / times[name].p50)
 
     def run(length: int):

@@ -20,7 +20,8 @@ def report(result: dict, columns: dict[str, str], path: str | Path | None) -> No
 
 
 def plot_fractions(rows: Sequence[dict], path: str | Path, title: str) -> None:
-    """A PNG of the share of the physical limit that every row reached: a panel per contest, a bar per competitor.
+    """A PNG of the share of the physical limit that every row reached: a panel per comparison, a bar per
+    implementation.
 
     rows: with "contest" (what was run), "peer" and "fraction_of_limit"; those without a fraction are left out.
     """

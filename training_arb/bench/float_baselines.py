@@ -1,4 +1,4 @@
-"""Float baselines of an ARB model: the same blocks and shape with float weights, for honest comparisons.
+"""Float baselines of an ARB model: the same blocks and shape with float weights.
 
 `Adam_FP32` trains the weights as they are, `Adam_BF16` does so in bfloat16 autocast. `Adam_STE` is the recipe of BitNet
 b1.58 (Ma et al. 2024): float latents, ternary by absmean in the forward, straight through in the backward.
@@ -27,7 +27,7 @@ class AbsmeanTernary(nn.Module):
 
 
 class FloatEmbedding(nn.Module):
-    """A float table with TernaryEmbedding's call."""
+    """A float table with the interface of TernaryEmbedding."""
 
     def __init__(self, weight: torch.Tensor):
         super().__init__()
@@ -38,7 +38,7 @@ class FloatEmbedding(nn.Module):
 
 
 class FloatLinear(nn.Module):
-    """A float matrix with TernaryLinear's call."""
+    """A float matrix with the interface of TernaryLinear."""
 
     def __init__(self, weight: torch.Tensor):
         super().__init__()
@@ -52,7 +52,7 @@ class ArbFloatBaseline(ArbForCausalLM):
     """ArbForCausalLM with every ternary matrix replaced by a float one of the same shape and initial variance.
 
     straight_through: ternary in the forward. autocast: products in bfloat16, weights and sums of gradients in float32.
-    Raises ValueError for blocks whose integer state is more than matrices.
+    Raises ValueError for blocks that have integer state besides matrices.
     """
 
     def __init__(self, config: ArbConfig, straight_through: bool = False, autocast: bool = False):

@@ -1,7 +1,7 @@
 """ggml's ternary matmuls as a peer in benchmarks: its own quantiser and graph, on its CPU backend.
 
-build_ggml_peer.sh builds the libraries. They share the OpenMP runtime that torch has loaded, so the two do not fight
-for cores, and the tensors lie in torch's memory, so every competitor reads from the same kind of pages.
+build_ggml_peer.sh builds the libraries. They share torch's OpenMP runtime, so the two do not compete for cores, and
+torch's memory, so all implementations read the same kind of pages.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def find_ggml(path: str | None) -> ctypes.CDLL | None:
     place = Path(given)
     found = place if place.is_file() else next(iter(sorted(place.rglob(LIBRARY))), None)
     if found is None:
-        raise ValueError(f"{field}={given!r}: no {LIBRARY} there; training_arb/bench/build_ggml_peer.sh builds it")
+        raise ValueError(f"{field}={given!r}: {LIBRARY} not found; training_arb/bench/build_ggml_peer.sh builds it")
     try:
         library = ctypes.CDLL(str(found))
         for name, (result, arguments) in _SIGNATURES.items():
@@ -120,15 +120,15 @@ class GgmlMatmul:
 
     def _check(self, status: int) -> None:
         if status != 0:
-            raise RuntimeError(f"ggml answered with status {status}")
+            raise RuntimeError(f"ggml returned status {status}")
 
     def __call__(self, copy: int) -> torch.Tensor:
-        """float32 (M, N); the next call writes it anew."""
+        """float32 (M, N); the next call overwrites it."""
         self._check(self._library.ggml_backend_graph_compute(self._backend, self._graphs[copy]))
         return self.out
 
     def close(self) -> None:
-        """Give back what ggml allocated."""
+        """Free ggml's memory."""
         for buffer in self._buffers:
             self._library.ggml_backend_buffer_free(buffer)
         self._library.ggml_free(self._context)

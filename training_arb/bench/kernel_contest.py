@@ -1,11 +1,10 @@
 """Cases of bench_kernels.py: each kernel with its inputs, its least work, and other implementations of it.
 
 Operations are multiplies and adds. A matmul of (M, K) with (N, K) does 2 * M * N * K; `momentum_update` 30 a weight, of
-which 8 fold, 4 form the Nesterov direction, 10 normalise it and 8 move (momentum.py, line by line), without its
-random bits, exponents and packing; AdamW 13 a weight; quantisation one an element.
-What must be read from DRAM at least: a quarter byte a weight for a matmul, whoever does it; for an update the gradient
-and ARB's state once; for a quantisation the floats. Writes are left out: where they overlap with reads, a limit that
-added them to a bandwidth measured by reading would be too low.
+which 8 fold, 4 form the Nesterov direction, 10 normalise it and 8 move (momentum.py, line by line), without its random
+bits, exponents and packing; AdamW 13 a weight; quantisation one an element. Minimum reads from DRAM: a quarter byte a
+weight for a matmul, whatever the implementation; the gradient and ARB's state once for an update; the floats for a
+quantisation. Writes are not counted: they can overlap with reads, and the bandwidth is measured by reading.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ ERROR_RATIO = 0.05  # activations of 8 bits: a wrong product is far beyond it
 
 @dataclass
 class Competitor:
-    """One way to do a contest's work; `call(copy)` does it on one of `copies` equal sets of operands."""
+    """One implementation. `call(copy)` runs it on one of `copies` equal sets of operands."""
 
     call: Callable[[int], object]
     copies: int
@@ -50,7 +49,7 @@ class Competitor:
 
 @dataclass
 class Contest:
-    """One kernel at one size, and all who compete. batch is None where a kernel has none."""
+    """One kernel at one size, and all implementations. batch is None for kernels without one."""
 
     op: str
     shape: tuple[int, int]
@@ -70,12 +69,12 @@ def _copies(operands: torch.Tensor | list[torch.Tensor], cold_bytes: float) -> i
 
 
 def _repeated(tensor: torch.Tensor, copies: int) -> torch.Tensor:
-    """(copies, *shape), each copy at its own place in memory."""
+    """(copies, *shape), each copy with its own memory."""
     return tensor.expand(copies, *tensor.shape).contiguous()
 
 
 def _checked(name: str, product: torch.Tensor, reference: torch.Tensor) -> None:
-    """A bench of a wrong product would measure nothing."""
+    """Checks the product before it is timed."""
     error = (product.float() - reference).norm() / reference.norm()
     assert error < ERROR_RATIO, f"{name}: error ratio {error:.3f}"
 
@@ -83,8 +82,8 @@ def _checked(name: str, product: torch.Tensor, reference: torch.Tensor) -> None:
 def matmul_contest(
     op: str, shape: tuple[int, int], batch: int, cold_bytes: float, threads: int, ggml: ctypes.CDLL | None
 ) -> Contest:
-    """Int8 activations times two-bit weights from DRAM, against torch's float and int8 matmuls and, where it is built,
-    ggml's. A matvec quantises its activations on the way; beyond MATVEC_TOKENS that is an operation of its own."""
+    """Int8 activations times two-bit weights from DRAM, against torch's float and int8 matmuls and, if it is built,
+    ggml's. A matvec includes the quantisation of its activations; above MATVEC_TOKENS that is a separate operation."""
     N, K = shape
     trits, x = torch.randint(-1, 2, (N, K), dtype=torch.int8), torch.randn(batch, K)
     reference = F.linear(x, trits.float())

@@ -1,8 +1,8 @@
 """Times jobs, describes the machine, and measures its physical limits.
 
-Competitors are timed round-robin in a random order, so that noise on a shared machine hits all of them alike, and rows
-hold percentiles instead of a mean. The physical limits are measured among them, in the same rounds, and are medians
-too: on a shared machine DRAM bandwidth moves by a factor of two within seconds, for kernel and limit alike.
+Jobs are timed round-robin in a random order, so that noise on a shared machine affects all of them alike. Rows hold
+percentiles instead of a mean. The physical limits are measured in the same rounds and are medians too: on a shared
+machine DRAM bandwidth changes by a factor of two within seconds.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def interleaved(
 ) -> dict[str, Timing]:
     """Time every job `repeats` times, after a warm-up, one round of all of them after the other.
 
-    burst_seconds: call a fast job so often in a row that a sample takes about this long, and count the time per call.
-    0: one call a sample.
+    burst_seconds: repeat a fast job until a sample takes about this long, and report the time per call. 0: one call per
+    sample.
     """
     calls = {name: _calls_in(job, burst_seconds) for name, job in jobs.items()}
     samples: dict[str, list[float]] = {name: [] for name in jobs}
@@ -70,7 +70,7 @@ def interleaved(
 
 
 def _calls_in(job: Callable[[], object], burst_seconds: float) -> int:
-    """Warm up: the first call may build what the others find ready, the second tells the time."""
+    """Warm up: the first call may compile and allocate; the second gives the time."""
     job()
     started = time.perf_counter()
     job()
@@ -132,13 +132,13 @@ class LimitJobs:
 
 
 def measure_limits(repeats: int = 10, buffer_bytes: int = 512_000_000) -> Limits:
-    """The limits on their own, for measurements that have no room for them among their rounds."""
+    """The limits, measured separately, for benchmarks that cannot include them in their rounds."""
     jobs = LimitJobs(buffer_bytes)
     return jobs.limits(interleaved(jobs.jobs, repeats, label="limits"))
 
 
 def set_threads(threads: int | None) -> int:
-    """Give torch, and with it the native kernels, so many threads; returns how many there are. Raises ValueError."""
+    """Set the threads of torch and of the native kernels; returns their number. Raises ValueError if it is below 1."""
     if threads is not None:
         if threads < 1:
             raise ValueError(f"threads={threads} must be at least 1")

@@ -31,7 +31,7 @@ FINAL_RATE = 0.02
 
 @dataclass(frozen=True)
 class BenchmarkSettings:
-    """What every configuration of one benchmark shares."""
+    """Settings that all configurations of a benchmark share."""
 
     preset: str
     steps: int
@@ -68,7 +68,7 @@ class BenchmarkResult:
 
 @dataclass
 class TrainedModel:
-    """What one training run gave: losses in nats per byte, `losses` one a step."""
+    """The result of one training run. Losses are in nats per byte; `losses` has one per step."""
 
     val_loss: float
     losses: list[float]
@@ -148,7 +148,7 @@ def train_model(
     train_ids: np.ndarray,
     held_out: np.ndarray,
 ) -> TrainedModel:
-    """Train on random windows, in an order that the seed alone decides."""
+    """Train on random windows, whose order depends only on the seed."""
     ids = torch.from_numpy(train_ids.astype(np.int64))
     order = torch.Generator().manual_seed(settings.seed)
     losses, milliseconds, curve = [], [], []
@@ -201,7 +201,7 @@ def persistent_state(model: ArbForCausalLM, optimizer: torch.optim.Optimizer) ->
 
 
 def tuned(rates: list[float], run: Callable[[float], BenchmarkResult]) -> BenchmarkResult:
-    """The best of several learning rates, with what each of them gave."""
+    """The result of the best learning rate, with the loss of each."""
     results = {rate: run(rate) for rate in rates}
     best = min(results.values(), key=lambda result: result.val_loss)
     best.rates_tried = {f"{rate:g}": result.val_loss for rate, result in results.items()}

@@ -27,7 +27,7 @@ class CacheSize:
 
 
 def cache_size(cache: Cache, config: ArbConfig) -> CacheSize:
-    """What a cache that the model has read something into takes. Raises ValueError when it is empty."""
+    """The size of a filled cache. Raises ValueError if it is empty."""
     per_token = fixed = 0.0
     element = 0
     for layer in cache.layers:

@@ -17,12 +17,12 @@ SHOWN_CONTROLS = {code: f"\\x{code:02x}" for code in [*range(32), *range(127, 16
 
 
 def without_controls(text: str) -> str:
-    """The text with every control character spelled out, so that no byte of a model steers the terminal."""
+    """The text with every control character spelled out, so that the model's output cannot control the terminal."""
     return text.translate(SHOWN_CONTROLS)
 
 
 class TerminalStreamer(ByteStreamer):
-    """Prints replies, their control characters spelled out if asked to."""
+    """Prints replies, optionally with control characters spelled out."""
 
     def __init__(self, tokenizer: ArbTokenizer, skip_prompt: bool = True, spell_controls: bool = False):
         super().__init__(tokenizer, skip_prompt, skip_special_tokens=True)
@@ -49,9 +49,8 @@ class Conversation:
         self.generator.cache = None
 
     def make_room(self, content: str) -> int:
-        """Drop the oldest exchanges until the next one fits; returns how many went.
-
-        Raises ValueError when it does not fit even alone.
+        """Drop the oldest exchanges until the next one fits; returns their number. Raises ValueError if it does not fit
+        by itself.
         """
         turn = self.tokenizer.encode_turn({"role": "user", "content": content})
         free = self.generator.room - len(self.system) - len(turn) - 1
@@ -66,7 +65,7 @@ class Conversation:
         return dropped
 
     def reply(self, content: str, streamer: BaseStreamer | None = None) -> bytes:
-        """What the assistant says to it; both turns join the conversation."""
+        """The assistant's reply. Both turns are appended to the conversation."""
         self.make_room(content)
         asked = self.tokenizer.encode_turn({"role": "user", "content": content})
         ids = [i for turn in (self.system, *self.turns, asked) for i in turn] + [SPECIAL_IDS["ASSISTANT"]]
@@ -93,7 +92,7 @@ def talk(conversation: Conversation, streamer: BaseStreamer | None, read: Callab
             return
         if turn == "/reset":
             conversation.reset()
-            print("(the conversation starts anew)")
+            print("(new conversation)")
         elif turn.startswith("/"):
             print(f"({turn.split()[0]} is not a command: {HELP})")
         elif turn:

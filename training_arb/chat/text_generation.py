@@ -57,9 +57,9 @@ class TextGenerator:
         self._cache_line = "cache: none"
 
     def __call__(self, ids: list[int], streamer: BaseStreamer | None = None, cache: Cache | None = None) -> list[int]:
-        """The new ids after `ids`. cache: one that has read a beginning of them and nothing else.
+        """The new ids after `ids`. cache: a cache of a prefix of them.
 
-        Raises ValueError when max_new_tokens more do not fit the model's positions.
+        Raises ValueError if ids and max_new_tokens exceed the model's positions.
         """
         room = self.room - len(ids)
         if room < 0:
@@ -88,7 +88,7 @@ class TextGenerator:
 
     @property
     def room(self) -> int:
-        """How long a prompt may be."""
+        """The longest prompt that fits."""
         return self.model.config.max_position_embeddings - self.options["max_new_tokens"]
 
     def _keep(self, cache: Cache | None) -> None:
@@ -99,5 +99,5 @@ class TextGenerator:
             self.cache = cache
 
     def summary(self) -> str:
-        """Two lines: speed, prompts included, and what the cache took."""
+        """Two lines: speed with prompts included, and size of the cache."""
         return f"{self.tokens} tokens, {self.tokens / max(self.seconds, 1e-9):.1f} a second\n{self._cache_line}"

@@ -1,1 +1,1 @@
-"""A run's checkpoints: files, checksums, where they come from, starting a run from one."""
+"""Checkpoints of a run: files, checksums, sources, and starting a run from one."""

@@ -32,12 +32,12 @@ PICKLES = ("optimizer.pt", "scheduler.pt", "rng_state*.pth")
 
 
 def is_finished(folder: str | Path) -> bool:
-    """Whether the writing of a checkpoint reached its end."""
+    """Whether a checkpoint was written completely."""
     return (Path(folder) / CHECKSUMS_FILE).is_file()
 
 
 def check_finished(folder: str | Path) -> None:
-    """Raises ValueError on a training checkpoint whose writing was cut short. Any other folder passes."""
+    """Raises ValueError on a training checkpoint that was not written completely. Any other folder passes."""
     if (Path(folder) / RUN_FILE).is_file() and not is_finished(folder):
         raise ValueError(
             f"{folder}: unfinished checkpoint, {CHECKSUMS_FILE} is missing, which is written last; use an earlier one"
@@ -45,7 +45,7 @@ def check_finished(folder: str | Path) -> None:
 
 
 def write_checksums(folder: str | Path) -> None:
-    """checksums.json: the sha256 of every file below `folder`. To be written last."""
+    """Write checksums.json with the sha256 of every file below `folder`. Must be written last."""
     folder = Path(folder)
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / CHECKSUMS_FILE)
     write_json(folder / CHECKSUMS_FILE, {path.relative_to(folder).as_posix(): _sha256(path) for path in files})
@@ -66,7 +66,7 @@ def verify_checksums(folder: str | Path) -> None:
 
 
 def check_training_files(folder: str | Path, names: Iterable[str], kind: str = "training checkpoint") -> None:
-    """What the checkpoints of all trainers have in common; names: the files that must be there.
+    """Checks that the checkpoints of all trainers share. names: the files that must exist.
 
     Raises ValueError, naming the file, unless the checkpoint is finished, undamaged and can be read.
     """

@@ -17,14 +17,14 @@ MODEL_TYPE = "arb"
 
 
 class CheckpointSource(NamedTuple):
-    """A checkpoint's folder on this machine; commit: the hash that a hub name and revision stood for, else None."""
+    """A checkpoint's local folder. commit: the hash of the hub revision; None for a folder."""
 
     folder: Path
     commit: str | None
 
 
 def find_checkpoint(name: str, revision: str | None = None, option: str = "model") -> CheckpointSource:
-    """The folder `name`, or what the hub has under it, downloaded into its cache.
+    """The folder `name`, or the hub repository of that name, downloaded into the cache.
 
     Raises ValueError, which begins with `option` and the name, when nothing is found there, when it is another type of
     model, or when it is an unfinished checkpoint.
@@ -32,7 +32,7 @@ def find_checkpoint(name: str, revision: str | None = None, option: str = "model
     folder, asked = Path(name), f"{option}={name!r}"
     if folder.is_dir():
         if revision is not None:
-            raise ValueError(f"revision={revision!r}: {name} is a folder here; only the hub has revisions")
+            raise ValueError(f"revision={revision!r}: {name} is a local folder, which has no revisions; leave it out")
         source = CheckpointSource(folder, None)
     elif folder.is_absolute() or name.count("/") != 1 or name.startswith("."):
         raise ValueError(f"{asked}: no such folder")
@@ -46,10 +46,10 @@ def find_checkpoint(name: str, revision: str | None = None, option: str = "model
 
 def _check_folder(folder: Path, asked: str) -> None:
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{asked}: no config.json there")
+        raise ValueError(f"{asked}: config.json not found")
     model_type = read_json_object(folder / "config.json").get("model_type")
     if model_type != MODEL_TYPE:
-        raise ValueError(f"{asked}: model_type={model_type!r} in its config.json, this is for {MODEL_TYPE!r}")
+        raise ValueError(f"{asked}: model_type={model_type!r} in its config.json must be {MODEL_TYPE!r}")
     if not list(folder.glob("model*.safetensors")):
-        raise ValueError(f"{asked}: no model.safetensors there")
+        raise ValueError(f"{asked}: model.safetensors not found")
     check_finished(folder)

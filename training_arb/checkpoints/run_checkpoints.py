@@ -1,7 +1,7 @@
-"""The checkpoints of one run's folder: numbered ones, pointers to the latest and the best, and which one to resume.
+"""Checkpoints of a run: numbered folders, pointers to the latest and the best, and the choice of the one to resume.
 
-A pointer is a relative symlink, so that `runs/mine/best` is a folder to any tool. Where the file system refuses links
-it is a text file with the same content, which only `--resume_from_checkpoint` understands.
+A pointer is a relative symlink, so that `runs/mine/best` is a folder to any tool. On file systems without symlinks it
+is a text file with the same content, which only `--resume_from_checkpoint` reads.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def numbered_checkpoints(run_dir: str | Path) -> list[Path]:
 
 
 def unfinished_checkpoints(run_dir: str | Path) -> list[Path]:
-    """Numbered folders whose writing was cut short, oldest first; folders of other programs are not among them."""
+    """Numbered folders that were not written completely, oldest first, without folders of other programs."""
     ours = (
         path
         for path in _numbered_folders(run_dir)
@@ -67,7 +67,7 @@ def remove_old(run_dir: str | Path, limit: int | None, kept: Collection[Path]) -
 
 
 def point(run_dir: str | Path, pointer: str, name: str) -> None:
-    """Make `pointer` (latest or best) stand for the checkpoint called `name`, in one move."""
+    """Point `pointer` (latest or best) at the checkpoint `name`, atomically."""
     staged = Path(run_dir) / f".{pointer}.writing"
     staged.unlink(missing_ok=True)
     try:
@@ -78,7 +78,7 @@ def point(run_dir: str | Path, pointer: str, name: str) -> None:
 
 
 def pointed(run_dir: str | Path, pointer: str) -> Path | None:
-    """The finished checkpoint that `pointer` stands for; None when it is not there."""
+    """The finished checkpoint that `pointer` points at; None if it does not exist."""
     path = Path(run_dir) / pointer
     try:
         name = os.readlink(path) if path.is_symlink() else path.read_text(encoding="utf-8").strip()
@@ -89,10 +89,9 @@ def pointed(run_dir: str | Path, pointer: str) -> Path | None:
 
 
 def newest_sound_checkpoint(run_dir: str | Path, check: Check = check_checkpoint) -> tuple[Path | None, list[str]]:
-    """Where a run stands: its newest finished checkpoint that `check` raises no ValueError for, and what `check` said
-    of those written after it.
+    """The newest finished checkpoint that passes `check`, and the errors of later ones.
 
-    Raises ValueError when there are checkpoints and each is damaged.
+    Raises ValueError if there are checkpoints and all are damaged.
     """
     found, latest = numbered_checkpoints(run_dir), pointed(run_dir, LATEST)
     if latest is not None:  # those with a higher number are of a run that was resumed from an earlier step
@@ -106,14 +105,16 @@ def newest_sound_checkpoint(run_dir: str | Path, check: Check = check_checkpoint
         else:
             return checkpoint, faults
     if faults:
-        raise ValueError("; ".join(faults) if len(faults) == 1 else f"{faults[0]}; no other checkpoint is whole either")
+        raise ValueError(
+            "; ".join(faults) if len(faults) == 1 else f"{faults[0]}; all other checkpoints are damaged too"
+        )
     return None, []
 
 
 def checkpoint_to_resume(
     output_dir: str | Path, wanted: str | None, check: Check = check_checkpoint
 ) -> tuple[str | None, list[str]]:
-    """The checkpoint that `wanted`, the value of --resume_from_checkpoint, stands for, and warnings for people.
+    """The checkpoint for `wanted`, the value of --resume_from_checkpoint, and warnings.
 
     `latest` (or `true`) and `best` must exist; `auto` may, and is None at the beginning of a run. A damaged newest
     checkpoint gives way to the one before it. A folder is taken as it is. Raises ValueError when the checkpoint is not
@@ -142,7 +143,7 @@ def checkpoint_to_resume(
     if checkpoint is None and unfinished:
         return None, [f"{unfinished[-1]}: unfinished, {CHECKSUMS_FILE} is missing; the run begins from scratch"]
     if faults:
-        return str(checkpoint), [f"{'; '.join(faults)}; going on from {checkpoint} instead"]
+        return str(checkpoint), [f"{'; '.join(faults)}; continuing from {checkpoint} instead"]
     return None if checkpoint is None else str(checkpoint), []
 
 

@@ -32,7 +32,7 @@ def start_from(
     ctx: int = 0,
     resumed: str | None = None,
 ) -> tuple[ArbForCausalLM, dict[str, object]]:
-    """The model that a run from `source`, a folder or a hub name, begins with, and where it came from.
+    """The initial model of a run from `source`, a folder or a hub name, and its origin.
 
     preset, fields (of the config): must agree with the checkpoint, except for FREE_FIELDS. ctx: the longest text to
     come. resumed: the checkpoint of this run that it continues from; the trainer then loads its weights, and the source
@@ -61,7 +61,7 @@ def start_from(
 
 
 def describe_start(origin: dict[str, object], config: ArbConfig) -> str:
-    """What a run starts with, in one line."""
+    """The start of a run, in one line."""
     state = "residuals and momentum" if config.update_rule == "momentum" else "votes"
     comes_along = origin.get("training_state") or config.update_rule == origin["update_rule"] == "correlation"
     at = f" at {origin['commit']}" if origin["commit"] else ""
@@ -97,14 +97,14 @@ def _agreed_config(stored: ArbConfig, source: str, preset: str | None, fields: d
         raise ValueError(f"{name}={value!r} contradicts {source}, which has {getattr(stored, name)!r}")
     if stored.update_rule == "correlation" != config.update_rule:
         raise ValueError(
-            f"update_rule={config.update_rule!r}: correlation's votes are part of the weights of {source}:"
-            " only update_rule='correlation' can go on from them"
+            f"update_rule={config.update_rule!r}: the weights of {source} depend on correlation's votes:"
+            " only update_rule='correlation' can continue from them"
         )
     return config
 
 
 def _contradiction(stored: ArbConfig, wanted: ArbConfig) -> tuple[str, object] | None:
-    """The first field that says something else about the weights, and what it says."""
+    """The first field with a conflicting value, and that value."""
     for name in ArbConfig.__annotations__:
         if name not in FREE_FIELDS and getattr(stored, name, None) != getattr(wanted, name, None):
             return name, getattr(wanted, name, None)

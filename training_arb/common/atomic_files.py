@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all: written under a temporary name, synced, then renamed."""
+"""Atomic writes of files and folders: under a temporary name, synced, then renamed."""
 
 from __future__ import annotations
 
@@ -34,15 +34,14 @@ def sync_path(path: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Let others read what safetensors wrote below `folder`, as the umask does; fsync every file and folder, and
-    itself."""
+    """Set file modes below `folder` by the umask, and fsync every file and folder."""
     follow_umask(folder.rglob("*.safetensors"))
     for path in [*folder.rglob("*"), folder]:
         sync_path(path)
 
 
 def move_into_place(staged: Path, target: Path) -> None:
-    """Rename a finished, synced folder or file to its name, replacing what stood there."""
+    """Rename a finished, synced folder or file to its final name, replacing an existing one."""
     replaced = target.with_name(f".{target.name}.replaced")
     shutil.rmtree(replaced, ignore_errors=True)
     if target.is_dir():
@@ -60,7 +59,7 @@ def move_into_place(staged: Path, target: Path) -> None:
 
 @contextmanager
 def new_folder(target: str | Path) -> Iterator[Path]:
-    """A staging folder to fill; it takes the place of `target` when the block ends well and vanishes when it raises."""
+    """A staging folder. It replaces `target` when the block ends, and is deleted when the block raises."""
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = target.with_name(f".{target.name}.writing")
@@ -76,7 +75,7 @@ def new_folder(target: str | Path) -> Iterator[Path]:
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
+    """Write a file atomically."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(f".{path.name}.writing")
@@ -90,5 +89,5 @@ def write_bytes(path: str | Path, data: bytes) -> None:
 
 
 def write_json(path: str | Path, value: object) -> None:
-    """Write JSON whole or not at all."""
+    """Write JSON atomically."""
     write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())

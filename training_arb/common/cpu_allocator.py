@@ -1,7 +1,7 @@
 """Keeps freed memory in the process instead of returning it to the system after every step.
 
-Each step allocates and frees the same activations and transients. By default glibc maps and unmaps every large one, and
-the page faults cost a tenth to a quarter of a training step on a CPU (LOG.md).
+Each step allocates and frees the same activations and transients. By default glibc maps and unmaps every large block,
+and the page faults take a tenth to a quarter of a training step on a CPU (LOG.md).
 """
 
 from __future__ import annotations

@@ -14,5 +14,5 @@ def checked_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"device={name!r} must be cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device={name!r}: torch sees {torch.cuda.device_count()} such devices")
+        raise ValueError(f"device={name!r}: not found; torch finds {torch.cuda.device_count()} CUDA devices")
     return device

@@ -24,7 +24,7 @@ REASONS = {
 
 @contextmanager
 def hub_errors(asked: str) -> Iterator[None]:
-    """Turn what a call to the hub raises, bugs aside, into a ValueError that begins with `asked`."""
+    """Turn errors of a call to the hub, except bugs, into a ValueError that begins with `asked`."""
     try:
         yield
     except (HTTPError, OSError, RuntimeError, json.JSONDecodeError) as error:

@@ -1,8 +1,8 @@
-"""Endless shuffled blocks of one source, its files read piecewise, and the position after each of them.
+"""An endless stream of shuffled blocks of one source, read in pieces, with a position after every block.
 
-An epoch's ids, in the order of its shards, are cut into windows of some MiB and those into blocks; a window's blocks
-come in an order that a hash of (seed, epoch, window) makes. A position is the window's place in the source and the
-number of blocks taken from it, so going on from there reads one window again, nothing before it.
+An epoch's ids, in the order of its shards, are cut into windows of a few MiB, and windows into blocks. A hash of (seed,
+epoch, window) shuffles a window's blocks. A position is the window's place in the source and the number of blocks taken
+from it, so continuing reads one window again and nothing before it.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ WINDOW_IDS = 1 << 23
 # how many blocks a reader may be ahead of the position that is asked for
 LOOK_BACK = 1 << 18
 
-# JSON: where in an epoch a piece stands; None: where the epoch begins
+# JSON: the place of a piece in an epoch; None: the beginning
 Place = list | dict | None
 Pieces = Callable[[int, Place], Iterator[tuple[Place, np.ndarray]]]
 Windows = Iterator[tuple[Place, int, np.ndarray]]
 
 
 def shuffled(count: int, *key: int) -> np.ndarray:
-    """int64 (count,): 0..count - 1 in an order that the key makes."""
+    """int64 (count,): 0..count - 1 in an order determined by the key."""
     return np.argsort(random_bits(stream_key(*key), 1, count)[0].numpy(), kind="stable")
 
 
 def read_windows(pieces: Iterable[tuple[Place, np.ndarray]], ctx: int, most: int, skip: int) -> Windows:
-    """(place, skip, blocks uint16 (n, ctx)), n = `most` but for the last; ids too few for a block are left out.
+    """(place, skip, blocks uint16 (n, ctx)), n = `most` but for the last; a remainder shorter than a block is left out.
 
-    The window begins `skip` ids behind the piece at `place`. Its memory is the next one's.
+    The window begins `skip` ids after the start of the piece at `place`. The next window reuses its memory.
     """
     window, filled = np.empty(most * ctx, dtype=np.uint16), 0
     for here, ids in pieces:
@@ -55,9 +55,8 @@ def read_windows(pieces: Iterable[tuple[Place, np.ndarray]], ctx: int, most: int
 
 
 class FileShards:
-    """Pieces of the files, each from its own cursor on, in an order that the seed and the epoch make.
-
-    Raises ValueError naming a file that is gone, or of another size than when this was made.
+    """Pieces of the files, each from its own cursor, in an order determined by seed and epoch. Raises ValueError naming
+    a file that is missing or whose size has changed.
     """
 
     def __init__(self, files: Sequence[tuple[Path, int]], seed: int, text_column: str = TEXT_COLUMN):
@@ -86,9 +85,10 @@ class FileShards:
 
 
 class WindowedBlocks:
-    """Blocks uint16 (ctx,) without end, from the position that was loaded or the beginning.
+    """An endless stream of blocks uint16 (ctx,), from the loaded position or the beginning.
 
-    pieces: (epoch, place) -> (place, ids) from that place on, the same ids each time. A block is good until the next.
+    pieces: (epoch, place) -> (place, ids) from that place on, the same ids each time. A block is valid until the next
+    one is read.
     """
 
     def __init__(self, pieces: Pieces, ctx: int, seed: int, identity: str, window_ids: int = WINDOW_IDS):
@@ -98,13 +98,13 @@ class WindowedBlocks:
         self.load_state_dict({"epoch": 0, "window": 0, "place": None, "skip": 0, "taken": 0})
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from there at the next iteration."""
+        """Continue from there at the next iteration."""
         position = {key: state[key] for key in ("epoch", "window", "place", "skip")}
         self._loaded = (-state["taken"], position)
         self._windows = deque([self._loaded])  # (blocks of this iteration before a window, where it begins)
 
     def state_dict(self, blocks: int) -> dict:
-        """The position, JSON, behind the first `blocks` blocks of the latest iteration."""
+        """The position, as JSON, after the first `blocks` blocks of the latest iteration."""
         first, position = next(item for item in reversed(self._windows) if item[0] <= blocks)
         return {**position, "taken": blocks - first}
 
@@ -123,7 +123,7 @@ class WindowedBlocks:
                     yield blocks[index]
                 first, number = first + len(blocks), number + 1
             if empty:
-                raise ValueError(f"data: no block is left in {self.identity}")
+                raise ValueError(f"data: {self.identity} has no complete block")
             epoch, number, place, skip = epoch + 1, 0, None, 0
 
     def _remember(self, first: int, position: dict) -> None:

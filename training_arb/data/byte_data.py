@@ -1,8 +1,8 @@
 """A run's data: training blocks of byte ids and held-out text, from files, folders, globs and hub datasets.
 
-Documents stand one after the other, an EOS after each, cut into blocks of equal length. Small text is held in memory:
-the order of blocks is the Trainer's sampler's (a seed), so a run's position in the data is its step number. Larger
-text, weighted mixtures and hub datasets are streamed; their position goes with a checkpoint.
+Documents are joined, with an EOS after each, and cut into blocks of equal length. Small text is held in memory and
+shuffled by the Trainer's seeded sampler, so the step number is the position in the data. Larger text, weighted mixtures
+and hub datasets are streamed; their position is saved in the checkpoint.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def load_corpus(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Train and held-out ids of the files; None: the standard library.
 
-    Where whole files make no fair split (one file, or one that outweighs the rest) the end of the text is held out.
+    If whole files give no useful split (one file, or one much larger than the rest), the end of the text is held out.
 
-    Raises ValueError when there is too little text for one block of `ctx` in each.
+    Raises ValueError if a part is shorter than one block of `ctx`.
     """
     files = collect_files(patterns) if patterns else standard_library_files()
     name = " ".join(patterns) if patterns else "standard library"
@@ -65,7 +65,7 @@ class ByteBlocks(Dataset):
 
 
 class Corpus(NamedTuple):
-    """What a run trains on and is measured on."""
+    """Training data and held-out data of a run."""
 
     train: ByteBlocks | MixedStream
     held_out: np.ndarray  # uint16 (n,)
@@ -83,7 +83,7 @@ def open_corpus(
 ) -> Corpus:
     """A hub dataset, or files by PATH[:WEIGHT] (a weight left out is 1), or the standard library.
 
-    Files are streamed where any has a weight, or where their text is larger than `stream_above_mb`.
+    Files are streamed if any has a weight, or if their text is larger than `stream_above_mb`.
     """
     if dataset:
         return Corpus(*stream_dataset(dataset, ctx, seed, text_column), dataset, "a stream")
@@ -104,6 +104,6 @@ def open_corpus(
 
 
 def collate_blocks(examples: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Blocks -> input_ids and labels (B, ctx); labels leave out what has no full trigram before it."""
+    """Blocks -> input_ids and labels (B, ctx); labels are -100 at bytes without a full trigram before them."""
     input_ids = torch.stack([example["input_ids"] for example in examples])
     return {"input_ids": input_ids, "labels": mask_incomplete_trigrams(input_ids)}

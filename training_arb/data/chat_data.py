@@ -1,4 +1,4 @@
-"""Conversations as training examples: role tokens around the bytes, a loss on what the assistant says."""
+"""Conversations as training examples: role tokens around the bytes, and a loss on the assistant's text only."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Message = dict[str, Any]  # content: text, which encode_turn checks
 
 
 class Conversation(NamedTuple):
-    """Ids of a conversation, and which of them the assistant says, its EOS included."""
+    """Ids of a conversation, and which of them are the assistant's, EOS included."""
 
     ids: list[int]
     said: list[bool]
 
 
 def encode_conversation(messages: Sequence[Message], tokenizer: ArbTokenizer) -> Conversation:
-    """The tokenizer's ids of a chat, and which of them count. Raises ValueError on a malformed message."""
+    """The ids of a chat, and which of them are scored. Raises ValueError on a malformed message."""
     ids: list[int] = []
     said: list[bool] = []
     for message in map(_renamed, messages):
@@ -38,7 +38,7 @@ def encode_conversation(messages: Sequence[Message], tokenizer: ArbTokenizer) ->
 
 
 def _renamed(message: object) -> Message:
-    """A message in role and content, whatever its fields are called."""
+    """A message as role and content, for all accepted field names."""
     if not isinstance(message, dict):
         raise ValueError(f"a message must be an object with role and content, not {message!r:.60}")
     role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
@@ -67,7 +67,7 @@ def messages_of(row: object) -> list[Message]:
 
 
 def _turn(row: dict, name: str, role: str) -> list[Message]:
-    """A field that is text, or is already a list of messages."""
+    """A field as a list of messages: text becomes one message."""
     value = row.get(name)
     if isinstance(value, list) and value:
         return list(value)
@@ -77,7 +77,7 @@ def _turn(row: dict, name: str, role: str) -> list[Message]:
 
 
 class Conversations(NamedTuple):
-    """What was read, and how many were cut at `ctx` ids or dropped: nothing of the assistant's was left."""
+    """The conversations, and how many were cut at `ctx` ids or dropped because no assistant text was left."""
 
     kept: list[Conversation]
     cut: int
@@ -85,7 +85,7 @@ class Conversations(NamedTuple):
 
 
 def encode_rows(rows: Iterable[tuple[str, object]], ctx: int) -> Conversations:
-    """rows: (where it stands, row). Raises ValueError, which begins with that place, on a malformed row."""
+    """rows: (place, row). Raises ValueError, beginning with the place, on a malformed row."""
     tokenizer, kept, cut, dropped = ArbTokenizer(), [], 0, 0
     for place, row in rows:
         try:
@@ -121,7 +121,8 @@ def read_conversations(path: str | Path, ctx: int) -> Conversations:
 
 
 def load_hub_conversations(name: str, split: str, ctx: int) -> Conversations:
-    """The conversations of a hub dataset, or of a folder that `datasets` reads. Raises ValueError when it cannot."""
+    """The conversations of a hub dataset, or of a folder that `datasets` reads. Raises ValueError if it cannot be
+    read."""
     import datasets
 
     asked = f"dataset={name!r}"
@@ -134,7 +135,7 @@ def load_hub_conversations(name: str, split: str, ctx: int) -> Conversations:
 
 def _not_empty(asked: str, read: Conversations) -> Conversations:
     if not read.kept:
-        raise ValueError(f"{asked} is empty: no conversation in which the assistant says something")
+        raise ValueError(f"{asked} is empty: no conversation has assistant text")
     return read
 
 
@@ -143,12 +144,12 @@ def split_conversations(kept: Sequence[Conversation], every: int) -> tuple[list[
     held_out = list(kept[every - 1 :: every])
     train = [conversation for i, conversation in enumerate(kept, 1) if i % every]
     if not train or not held_out:
-        raise ValueError(f"hold_out_every={every}: {len(kept)} conversations give {len(held_out)} to hold out")
+        raise ValueError(f"hold_out_every={every}: {len(kept)} to train on, {len(held_out)} held out; both need one")
     return train, held_out
 
 
 class ConversationDataset(Dataset):
-    """Conversation i as int64 input_ids and labels (T,), labels -100 where the assistant does not speak."""
+    """Conversation i as int64 input_ids and labels (T,), labels -100 outside the assistant's text."""
 
     def __init__(self, conversations: Sequence[Conversation]):
         self.conversations = conversations
@@ -163,7 +164,7 @@ class ConversationDataset(Dataset):
 
 
 def collate_conversations(examples: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """input_ids and labels (B, T), padded at the end. Nothing looks back from there, so no mask is needed."""
+    """input_ids and labels (B, T), padded at the end. Padding follows all scored ids, so no mask is needed."""
 
     def pad(name: str, value: int) -> torch.Tensor:
         rows = [example[name] for example in examples]

@@ -1,11 +1,11 @@
 """Documents of a file, piece by piece: text of any bytes, .jsonl, either of them as .gz, and .parquet.
 
-A piece has a cursor, and reading again from that cursor goes on with that piece. Cursors count bytes (of the unpacked
-text in .gz) or, in .parquet, rows. Memory: a piece, one JSON line, or what one row group takes. Whatever is wrong with
-a file is a ValueError of one line that names it.
+Every piece has a cursor; reading from that cursor starts with that piece. Cursors count bytes (of the decompressed text
+in .gz) or, in .parquet, rows. Memory: one piece, one JSON line, or one row group. Every fault of a file is a ValueError
+of one line that names the file.
 
-Packed files may unpack to a thousand times their size: what is read of them is unpacked piece by piece, a line of
-.jsonl has at most LONGEST_LINE bytes, and a column of a parquet file unpacks at most MOST_EXPANSION-fold.
+Compressed files may expand a thousandfold. They are decompressed piece by piece; a line of .jsonl has at most
+LONGEST_LINE bytes, and a column of a parquet file may expand at most MOST_EXPANSION-fold.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ Pieces = Iterator[tuple[int, np.ndarray]]
 
 
 def read_pieces(path: Path, text_column: str = TEXT_COLUMN, start: int = 0, end: int = TO_THE_END) -> Pieces:
-    """(cursor, uint16 (n,)) of what stands from cursor `start` on, an EOS after each document that is not empty.
+    """(cursor, uint16 (n,)) of the documents from cursor `start` on, with an EOS after each document that is not empty.
 
-    Lines and rows that begin before `end` are whole; text stops there, as if it were its end.
+    Lines and rows that begin before `end` are complete; plain text ends there.
     """
     kind = _kind(path)
     with _naming(path):
@@ -65,7 +65,7 @@ def join(pieces: Iterable[np.ndarray]) -> np.ndarray:
 
 def document_ids(text: str | bytes | None) -> np.ndarray:
     """uint16 (n + 1,): a text's bytes and an EOS; an empty or missing text: (0,)."""
-    # half a surrogate pair, which JSON can hold, has no UTF-8
+    # JSON can hold half a surrogate pair, which UTF-8 cannot encode
     data = text.encode(errors="replace") if isinstance(text, str) else text
     if not data:
         return np.zeros(0, dtype=np.uint16)
@@ -76,8 +76,8 @@ def document_ids(text: str | bytes | None) -> np.ndarray:
 
 
 def text_size(path: Path, text_column: str = TEXT_COLUMN, most: int = TO_THE_END) -> int:
-    """Bytes of text in a file. Where it is packed, a guess; counted, piece by piece, where the guess is at most `most`,
-    until there are more."""
+    """Bytes of text in a file; an estimate for compressed files. If the estimate is at most `most`, bytes are counted
+    piece by piece until they exceed it."""
     size = path.stat().st_size
     if path.suffix.lower() not in (".gz", ".parquet"):
         return size
@@ -92,8 +92,8 @@ def text_size(path: Path, text_column: str = TEXT_COLUMN, most: int = TO_THE_END
 
 
 def read_front(path: Path, text_column: str, end: int, most: int) -> tuple[np.ndarray, int | None]:
-    """uint16 (n,): the documents up to cursor `end`, or until they are more than `most` ids; and the cursor that the
-    rest begins at, None where nothing is left."""
+    """uint16 (n,): the documents up to cursor `end`, or until they are more than `most` ids; and the cursor of the
+    rest, None if nothing is left."""
     parts, size = [], 0
     for cursor, ids in read_pieces(path, text_column, end=end):
         if size > most and len(ids) > 1:
@@ -105,7 +105,7 @@ def read_front(path: Path, text_column: str, end: int, most: int) -> tuple[np.nd
 
 
 def cursor_after(path: Path, size: int) -> int:
-    """The cursor behind about the first `size` bytes of the file on disk."""
+    """The cursor after about the first `size` bytes of the file on disk."""
     if _kind(path) != ".parquet":
         return size
     with _naming(path):
@@ -117,7 +117,7 @@ def _kind(path: Path) -> str:
     name = path.name.lower().removesuffix(".gz")
     kind = Path(name).suffix
     if kind == ".parquet" and name != path.name.lower():
-        raise ValueError(f"data={str(path)!r}: .parquet is packed inside, not as .gz")
+        raise ValueError(f"data={str(path)!r}: .parquet.gz is not supported; decompress it")
     return kind
 
 
@@ -126,7 +126,7 @@ def _naming(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        raise ValueError(f"data={str(path)!r} is gone") from error
+        raise ValueError(f"data={str(path)!r}: file not found") from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"data={str(path)!r} is damaged: {error}") from error
     except OSError as error:
@@ -167,7 +167,7 @@ def _jsonl_pieces(path: Path, text_column: str, start: int, end: int) -> Pieces:
 
 
 def _rest_of_line(file: BinaryIO) -> int:
-    """Read to the end of a line, however long: its bytes."""
+    """Read to the end of a line of any length; returns its number of bytes."""
     size = 0
     while part := file.readline(PIECE_BYTES):
         size += len(part)
@@ -182,13 +182,13 @@ def _line_ids(line: bytes, text_column: str) -> np.ndarray:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"no JSON: {error}") from error
+        raise ValueError(f"not JSON: {error}") from error
     if not isinstance(row, dict):
-        raise ValueError("no JSON object")
+        raise ValueError("not a JSON object")
     if text_column not in row:
-        raise ValueError(f"no text_column={text_column!r} among {', '.join(row) or 'none'}")
+        raise ValueError(f"text_column={text_column!r} not found among {', '.join(row) or 'no columns'}")
     if not isinstance(row[text_column], str | None):
-        raise ValueError(f"text_column={text_column!r} holds no text")
+        raise ValueError(f"text_column={text_column!r} does not hold text")
     return document_ids(row[text_column])
 
 
@@ -218,7 +218,7 @@ def _parquet_pieces(path: Path, text_column: str, start: int, end: int) -> Piece
     with _open_parquet(path) as file:
         names = file.schema_arrow.names
     if text_column not in names:
-        raise ValueError(f"data={str(path)!r}: no text_column={text_column!r} among {', '.join(names)}")
+        raise ValueError(f"data={str(path)!r}: text_column={text_column!r} not found among {', '.join(names)}")
     with _open_parquet(path) as file, _open_parquet(path, [text_column]) as coded:
         cursor = 0
         try:
@@ -240,7 +240,7 @@ def _parquet_pieces(path: Path, text_column: str, start: int, end: int) -> Piece
                         return
         except pyarrow.ArrowNotImplementedError as error:
             kind = file.schema_arrow.field(text_column).type
-            raise ValueError(f"data={str(path)!r}: text_column={text_column!r} holds {kind}, no text") from error
+            raise ValueError(f"data={str(path)!r}: text_column={text_column!r} holds {kind}, not text") from error
         except pyarrow.ArrowException as error:
             reason = str(error).partition("\n")[0]
             raise ValueError(f"data={str(path)!r} is damaged after row {cursor}: {reason}") from error
@@ -273,7 +273,7 @@ def _check_expansion(path: Path, row_group, number: int) -> None:
         if unpacked > max(SMALL_COLUMN, MOST_EXPANSION * packed):
             raise ValueError(
                 f"data={str(path)!r}: row group {number} unpacks {packed:,} bytes to {unpacked:,}, more than"
-                f" {MOST_EXPANSION}-fold: write it anew without packing, or leave it out"
+                f" {MOST_EXPANSION}-fold: rewrite it without compression, or leave it out"
             )
 
 

@@ -1,7 +1,7 @@
-"""MixedStream: blocks of several sources in shares of their weights, the position of which fits in a checkpoint.
+"""MixedStream: blocks of several sources in proportion to their weights, with a position that a checkpoint stores.
 
-One global order, a function of the seed: accelerate gives each rank its batches of it (IterableDatasetShard), so any
-number of ranks trains on the same blocks, and a position written by one number of ranks is good for another.
+The seed determines one global order. accelerate gives each rank its batches of it (IterableDatasetShard), so any number
+of ranks trains on the same blocks, and a position does not depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ class MixedStream(IterableDataset):
             yield {"input_ids": block}
 
     def state_dict(self, blocks: int) -> dict:
-        """The position, JSON, behind the first `blocks` blocks since it was loaded, or since the beginning.
+        """The position, as JSON, after the first `blocks` blocks since it was loaded, or since the beginning.
 
-        Blocks that were read ahead of training do not count: blocks = steps * blocks per step over all ranks.
+        Blocks that were only prefetched do not count: blocks = steps * blocks per step over all ranks.
         """
         first, last = self._start + blocks, self._start + int(self._taken.sum())
         assert first <= last, f"{blocks} blocks of {last - self._start} that were read"
@@ -65,7 +65,8 @@ class MixedStream(IterableDataset):
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on from there at the next iteration. Raises ValueError when the sources are not those of the state."""
+        """Continue from there at the next iteration. Raises ValueError if the sources differ from those of the
+        state."""
         try:
             stored, here = ([s["identity"] for s in state["sources"]], [s.identity for s in self.sources])
             if stored != here:
@@ -74,7 +75,7 @@ class MixedStream(IterableDataset):
             for source, own in zip(self.sources, state["sources"], strict=True):
                 source.load_state_dict(own)
         except (KeyError, TypeError) as error:
-            raise ValueError(f"no position of a stream: {str(state)[:80]}") from error
+            raise ValueError(f"not a position of a stream: {str(state)[:80]}") from error
         self._taken[:] = 0
 
     def _choices(self, chunk: int) -> np.ndarray:
@@ -87,11 +88,12 @@ SINGLE_READER = "streamed data is read by the training process itself, use 0"
 
 
 def configure_reading(args: TrainingArguments) -> None:
-    """Let each rank read for itself, not rank 0 for all. Raises ValueError on settings that break the order."""
+    """Make each rank read its own data instead of rank 0 for all. Raises ValueError on settings that change the
+    order."""
     config = args.accelerator_config
     assert isinstance(config, AcceleratorConfig)  # TrainingArguments makes one of whatever it was given
     if config.split_batches:
-        raise ValueError("accelerator_config: split_batches=True does not go with streamed data")
+        raise ValueError("accelerator_config: split_batches=True is not supported with streamed data")
     if args.dataloader_num_workers:
         raise ValueError(f"dataloader_num_workers={args.dataloader_num_workers}: {SINGLE_READER}")
     config.dispatch_batches = False

@@ -1,4 +1,4 @@
-"""Text that is read as it is trained on: files larger than memory, weighted mixtures, hub datasets.
+"""Streamed text: files larger than memory, weighted mixtures, hub datasets.
 
 Held out and never trained on: the first part of files, small ones whole, in the order of a hash of their names, until
 HELD_OUT_SHARE of a source or its share of MOST_HELD_OUT bytes is reached; the first documents of a hub dataset.
@@ -58,7 +58,7 @@ def stream_files(
 def hold_out(
     files: Sequence[Path], ctx: int, most: int, text_column: str = TEXT_COLUMN
 ) -> tuple[list[tuple[Path, int]], np.ndarray]:
-    """(file, cursor that training begins at) of what is left to train on, and the held-out ids uint16 (n,)."""
+    """(file, cursor where training begins) of the training part, and the held-out ids uint16 (n,)."""
     wanted = max(min(int(HELD_OUT_SHARE * sum(path.stat().st_size for path in files)), most), 2 * ctx)
     a_place = max(wanted // min(len(files), HELD_OUT_PLACES), 1)
     starts, parts, size = dict.fromkeys(files, 0), [], 0
@@ -78,7 +78,7 @@ def hold_out(
 
 
 def interleave(parts: Sequence[np.ndarray]) -> np.ndarray:
-    """The parts' ids uint16 (n,) in stretches, so that any front piece holds about the share of each in the whole."""
+    """The parts' ids uint16 (n,), interleaved so that any prefix holds about each part's share."""
     cut = []
     for part in parts:
         stretches = [part[begin : begin + STRETCH] for begin in range(0, len(part), STRETCH)]
@@ -91,9 +91,9 @@ def stream_dataset(
 ) -> tuple[MixedStream, np.ndarray]:
     """A hub dataset, or a local folder of jsonl/parquet/text, read as a stream: training blocks and held-out ids.
 
-    The first `held_out_documents` are never trained on. The order of rows is the dataset's, of blocks that of seeded
-    windows: the library's own shuffle buffer is lost at a resume. Raises ValueError when the dataset cannot be found
-    or has no such column.
+    The first `held_out_documents` are never trained on. Rows keep the dataset's order and blocks are shuffled in seeded
+    windows, because the library's shuffle buffer is not restored at a resume. Raises ValueError when the dataset cannot
+    be found or has no such column.
     """
     from datasets import load_dataset
 
@@ -117,7 +117,7 @@ def stream_dataset(
 
 
 class DatasetRows:
-    """Pieces of a streaming `datasets` dataset behind its first `skip` rows; places are that library's own states."""
+    """Pieces of a streaming `datasets` dataset after its first `skip` rows; a place is a state dict of that library."""
 
     def __init__(self, name: str, rows, text_column: str, skip: int):
         self.name, self.rows, self.text_column, self.skip = name, rows, text_column, skip
@@ -144,7 +144,7 @@ def _unreadable(name: str, error: Exception) -> ValueError:
 
 
 def _checked(pieces: Pieces, identity: str, ctx: int, seed: int, held_out: np.ndarray) -> WindowedBlocks:
-    """The source's blocks, when there is at least one to train on and one held out."""
+    """The source's blocks. Raises ValueError if training or held-out part is shorter than a block."""
     short = [("held-out", len(held_out))] if len(held_out) < ctx else []
     if next(read_windows(pieces(0, None), ctx, 1, 0), None) is None:
         short.append(("training", sum(len(ids) for _, ids in pieces(0, None))))

@@ -31,7 +31,7 @@ def collect_files(patterns: Sequence[str]) -> list[Path]:
     found: set[Path] = set()
     for pattern in patterns:
         if not pattern:
-            raise ValueError("data='' names nothing; the folder at hand is .")
+            raise ValueError("data='' is empty; for the current folder give .")
         path = Path(pattern)
         if path.is_dir():
             inside = (p for p in path.rglob("*") if p.is_file())
@@ -47,7 +47,7 @@ def collect_files(patterns: Sequence[str]) -> list[Path]:
 
 
 def _expand(pattern: str) -> Iterator[str]:
-    """What a glob matches. `**` walks without following links, which glob's own would do for ever."""
+    """Files that match a glob. `**` does not follow links, which could form a cycle."""
     parts = pattern.split("/")
     if "**" not in parts:
         yield from glob.glob(pattern)
@@ -82,7 +82,7 @@ def parse_weights(items: Sequence[str]) -> list[tuple[str, float | None]]:
 
 
 def by_name_hash(files: Sequence[Path]) -> list[Path]:
-    """In an order that the names' last three parts make: the same wherever the folder stands."""
+    """Sort key by the last three parts of the path: the same wherever the folder is."""
     return sorted(files, key=lambda path: zlib.crc32(str(Path(*path.parts[-3:])).encode()))
 
 

@@ -1,4 +1,4 @@
-"""Run a command for at most so long, and keep its last lines: what is left to read when it fails or hangs."""
+"""Run a command with a time limit and keep its last lines, for the report of a failure."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ GRACE_SECONDS = 10  # to die in: a process inside a GPU's driver may not
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command ended: its exit code, None where it was killed at its bound."""
+    """The end of a command: its exit code, None if it was killed at its time limit."""
 
     code: int | None
     seconds: float
@@ -34,8 +34,8 @@ def run_bounded(
 ) -> Ended:
     """Run a command; after `seconds` kill it and every process that it started.
 
-    own_group: False for a command within a command that is itself run so: it stays in that one's group, to be killed
-    with it, and is then killed alone at its own bound.
+    own_group: False for a command inside another bounded command: it stays in the outer process group, is killed with
+    it, and is killed alone at its own limit.
     """
     started = time.monotonic()
     with tempfile.TemporaryFile() as output:

@@ -1,4 +1,4 @@
-"""The card that a check runs on, and the versions of what it runs with."""
+"""The GPU of a check and the versions of the libraries."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _version(package: str) -> str | None:
 
 
 def _driver() -> str | None:
-    """The GPU driver's version, or None where nvidia-smi does not say."""
+    """The GPU driver's version; None if nvidia-smi does not report it."""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         said = subprocess.run(query, capture_output=True, text=True, timeout=20)

@@ -1,7 +1,7 @@
-"""Every Triton kernel through the tests of the kernels, on the device at hand: a row for each kernel.
+"""Run the kernel tests on this device and report one row per Triton kernel.
 
-A test file runs in a process of its own, bounded in time; several run at once, as most of the time goes into compiling.
-A test that hangs or breaks the device's context costs itself alone: the file goes on behind it in a new process.
+Each test file runs in its own process with a time limit. Several run at once, because most of the time is compilation.
+After a test that hangs or breaks the device's context, the file continues with the next test in a new process.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def run_file(path: Path, seeds: int, deadline: float) -> list[dict]:
 
 
 def _rows_of(lines: list[dict]) -> list[dict]:
-    """The line before and the line after a test are one row."""
+    """Joins the lines written before and after a test into one row."""
     rows: dict[int, dict] = {}
     for line in lines:
         if "number" in line:

@@ -1,7 +1,7 @@
-"""One test file of the kernels, run without pytest on the device at hand: a JSON line before and after each test.
+"""Run one kernel test file without pytest on this device, with a JSON line before and after each test.
 
-Beside what a test asserts, the torch reference that it calls is run on the CPU too, and must say the same there. The
-line of a test names the kernels that it launched and, where it failed, the first element that differs.
+Besides the test's assertions, the torch reference that it calls is also run on the CPU and must give the same result.
+The line of a test names the kernels that it launched and, where it failed, the first element that differs.
 
 PYTHONPATH=FOLDER_OF_FILE:tests python -m training_arb.device_check.kernel_tests FILE FIRST SEEDS OUT
 runs the tests from number FIRST on, with seeds 0 .. SEEDS - 1.
@@ -33,7 +33,7 @@ DEAD = ("CUDA error", "Triton Error [CUDA]")  # a kernel may have broken the dev
 
 
 class Witness:
-    """What happens during a test: the kernels launched, and the last comparison that failed."""
+    """Records a test: the kernels launched, and the last comparison that failed."""
 
     def __init__(self):
         self.kernels: set[str] = set()
@@ -59,7 +59,7 @@ class Witness:
 
 
 def first_difference(expected: torch.Tensor, got: torch.Tensor) -> str:
-    """Where two tensors differ first, in words: how many elements, the index and both values."""
+    """The difference of two tensors as text: number of elements, first index and both values."""
     if expected.shape != got.shape or expected.dtype != got.dtype:
         return f"expected {expected.dtype} {tuple(expected.shape)}, got {got.dtype} {tuple(got.shape)}"
     expected, got = expected.detach().cpu(), got.detach().cpu()
@@ -134,12 +134,12 @@ def run_tests(path: Path, first: int, seeds: int, out: Path) -> None:
 
 
 def runs_kernels(test: Test) -> bool:
-    """Whether a test is about Triton: it asks for its device, or it is at a parameter that names the backend."""
+    """Whether a test concerns Triton: it uses the device fixture, or a parameter names the backend."""
     return "triton" in test.parameters.values() or "triton_device" in inspect.signature(test.function).parameters
 
 
 def describe(error: Exception, difference: str) -> str:
-    """An error in one line: what, at which line of the test, and where the tensors differ first."""
+    """An error in one line: message, line of the test, and first difference of the tensors."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "test_" in Path(frame.filename).name]
     place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
     said = " ".join(str(error).split())[:600]

@@ -1,4 +1,4 @@
-"""The part of pytest that the kernels' tests use: a machine with a GPU may have no pytest, and must still run them.
+"""The part of pytest that the kernel tests use, for machines with a GPU but without pytest.
 
 `install()` puts it in pytest's place before a test file is imported; `calls_of` then gives the file's tests, one call
 for each set of parameters, with conftest.py's fixtures.
@@ -50,7 +50,7 @@ class Mark:
 
 
 class Marks:
-    """pytest.mark: any name of it is a mark."""
+    """pytest.mark: every attribute is a mark."""
 
     def __getattr__(self, name: str) -> Mark:
         return Mark(name)
@@ -128,7 +128,7 @@ def warns(expected: type[Warning]) -> Iterator[None]:
 
 
 def install() -> None:
-    """From here on `import pytest` gives this module's names."""
+    """Make `import pytest` return this module."""
     module = types.ModuleType("pytest")
     setattr(module, "mark", Marks())  # noqa: B010, a module has no such attribute for a type checker
     for entry in (param, fixture, importorskip, raises, warns):

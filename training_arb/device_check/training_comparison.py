@@ -1,8 +1,8 @@
-"""Train the same model on a device and on the CPU, step by step, and tell where their states part.
+"""Train the same model on a device and on the CPU, step by step, and report where their states first differ.
 
-Integer kernels give the same bits everywhere; float attention does not, and one other rounding becomes one other trit.
-So a difference is reported, not a fault, as long as the losses stay together. The run on the device is also repeated:
-whether a device agrees with itself is another question.
+Integer kernels give the same bits everywhere. Float attention does not, and one different rounding can change a trit. A
+difference is therefore reported but not a failure, as long as the losses agree. The run on the device is repeated to
+check that the device agrees with itself.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Bits per byte: what a model needs to write down a text, by sliding windows."""
+"""Bits per byte of a model on a text, with sliding windows."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from modeling_arb.backbone.byte_embedding import TRIGRAM
 
 
 class ScoredIds(NamedTuple):
-    """ids (n,), of which those from number `first` on are scored, the ones before being context only."""
+    """ids (n,). Those from index `first` on are scored; the ones before are context."""
 
     ids: np.ndarray
     first: int
 
 
 class Window(NamedTuple):
-    """ids[begin:end] of a sequence, which scores those from `reached` on."""
+    """ids[begin:end] of a sequence; those from index `reached` on are scored."""
 
     sequence: int
     begin: int
@@ -65,11 +65,11 @@ def sequence_nats(
     batch_size: int = 16,
     progress: bool = False,
 ) -> list[float]:
-    """What each sequence's scored ids cost in nats: the sum of -log p(id | the ids before it in its window).
+    """The cost of each sequence's scored ids in nats: the sum of -log p(id | the ids before it in its window).
 
-    Windows of `ctx` ids start every `stride`, the last one at ctx ids from the end; each scores what the one before
-    did not. Windows of all sequences share batches, the longest first, the shorter ones filled up on the right, where
-    a causal model does not look. Raises FloatingPointError when a loss is not finite.
+    Windows of `ctx` ids start every `stride`, and the last begins ctx ids before the end. Each window scores the ids
+    that the one before did not. Windows of all sequences share batches, longest first; shorter ones are padded on the
+    right, which a causal model does not read. Raises FloatingPointError when a loss is not finite.
     """
     windows = [
         window for number, sequence in enumerate(sequences) for window in plan_windows(number, sequence, ctx, stride)
@@ -97,7 +97,7 @@ def sequence_nats(
 
 
 def plan_windows(number: int, sequence: ScoredIds, ctx: int, stride: int) -> list[Window]:
-    """The windows of sequence `number`, in order; none where nothing is to be scored."""
+    """The windows of sequence `number`, in order; empty if nothing is scored."""
     size, reached = len(sequence.ids), sequence.first
     if size <= reached:
         return []

@@ -1,4 +1,4 @@
-"""What is evaluated: the documents of files or of a dataset, as bytes, up to a number of bytes."""
+"""Reads the documents of files or of a dataset as bytes, up to a limit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ LESS = "--max_bytes says how many to score"
 def file_documents(files: Iterable[Path], text_column: str = TEXT_COLUMN, most: int = 0) -> Iterator[bytes]:
     """The documents of files, as `read_pieces` reads them. Empty ones are left out.
 
-    most: one that is longer comes cut, and is the last; 0: any length that can be scored. Raises ValueError beyond it.
+    most: a longer document is cut and is the last one; 0: no limit. Raises ValueError on a document longer than
+    MOST_BYTES.
     """
     for path in files:
         parts, size = [], 0
@@ -38,7 +39,7 @@ def file_documents(files: Iterable[Path], text_column: str = TEXT_COLUMN, most: 
 
 
 def dataset_documents(name: str, config: str | None, split: str, text_column: str = TEXT_COLUMN) -> Iterator[bytes]:
-    """The documents of a hub dataset, or of a local folder of jsonl, parquet or text, read as they are asked for.
+    """The documents of a hub dataset, or of a local folder of jsonl, parquet or text, read lazily.
 
     Raises ValueError when it cannot be found, or has no such configuration, split or column.
     """
@@ -57,8 +58,8 @@ def dataset_documents(name: str, config: str | None, split: str, text_column: st
 
 
 def first_bytes(documents: Iterable[bytes], most: int) -> list[bytes]:
-    """Documents until they hold `most` bytes, the last one cut there, or before a character that would be; 0: all.
-    Raises ValueError when all are more than MOST_BYTES."""
+    """Documents up to `most` bytes in total. The last one is cut at a whole character. 0: all. Raises ValueError when
+    all are more than MOST_BYTES."""
     if not most:
         return _all_documents(documents)
     taken: list[bytes] = []

@@ -1,4 +1,4 @@
-"""How a model sees a document: as the bytes themselves, or through the tokenizer of any causal language model."""
+"""Encodes a document for a model: as bytes, or by the tokenizer of any causal language model."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ LONGEST_START = 8
 
 
 class EncodedDocument(NamedTuple):
-    """A document's ids, what it starts with included; how many bytes its scored ids stand for; whether the ids say
-    something else than the document (an unknown character, a normalised one)."""
+    """A document's ids with its start token, the number of bytes that its scored ids encode, and whether the ids differ
+    from the document (unknown or normalised characters)."""
 
     scored: ScoredIds
     scored_bytes: int
@@ -27,25 +27,25 @@ class EncodedDocument(NamedTuple):
 
 
 class ByteEncoder:
-    """ARB's: an id is a byte. `start` auto: nothing before a single document, whose first three bytes are then not
-    scored, as in training; EOS before each of several."""
+    """ARB's encoder: an id is a byte. `start` auto: no start token for a single document, whose first three bytes are
+    then not scored, as in training; EOS before each of several documents."""
 
     reads_any_bytes = True
 
     def start_ids(self, start: str, documents: int) -> list[int]:
-        """What stands before each of so many documents."""
+        """The start tokens of each document."""
         return {"bos": [BOS_ID], "eos": [EOS_ID], "none": []}.get(start, [] if documents == 1 else [EOS_ID])
 
     def encode(self, document: bytes, start_ids: list[int]) -> EncodedDocument:
-        """With a start every byte is scored; without one those that have a full trigram before them."""
+        """With a start token every byte is scored; without one, the bytes after the first trigram."""
         ids = np.concatenate([np.array(start_ids, dtype=np.int64), np.frombuffer(document, dtype=np.uint8)])
         first = len(start_ids) or TRIGRAM
         return EncodedDocument(ScoredIds(ids, first), max(len(ids) - first, 0), False)
 
 
 class TokenizerEncoder:
-    """A tokenizer's tokens, none added around them, whatever specials the text spells. `start` auto: BOS where the
-    tokenizer has one, else nothing, and what the first token stands for is not scored."""
+    """Tokens of a tokenizer without added specials; spellings of specials in the text stay text. `start` auto: BOS if
+    the tokenizer has one; otherwise none, and the first token is not scored."""
 
     reads_any_bytes = False
 
@@ -61,7 +61,7 @@ class TokenizerEncoder:
         return [found] if isinstance(found, int) else []
 
     def encode(self, document: bytes, start_ids: list[int]) -> EncodedDocument:
-        """document: UTF-8. Raises ValueError where it comes to no tokens."""
+        """document: UTF-8. Raises ValueError if it encodes to no tokens."""
         text = document.decode()
         tokens = self.tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
         if not tokens:
@@ -73,7 +73,7 @@ class TokenizerEncoder:
         return EncodedDocument(scored, scored_bytes, self._decode(tokens) != text)
 
     def _first_characters(self, text: str, tokens: list[int]) -> tuple[int, int]:
-        """The fewest first tokens that end with a character, and the bytes that they stand for."""
+        """The smallest number of first tokens that end at a character, and the number of their bytes."""
         for count in range(1, min(len(tokens), LONGEST_START) + 1):
             head = self._decode(tokens[:count])
             if head and text.startswith(head):

@@ -1,4 +1,4 @@
-"""Models side by side in bits per byte: ARB's, and any causal language model of transformers with its tokenizer."""
+"""Bits per byte of ARB models and of any causal language model of transformers with its tokenizer."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PROBE = 16
 
 @dataclass
 class EvaluatedModel:
-    """A model in evaluation mode and how it reads text. positions: the most ids it takes; None: any number."""
+    """A model in evaluation mode and its encoder. positions: its longest input in ids; None: no limit."""
 
     name: str
     model: PreTrainedModel
@@ -40,25 +40,25 @@ class EvaluatedModel:
     positions: int | None
 
     def ctx(self, wanted: int) -> int:
-        """Ids a window: as wanted; 0: DEFAULT_CTX or all positions. Raises ValueError beyond the positions."""
+        """Ids per window. wanted=0: DEFAULT_CTX, or all positions if fewer. Raises ValueError beyond the positions."""
         most = self.positions or max(wanted, DEFAULT_CTX)
         if wanted > most:
             raise ValueError(f"ctx={wanted} is more than the {most} positions of model={self.name!r}")
         return wanted or min(DEFAULT_CTX, most)
 
     def lm_eval_prefix(self, start: str) -> int | None:
-        """The id that lm-eval is to put before a document: EOS for ARB, as in training; None: its own choice."""
+        """The id that lm-eval puts before a document: EOS for ARB, as in training; None: lm-eval's choice."""
         ids = self.encoder.start_ids(start, documents=2)
         return ids[0] if ids else None
 
 
 def load_evaluated(name: str, device: torch.device, trust_remote_code: bool = False) -> EvaluatedModel:
-    """A model by folder or hub name. Raises ValueError where that is none, or none that sees the past alone."""
+    """A model by folder or hub name. Raises ValueError if it cannot be loaded or is not causal."""
     folder = Path(name)
     if not folder.is_dir() and (folder.is_absolute() or name.count("/") > 1 or name.startswith(".")):
         raise ValueError(f"model={name!r}: no such folder")
     if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ValueError(f"model={name!r}: no config.json there")
+        raise ValueError(f"model={name!r}: config.json not found")
     try:
         config, _ = PreTrainedConfig.get_config_dict(name)
     except OSError as error:
@@ -85,7 +85,7 @@ def _load_causal_lm(name: str, trust_remote_code: bool) -> PreTrainedModel:
         model, info = loaded
     except ValueError as error:
         if "trust_remote_code" in str(error):
-            raise ValueError(f"model={name!r} brings code of its own, which --trust_remote_code runs") from error
+            raise ValueError(f"model={name!r} needs its own code; --trust_remote_code allows it to run") from error
         if "Unrecognized configuration class" in str(error):
             raise ValueError(f"model={name!r} is not a causal language model") from error
         raise ValueError(f"model={name!r}: {_first_line(error)}") from error
@@ -100,15 +100,15 @@ def _load_tokenizer(name: str, trust_remote_code: bool) -> PreTrainedTokenizerBa
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, TypeError, ImportError) as error:
-        raise ValueError(f"model={name!r}: no tokenizer there: {_first_line(error)}") from error
+        raise ValueError(f"model={name!r}: tokenizer not found: {_first_line(error)}") from error
     # where the files are missing some classes come up with an empty vocabulary
     if not tokenizer.encode("text", add_special_tokens=False):
-        raise ValueError(f"model={name!r}: no tokenizer there")
+        raise ValueError(f"model={name!r}: tokenizer not found")
     return tokenizer
 
 
 def check_causal(name: str, model: PreTrainedModel) -> None:
-    """Raises ValueError where an id changes what the model says before it: such a model has read what it predicts."""
+    """Raises ValueError if an id changes earlier outputs: such a model reads what it is to predict."""
     ids = torch.arange(PROBE, device=model.device)[None] % model.config.get_text_config().vocab_size
     other = ids.clone()
     other[0, -1] = 0
@@ -149,7 +149,7 @@ def score(
     rows = evaluated.model.config.get_text_config().vocab_size
     largest = max(int(document.scored.ids.max()) for document in encoded)
     if largest >= rows:
-        raise ValueError(f"model={evaluated.name!r}: its tokenizer's id {largest} is none of the model's {rows}")
+        raise ValueError(f"model={evaluated.name!r}: its tokenizer's id {largest} is outside the model's {rows} ids")
     nats = sequence_nats(evaluated.model, [document.scored for document in encoded], ctx, stride, batch_size, progress)
     tokens = sum(len(document.scored.ids) - document.scored.first for document in encoded if document.scored_bytes)
     return {

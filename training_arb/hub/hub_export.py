@@ -1,4 +1,5 @@
-"""A folder that stands alone: weights, config, code, tokenizer, generation config, model card, licence. No pickles."""
+"""Writes a self-contained folder: weights, config, code, tokenizer, generation config, model card, licence. No
+pickles."""
 
 from __future__ import annotations
 
@@ -30,10 +31,8 @@ def export_model(
     max_shard_size: str = SHARD_SIZE,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> StateAudit:
-    """Fill the empty `folder`; the audit of the files written.
-
-    Raises ValueError when the model has state that is not on the list of integer state, and before anything is
-    written when training_state is asked for and not there.
+    """Fill the empty `folder`. Returns the audit of the written files. Raises ValueError if the model has state that is
+    not on the list of integer state, or, before anything is written, if training_state is requested and missing.
     """
     model.save_pretrained(folder, training_state=training_state, max_shard_size=max_shard_size)
     (ArbTokenizer() if tokenizer is None else tokenizer).save_pretrained(folder)
@@ -48,5 +47,5 @@ def export_model(
     (folder / CARD_FILE).write_text(fill_card(config, audit, size, facts, repo_id), encoding="utf-8")
     strangers = sorted(path.name for path in folder.iterdir() if path.suffix not in CARRIED)
     if strangers:
-        raise ValueError(f"the export would carry {strangers[0]}, which is no kind of file for the hub")
+        raise ValueError(f"the export would contain {strangers[0]}, which is not an allowed type of file")
     return audit

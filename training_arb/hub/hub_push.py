@@ -1,4 +1,4 @@
-"""Uploading an exported folder: one commit, so that a repository has all of it or what it had before."""
+"""Uploads an exported folder in one commit: either all files change or none."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ REPLACED = (
 
 
 def whole_name(name: str, token: str | None = None) -> str:
-    """USER/NAME, the user being the token's where the name has none. Raises ValueError without a token."""
+    """USER/NAME; without a user, that of the token. Raises ValueError without a token."""
     _require_token(name, token)
     if "/" in name:
         return name
@@ -56,11 +56,11 @@ def check_target(repo_id: str, private: bool = False, token: str | None = None) 
                 raise
             return
         if private and not info.private:
-            raise ValueError(f"{asked}: the repository is there already, and it is public")
+            raise ValueError(f"{asked}: the repository exists and is public")
         if "config.json" in [file.rfilename for file in info.siblings or []]:
             model_type = json.loads(Path(api.hf_hub_download(repo_id, "config.json")).read_bytes()).get("model_type")
             if model_type != MODEL_TYPE:
-                raise ValueError(f"{asked}: the name is taken, by a model of type {model_type!r}")
+                raise ValueError(f"{asked}: the repository holds a model of type {model_type!r}")
 
 
 def push_folder(
@@ -72,10 +72,10 @@ def push_folder(
     branch: str | None = None,
     token: str | None = None,
 ) -> CommitInfo:
-    """Create the repository and the branch where they are missing, and commit every file of `folder`.
+    """Create the repository and the branch if they are missing, and commit every file of `folder`.
 
-    Weights and code of an older commit that the folder does not have are deleted in the same commit. Raises ValueError,
-    one line, on whatever the hub refuses.
+    Weights and code of an older commit that the folder does not have are deleted in the same commit. Raises ValueError
+    if the hub refuses.
     """
     api = HfApi(token=token)
     with hub_errors(f"push to {repo_id!r}"):

@@ -1,4 +1,4 @@
-"""The model card of an exported folder, every figure in it read from the run's record or counted in the files."""
+"""The model card of an exported folder. Every number comes from the run's record or is counted in the files."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ UNKNOWN_RUN = "No record of its run lies beside the checkpoint that this was exp
 
 
 def fill_card(config: ArbConfig, audit: StateAudit, file_bytes: int, facts: RunFacts, repo_id: str | None) -> str:
-    """The card as README.md is to hold it. audit: of the exported files. repo_id: where it will be on the hub."""
+    """The text of README.md. audit: of the exported files. repo_id: where it will be on the hub."""
     title = repo_id.rpartition("/")[2] if repo_id else "ARB model"
     return Template(TEMPLATE_FILE.read_text(encoding="utf-8")).substitute(
         metadata=card_metadata(facts, title).to_yaml(),
@@ -54,7 +54,7 @@ def fill_card(config: ArbConfig, audit: StateAudit, file_bytes: int, facts: RunF
 
 
 def card_metadata(facts: RunFacts, model_name: str) -> ModelCardData:
-    """What the hub reads: licence, tags, the data and base model where they are on the hub, the held-out score."""
+    """Metadata for the hub: licence, tags, data and base model if they are on the hub, held-out score."""
     results = None
     if facts.bits_per_byte is not None:
         results = [
@@ -150,7 +150,7 @@ def _state_table(config: ArbConfig, audit: StateAudit) -> str:
 
 def _state_note(config: ArbConfig, audit: StateAudit) -> str:
     if config.training_state:
-        return "The training state is here: a run can take it up as it is."
+        return "The files hold training state, so a run can be continued from them."
     training = audit_config(ArbConfig.from_dict({**config.to_dict(), "training_state": True}))
     per_weight = training.state_bytes / training.logical_weights
     return (
@@ -175,8 +175,8 @@ def _commands(facts: RunFacts, repo_id: str | None) -> str:
 
 def _limit_of_figures(facts: RunFacts) -> str:
     if facts.bits_per_byte is None:
-        return "Judge it by its bits per byte on your own text."
-    return "The bits per byte above are of text like its training text: on yours, measure it with the command above."
+        return "Measure its bits per byte on your own text."
+    return "The bits per byte above are of text like the training text; measure yours with the command above."
 
 
 def _fenced(text: str, language: str = "") -> str:

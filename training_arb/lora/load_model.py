@@ -18,6 +18,6 @@ def load_model(name: str) -> ArbForCausalLM:
         try:
             from .lora_adapter import load_adapter
         except ImportError as error:
-            raise ValueError(f"model={name!r} is an adapter, and peft is not there to load it: {error}") from error
+            raise ValueError(f"model={name!r} is an adapter, and peft is not installed: {error}") from error
         return cast(ArbForCausalLM, load_adapter(name))  # peft's model passes on what it does not have itself
     return ArbForCausalLM.from_pretrained(find_checkpoint(name).folder).eval()

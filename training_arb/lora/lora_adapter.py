@@ -98,7 +98,7 @@ def load_adapter(folder: str | Path, base: str | None = None) -> PeftModel:
     folder = Path(folder)
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (folder / name).is_file():
-            raise ValueError(f"adapter={str(folder)!r}: no {name} there")
+            raise ValueError(f"adapter={str(folder)!r}: {name} not found")
     verify_checksums(folder)
     with open_tensor_file(folder / ADAPTER_WEIGHTS):
         pass
@@ -127,7 +127,7 @@ def conversation_batches(
 
 @torch.no_grad()
 def assistant_loss(model: nn.Module, conversations: Sequence[Conversation], batch_size: int = 16) -> float:
-    """Mean nats per byte that the assistant says, its EOS included, over all conversations."""
+    """Mean nats per byte of the assistant's text, EOS included, over all conversations."""
     model.eval()
     total, scored = 0.0, 0
     for batch in conversation_batches(conversations, batch_size, _bare(model).device):

@@ -1,13 +1,13 @@
-"""Merging an adapter into a ternary base: its change of the weights, rounded to trits, in the integer state.
+"""Merges an adapter into a ternary base: its change of the weights is rounded to trits in the integer state.
 
-A weight's latent is trit + residual + change / scale, in cells; the residual is there under the momentum rule when the
-model has its training state. How a latent becomes a trit (`rounding`):
+A weight's latent is trit + residual + change / scale, in cells; the residual exists under the momentum rule if the
+model has training state. How a latent becomes a trit (`rounding`):
     nearest      the nearest of -1, 0, 1
-    stochastic   up or down by chance, so that the mean over weights is right; random bits from a seed
+    stochastic   stochastic rounding with an exact mean; random bits from a seed
     compensated  column by column, the rounding error of each passed on to the columns not yet rounded so that the
                  layer's outputs on given inputs move least (GPTQ, arXiv 2210.17323, on the fixed grid of trits)
-Scales stay. Where there is a residual it is what the new trit leaves of the latent, as far as a cell holds it. A merge
-that does not lower the base's loss is undone and refused.
+Scales do not change. A residual, if present, becomes latent - trit, limited to the cell. A merge that does not lower
+the base's loss is undone, and an error is raised.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ COLUMNS_AT_A_TIME = 64
 
 @dataclass(frozen=True)
 class MergeReport:
-    """Losses in nats per byte that the assistant says, over the conversations given."""
+    """Losses in nats per byte of the assistant's text, over the given conversations."""
 
     rounding: str
     loss_base: float
@@ -56,7 +56,7 @@ class MergeReport:
 
     @property
     def kept(self) -> float:
-        """How much of what the adapter gained is left: 1 is all, below 0 would be worse than the base."""
+        """The share of the adapter's gain that is left: 1 is all, below 0 is worse than the base."""
         return (self.loss_base - self.loss_merged) / (self.loss_base - self.loss_adapter)
 
     def __str__(self) -> str:
@@ -75,7 +75,7 @@ def merge_adapter(
     seed: int = 0,
     batch_size: int = 16,
 ) -> tuple[ArbForCausalLM, MergeReport]:
-    """The base with the active adapters rounded into its integer state, and what that did to the loss.
+    """The base with the active adapters merged into its integer state, and the losses before and after.
 
     conversations: what `compensated` takes its inputs from, and what the losses are measured on. The base is changed in
     place. Raises ValueError when the adapter cannot be merged, and, with base and adapter as they were, when the
@@ -90,7 +90,7 @@ def merge_adapter(
     loss_adapter = assistant_loss(model, conversations, batch_size)
     if not loss_adapter < loss_base:
         raise ValueError(
-            f"the adapter is not merged, it gains nothing: loss {loss_base:.4f} base, {loss_adapter:.4f} with it"
+            f"the adapter is not merged, it does not lower the loss: {loss_base:.4f} base, {loss_adapter:.4f} with it"
         )
     moments = input_moments(model, layers, conversations, batch_size) if rounding == "compensated" else {}
     stored = {name: tensor.clone() for name, tensor in model.named_buffers()}
@@ -104,12 +104,13 @@ def merge_adapter(
     if not loss_merged < loss_base:
         for name, tensor in model.named_buffers():
             tensor.copy_(stored[name])
-        raise ValueError(f"the adapter is not merged, trits cannot hold it: {report}")
+        raise ValueError(f"the adapter is not merged, its gain is lost in trits: {report}")
     return model.unload(), report
 
 
 def mergeable_layers(model: PeftModel) -> dict[str, LoraLinear]:
-    """The layers with an active adapter by their name. Raises ValueError naming what has no place in trits."""
+    """The layers with an active adapter by their name. Raises ValueError naming a layer that cannot be merged into
+    trits."""
     layers = {}
     for name, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
@@ -137,7 +138,7 @@ def _base(layer: LoraLinear) -> TernaryLinear:
 
 
 def weight_change(layer: LoraLinear) -> torch.Tensor:
-    """float32 (rows, columns): what the active adapters add to W_eff."""
+    """float32 (rows, columns): the sum of the active adapters' changes to W_eff."""
     weight = _base(layer).dequantize()
     total = torch.zeros_like(weight)
     for name in layer.active_adapters:
@@ -154,7 +155,7 @@ def weight_change(layer: LoraLinear) -> torch.Tensor:
 def input_moments(
     model: PeftModel, layers: Mapping[str, nn.Module], conversations: Sequence[Conversation], batch_size: int
 ) -> dict[str, torch.Tensor]:
-    """float32 (columns, columns) of each layer: the sum of x x^T over its inputs, those on padding left out."""
+    """float32 (columns, columns) of each layer: the sum of x x^T over its inputs, without padding."""
     moments: dict[str, torch.Tensor] = {}
     with _watched(layers, moments) as counted:
         for batch in conversation_batches(conversations, batch_size, model.device):
@@ -165,7 +166,7 @@ def input_moments(
 
 @contextmanager
 def _watched(layers: Mapping[str, nn.Module], moments: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
-    """Add to `moments` from every forward of the layers; the caller says in "kept" which tokens of it count."""
+    """Add to `moments` from every forward of the layers; the caller sets in "kept" which tokens count."""
     counted: dict[str, torch.Tensor] = {}
 
     def watch(name: str):
@@ -210,8 +211,8 @@ def _merge_layer(layer: LoraLinear, rounding: str, moments: torch.Tensor | None,
 def round_compensated(wanted: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
     """wanted float32 (N, K) in cells, moments (K, K) of the inputs -> trits as float32 (N, K).
 
-    Columns of large inputs go first; what one column is off is taken from the later ones in proportion to how well
-    their inputs can stand in for it.
+    Columns with large inputs are rounded first. The error of a column is compensated in later columns in proportion to
+    the correlation of their inputs.
     """
     order = torch.argsort(moments.diag(), descending=True)
     damping = DAMPING * moments.diag().mean().clamp_min(1e-12)

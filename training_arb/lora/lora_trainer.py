@@ -27,20 +27,24 @@ class LoraTrainingArguments(CheckedTrainingArguments):
     max_steps: int = field(default=-1, metadata={"help": "Optimizer steps, instead of epochs."})
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Conversations per device and micro-batch."})
     per_device_eval_batch_size: int = field(default=16, metadata={"help": "Conversations per device in evaluation."})
-    learning_rate: float = field(default=1e-2, metadata={"help": "Of AdamW, at its peak."})
-    weight_decay: float = field(default=0.0, metadata={"help": "Of AdamW, on the adapter."})
+    learning_rate: float = field(default=1e-2, metadata={"help": "Peak learning rate of AdamW."})
+    weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of AdamW."})
     warmup_steps: float = field(default=0.05, metadata={"help": "Steps of linear warmup; below 1: share of the run."})
-    seed: int = field(default=0, metadata={"help": "Of the adapter's first values, dropout and the order of data."})
+    seed: int = field(default=0, metadata={"help": "Seed of the adapter's initial values, dropout and data order."})
     logging_steps: float = field(default=10, metadata={"help": "Log every so many steps."})
     eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate: no, steps, epoch."})
     eval_steps: float | None = field(default=50, metadata={"help": "Evaluate every so many steps."})
     save_steps: float = field(default=100, metadata={"help": "Write a checkpoint every so many steps."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
     train_sampling_strategy: str = field(
-        default="group_by_length", metadata={"help": "group_by_length pads little; random; sequential."}
+        default="group_by_length", metadata={"help": "group_by_length (least padding), random or sequential."}
     )
     resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "A checkpoint's folder; latest; or auto, if any.", "aliases": ["--resume"]}
+        default=None,
+        metadata={
+            "help": "A checkpoint's folder, latest, or auto: latest if any.",
+            "aliases": ["--resume"],
+        },
     )
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide losses that are not finite."})
     report_to: str | None = field(default="none", metadata={"help": "Where logs go besides the terminal."})
@@ -49,7 +53,7 @@ class LoraTrainingArguments(CheckedTrainingArguments):
 
 
 class LoraTrainer(SavingTrainer):
-    """Trains an adapter. run_description: what a resumed run must have in common with the one that it continues."""
+    """Trains an adapter. run_description: settings that must be equal when a run is resumed."""
 
     args: LoraTrainingArguments
     model: PeftModel
@@ -82,5 +86,5 @@ class LoraTrainer(SavingTrainer):
 
 
 def check_adapter_checkpoint(folder: str | Path) -> None:
-    """Raises ValueError, naming the file, unless `folder` is a whole and undamaged checkpoint of a LoraTrainer."""
+    """Raises ValueError, naming the file, unless `folder` is a complete and undamaged checkpoint of a LoraTrainer."""
     check_training_files(folder, [ADAPTER_WEIGHTS], "checkpoint of an adapter")

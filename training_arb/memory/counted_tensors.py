@@ -87,7 +87,7 @@ class CountedTensors(TorchDispatchMode):
         self.peak = self.now
 
     def alive_by_area(self) -> dict[str, int]:
-        """Bytes alive at the moment, by the area that made them; the larger first."""
+        """Bytes that are alive now, by area, largest first."""
         found: Counter[str] = Counter()
         for made in self._alive.values():
             found[self._areas[made]] += self.sizes[made]

@@ -45,21 +45,21 @@ def peak_device_mb(device: torch.device) -> float:
 
 
 def reset_device_peak(device: torch.device) -> None:
-    """Start measuring an accelerator's peak anew; on the CPU do nothing."""
+    """Reset an accelerator's peak; does nothing on the CPU."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
 def resident_mb() -> float:
-    """What the process has resident at this moment, in MB."""
+    """Resident memory of the process, in MB."""
     import psutil  # not needed on machines where /proc says as much
 
     return psutil.Process().memory_info().rss / MEGABYTE
 
 
 def reset_peak_memory() -> None:
-    """Start measuring the process's peak memory anew, where the system can (Linux)."""
+    """Reset the process's peak memory, if the system supports it (Linux)."""
     gc.collect()
     return_freed_memory()
     try:

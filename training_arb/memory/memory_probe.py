@@ -25,7 +25,7 @@ FORWARD, BACKWARD, UPDATE = "forward", "backward", "update"
 class StepProbe:
     """Bytes above the state: saved by area after the forward, left by area after the step, the highest of each phase.
 
-    left: what the step made and did not free. A cache that is made anew counts; a leak makes the live memory grow.
+    left: memory that the step created and did not free, including renewed caches. With a leak the live memory grows.
     """
 
     saved: dict[str, int]

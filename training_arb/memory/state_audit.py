@@ -54,10 +54,10 @@ class CacheRow:
 
 @dataclass
 class StateAudit:
-    """What an audit found. `areas` counts logical ternary weights.
+    """The result of an audit. `areas` counts logical ternary weights.
 
-    caches: what a live model holds beside its state; of a shape or a checkpoint (caches_are_held False) what generation
-    on the CPU will make at its first use, at most. They are no part of state_bytes.
+    caches: data that a live model holds beside its state; for a shape or a checkpoint (caches_are_held False), the most
+    that generation on the CPU will create. They are not part of state_bytes.
     """
 
     areas: dict[str, int] = field(default_factory=dict)
@@ -98,7 +98,7 @@ class StateAudit:
         }
 
     def table(self) -> str:
-        """The audit for people: areas, roles, verdict."""
+        """The audit as text: areas, roles, verdict."""
         areas = [f"{'area':<24}{'weights':>14}{'bytes':>14}{'bytes/weight':>14}"]
         for area, weights in self.areas.items():
             size = sum(row.bytes for row in self.tensors if row.area == area)
@@ -125,7 +125,7 @@ def area_of(name: str) -> str:
 
 
 def _audit_tensors(model: ArbForCausalLM, tensors: dict[str, torch.Tensor]) -> StateAudit:
-    """Hold tensors, by name, against what the model's config lists. Tensors may be on the meta device."""
+    """Compare tensors, by name, with the list of the model's config. Tensors may be on the meta device."""
     audit = StateAudit()
     listed = {}
     for name, module in model.integer_states().items():
@@ -174,7 +174,7 @@ def audit_model(model: ArbForCausalLM, optimizer: torch.optim.Optimizer | None =
 
 
 def held_caches(model: ArbForCausalLM) -> list[CacheRow]:
-    """What a model's modules keep in memory beside their state at this moment."""
+    """The caches that a model's modules hold now."""
     return [
         CacheRow(name, kind, tensor.nbytes, area_of(name))
         for name, module in model.integer_states().items()
@@ -183,8 +183,8 @@ def held_caches(model: ArbForCausalLM) -> list[CacheRow]:
 
 
 def generation_caches(model: ArbForCausalLM, device: str = "cpu") -> list[CacheRow]:
-    """What the model will keep beside its state once it has generated on a device, every expert used: at most. Heads of
-    other modalities than text are left out."""
+    """The largest caches that the model holds after generation on a device, with every expert used. Video and talker
+    heads are left out."""
     return [
         CacheRow(name, kind, size, area_of(name))
         for name, matrix in model.ternary_matrices().items()
@@ -194,7 +194,7 @@ def generation_caches(model: ArbForCausalLM, device: str = "cpu") -> list[CacheR
 
 
 def unallocated_model(config: ArbConfig) -> ArbForCausalLM:
-    """A model whose tensors have shapes and dtypes alone, on the meta device."""
+    """A model on the meta device: tensors have shapes and dtypes but no data."""
     with torch.device("meta"):
         return ArbForCausalLM(config)
 
@@ -205,7 +205,7 @@ def audit_config(config: ArbConfig) -> StateAudit:
 
 
 def forecast_caches(audit: StateAudit, model: ArbForCausalLM) -> StateAudit:
-    """The same audit, with what generation will keep instead of what is held."""
+    """The same audit with the expected caches of generation instead of the held ones."""
     audit.caches, audit.caches_are_held = generation_caches(model), False
     return audit
 
@@ -214,18 +214,18 @@ def weight_files(folder: str | Path) -> list[Path]:
     """The safetensors files of a local checkpoint. Raises ValueError when there are none."""
     files = sorted(Path(folder).glob("model*.safetensors"))
     if not files:
-        raise ValueError(f"{folder}: no model.safetensors there")
+        raise ValueError(f"{folder}: model.safetensors not found")
     return files
 
 
 def audit_folder(folder: str | Path) -> StateAudit:
-    """Audit a checkpoint as it lies on disk: weight files and, in a training checkpoint, the optimizer's file.
+    """Audit the files of a checkpoint: weights and, in a training checkpoint, the optimizer's state.
 
     Raises ValueError or OSError, naming the file, when the config, a weight file or the optimizer's cannot be read.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder}: no config.json there")
+        raise ValueError(f"{folder}: config.json not found")
     config = read_config(folder / "config.json")
     tensors: dict[str, torch.Tensor] = {}
     for path in weight_files(folder):
@@ -242,7 +242,7 @@ def _optimizer_tensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         return dict(_tensors_in(state, "optimizer"))
     except RecursionError as error:
-        raise ValueError(f"{path}: damaged, its lists hold themselves") from error
+        raise ValueError(f"{path}: damaged, it contains recursive lists") from error
 
 
 def state_hash(model: nn.Module) -> str:

@@ -1,6 +1,6 @@
 """IntegerOptimizer: passes each ternary matrix's transient dW to its update rule, inside backward.
 
-All persistent state lives in the model's integer buffers; `state_dict` is a step counter.
+All persistent state is in the model's integer buffers; `state_dict` is a step counter.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class IntegerOptimizer(torch.optim.Optimizer):
     """Becomes the gradient sink of every ternary matrix of `model`; `step()` applies the shared matrices, the touched
     rows of tables and the observations of blocks, and advances the step counter.
 
-    lr: cells per step, read from the one (empty) parameter group, so that any scheduler drives it.
+    lr: cells per step, read from the single (empty) parameter group, so that any scheduler can set it.
 
     A matrix moves inside backward, at the last backward of a step that goes through it. Earlier gradients are added to
     an int8 sum, one transient byte a weight, which joins the last dW: an accumulated step learns as one batch does.
@@ -44,9 +44,10 @@ class IntegerOptimizer(torch.optim.Optimizer):
 
     Ranks share the updates (GradientExchange): each matrix is updated by the rank that owns it.
 
-    rank_check_steps: compare all ranks' states every so many steps; 0: never. Raises ValueError on impossible settings,
-    RuntimeError when ranks differ, and FloatingPointError, naming step and matrix, on a dW that is not finite: on the
-    CPU before the matrix moves, on a GPU in `step`, after the matrix has moved as if by a zero gradient.
+    rank_check_steps: interval in steps at which the states of all ranks are compared; 0: never. Raises ValueError on
+    invalid settings, RuntimeError when ranks differ, and FloatingPointError, naming step and matrix, on a dW that is
+    not finite: on the CPU before the matrix moves, on a GPU in `step`, after the matrix has moved as if by a zero
+    gradient.
     """
 
     immediate_devices = ("cpu",)  # device types where a flag is read inside backward
@@ -63,7 +64,7 @@ class IntegerOptimizer(torch.optim.Optimizer):
         rank_check_steps: int = 200,
     ):
         if not 0 <= lr < 1:
-            raise ValueError(f"learning_rate={lr} must be in [0, 1): it is in cells of the latent line per step")
+            raise ValueError(f"learning_rate={lr} must be in [0, 1), in cells of the latent line per step")
         if not 0 <= beta < 1:
             raise ValueError(f"momentum_beta={beta} must be in [0, 1)")
         for name, threshold in (("flip_threshold", flip_threshold), ("table_threshold", table_threshold)):
@@ -118,7 +119,7 @@ class IntegerOptimizer(torch.optim.Optimizer):
             observer.observing = True
 
     def detach(self) -> None:
-        """Disarm the model: later backwards change nothing."""
+        """Detach from the model: later backwards change nothing."""
         for matrix in self._matrices:
             matrix.gradient_sink = None
         for observer in self._observers:
@@ -134,8 +135,8 @@ class IntegerOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None) -> None:
-        """Apply what shared matrices, sums, tables and observers collected and advance the step counter."""
-        assert closure is None, "integer updates happen in backward: there is no loss to evaluate again"
+        """Apply the collected gradients and observations and advance the step counter."""
+        assert closure is None, "integer updates happen in backward, so a closure cannot be evaluated again"
         self._exchange.settle()
         self._update_collected()
         self._exchange.settle()
@@ -155,7 +156,7 @@ class IntegerOptimizer(torch.optim.Optimizer):
             check_ranks_agree(self._model, self.steps)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop what this step has summed so far. What moved inside backward has moved."""
+        """Discard the sums of this step. Updates made during backward remain."""
         self._sums.clear()
         self._shared.clear()
         self._used.clear()
@@ -213,8 +214,8 @@ class IntegerOptimizer(torch.optim.Optimizer):
             self._count(flips, matrix.logical_weights)
 
     def _keep_finite(self, matrix: TernaryMatrix, dW: torch.Tensor) -> bool:
-        """Whether dW can be used. On a GPU always: a dW that is not finite is flagged and set to zero there, and
-        `step` raises, because reading the answer here would make backward wait for the device.
+        """Whether dW can be used. Always true on a GPU: a dW that is not finite is flagged and set to zero, and `step`
+        raises, because reading the flag here would make backward wait for the device.
 
         On a CPU one process raises at once. With several ranks all raise in `step`, so that none waits for another.
         """
@@ -254,9 +255,9 @@ class IntegerOptimizer(torch.optim.Optimizer):
         add_gradient(self._sums[matrix], dW, self._key(matrix, self._additions[matrix]))
 
     def _update_collected(self) -> None:
-        """Shared matrices, and those whose last backward did not come in this step's last micro-batch.
+        """Shared matrices, and those without a backward in the last micro-batch.
 
-        A rank that did not use a matrix, for example an expert, takes part with zeros.
+        A rank that did not use a matrix, for example an expert, contributes zeros.
         """
         used = self._used.take()
         matrices = [matrix for matrix in self._matrices if matrix not in self._touched]

@@ -1,4 +1,4 @@
-"""StepFlags: what is found out about matrices during a step, read from the device once, at the step's end."""
+"""StepFlags: flags of matrices that are set on the device during a step and read once at its end."""
 
 from __future__ import annotations
 

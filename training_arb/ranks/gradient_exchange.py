@@ -1,4 +1,4 @@
-"""GradientExchange: between backward and update when several ranks train, gradients to owners and new states back."""
+"""GradientExchange: with several ranks, sends gradients to the owners of matrices and new states back."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ IN_FLIGHT = 2  # gradients under way between ranks: more of them hide more of a 
 
 
 class SentGradient(NamedTuple):
-    """A matrix's gradient of the whole step, its mean over ranks under way."""
+    """A matrix's gradient of the whole step, while its mean over ranks is computed."""
 
     matrix: TernaryMatrix
     average: AveragedGradient
@@ -25,10 +25,10 @@ class SentGradient(NamedTuple):
 class GradientExchange:
     """Every matrix has an owner, the one rank that updates it.
 
-    A gradient travels to its owner while backward goes on. The owner calls `update` with the mean over ranks, and the
-    matrix's new state travels to all other ranks. Every rank must send the same matrices in the same order.
+    A gradient is sent to its owner while backward continues. The owner calls `update` with the mean over ranks and
+    sends the matrix's new state to all other ranks. Every rank must send the same matrices in the same order.
 
-    work: what an update costs, by matrix in the order of backward; owners get nearly equal shares.
+    work: cost of an update by matrix, in the order of backward; owners get nearly equal shares.
     """
 
     def __init__(self, work: dict[TernaryMatrix, int], update: Callable[[TernaryMatrix, torch.Tensor], None]):
@@ -38,7 +38,7 @@ class GradientExchange:
         self._states: list[SentState] = []
 
     def send(self, matrix: TernaryMatrix, dW: torch.Tensor) -> None:
-        """Start dW (rows, columns), float32, on its way. It must not be written to before `settle`."""
+        """Start sending dW (rows, columns), float32. It must not be changed before `settle`."""
         self._gradients.append(SentGradient(matrix, AveragedGradient(dW, self.owners[matrix])))
         self._deliver(but=IN_FLIGHT)
 
@@ -50,7 +50,7 @@ class GradientExchange:
         self._states.clear()
 
     def _deliver(self, but: int) -> None:
-        """Complete the gradients sent first, all `but` the last few."""
+        """Complete the gradients in the order of sending, except for the last `but`."""
         while len(self._gradients) > but:
             matrix, average = self._gradients.popleft()
             dW, owner = average.result(), self.owners[matrix]

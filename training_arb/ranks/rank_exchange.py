@@ -86,12 +86,12 @@ class SentState:
 
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
-    """A contiguous tensor's memory: some backends send no int16."""
+    """A contiguous tensor's memory as bytes: some backends cannot send int16."""
     return tensor.view(-1).view(torch.uint8)
 
 
 def sum_over_ranks(counts: list[int], device: torch.device) -> list[int]:
-    """Each count's sum. Every rank must call it, with as many."""
+    """Sums of counts over ranks. Every rank must call it with the same number of counts."""
     if num_ranks() == 1 or not counts:
         return counts
     total = torch.tensor(counts, dtype=torch.int64, device=device)
@@ -135,7 +135,7 @@ def check_ranks_agree(model: nn.Module, step: int) -> None:
         for (name, _), ours, theirs in zip(state, everyone[0], sums, strict=True):
             if ours != theirs:
                 raise RanksPartedError(
-                    f"step {step}: rank {rank} differs from rank 0 in {name}: their states have parted"
+                    f"step {step}: rank {rank} differs from rank 0 in {name}: their states are not equal"
                 )
 
 

@@ -44,7 +44,7 @@ def meet_on_cpus(timeout: int) -> None:
     except RuntimeError as error:
         if not is_connection_error(error):
             raise
-        raise RankLostError(f"rank {os.environ['RANK']}: the ranks do not meet: {_first_words(error)}") from error
+        raise RankLostError(f"rank {os.environ['RANK']}: the ranks could not connect: {_first_words(error)}") from error
 
 
 @contextmanager

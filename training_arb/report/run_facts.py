@@ -20,7 +20,7 @@ SECRETS = ("--hub_token",)
 
 @dataclass
 class RunFacts:
-    """Every field is as the run recorded it, or None (empty) where it did not."""
+    """Every field is the recorded value, or None (empty) if it was not recorded."""
 
     data: str | None = None
     dataset: str | None = None  # on the hub
@@ -43,7 +43,7 @@ def without_folders(word: str) -> str:
 
 
 def shown_command(argv: Sequence[str]) -> str:
-    """The command of a run as others may read it: no token, no folders of this machine."""
+    """The command of a run without tokens and local folders."""
     words, hidden = [], False
     for word in argv[1:]:
         if not hidden and not word.startswith(SECRETS):
@@ -53,7 +53,7 @@ def shown_command(argv: Sequence[str]) -> str:
 
 
 def shown_sample(text: str | None) -> str | None:
-    """A sample without control characters, which have no place in a card."""
+    """A sample without control characters."""
     return text and "".join(
         sign if sign.isprintable() or sign in "\n\t" else "\N{REPLACEMENT CHARACTER}" for sign in text
     )

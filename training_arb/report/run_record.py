@@ -23,7 +23,7 @@ SHOWN_STATE = ("global_step", "max_steps", "train_batch_size", "eval_steps", "sa
 
 @dataclass
 class RunRecord:
-    """`missing` says what could not be read, for people. Trit counts are of (-1, 0, +1)."""
+    """`missing` lists what could not be read. Trit counts are of (-1, 0, +1)."""
 
     run_dir: Path
     history: list[dict] = field(default_factory=list)
@@ -122,7 +122,8 @@ def _read_flips(record: RunRecord, checkpoints: list[Path]) -> None:
 
 
 def read_trits(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """(tensor name, int8 (rows, columns)) of each ternary matrix on disk, by name; of large ones the first rows."""
+    """(tensor name, int8 (rows, columns)) of each ternary matrix on disk, by name; for large ones only the first
+    rows."""
     with torch.device("meta"):
         matrices = ArbForCausalLM(ArbConfig.from_pretrained(folder)).ternary_matrices()
     columns = {f"{name}.T_packed": matrix.columns for name, matrix in matrices.items()}

@@ -49,6 +49,7 @@ def tidy(panel: Axes) -> None:
 
 
 def save(figure: Figure, path: str | Path) -> None:
+    """Write the figure as a PNG."""
     figure.savefig(path, dpi=110)
 
 
@@ -68,7 +69,7 @@ def plot_finetuning(
 ) -> None:
     """Losses of an adapter over steps, from a Trainer's log history, to a PNG.
 
-    before: the frozen base's on held-out conversations; after, held_out_after: over all at the end.
+    before: loss of the base on held-out conversations; after, held_out_after: losses over all conversations at the end.
     """
     figure = Figure(figsize=(8, 4.2), constrained_layout=True)
     panel = figure.subplots()
@@ -88,7 +89,7 @@ def plot_finetuning(
 def plot_comparison(curves: Mapping[str, Sequence[tuple[int, float]]], path: str | Path, title: str) -> None:
     """Held-out losses (step, nats per byte) per configuration, to a PNG.
 
-    The last point is over all held-out text and the others over its beginning: it stands alone, off the line.
+    The last point is over all held-out text, the others over its beginning, so it is drawn separately.
     """
     figure = Figure(figsize=(8, 5), constrained_layout=True)
     panel = figure.subplots()

@@ -1,4 +1,4 @@
-"""BaseTrainer: our changes to transformers' Trainer that hold for integer models and for adapters."""
+"""BaseTrainer: changes to transformers' Trainer for integer models and for adapters."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class BaseTrainer(Trainer):
     """label_smoothing_factor is applied inside the model's own loss, where the labels are shifted by one byte; the
     reported loss stays the plain one.
 
-    Raises ValueError when one process would train on several GPUs, and on arguments that would be ignored.
+    Raises ValueError if one process would train on several GPUs, or if an argument would be ignored.
     """
 
     arguments_class: type[CheckedTrainingArguments]

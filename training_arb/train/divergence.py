@@ -14,7 +14,7 @@ REMEMBERED = 200  # logged losses that are looked at
 
 
 def strikes(losses: Sequence[float], factor: float) -> int:
-    """How many losses in a row, up to the last one, lie above `factor` times the running mean of those before them.
+    """The number of consecutive losses, up to the last one, above `factor` times the running mean of earlier ones.
 
     The first loss starts the mean. A loss that is not finite counts as above it.
     """
@@ -30,7 +30,8 @@ def strikes(losses: Sequence[float], factor: float) -> int:
 
 class DivergenceStop(TrainerCallback):
     """Raises FloatingPointError, naming step, loss and the last good checkpoint, when the logged loss is not finite or
-    stays above `factor` times its running mean for `patience` logs in a row. Nothing is saved while it is above.
+    stays above `factor` times its running mean for `patience` logs in a row. No checkpoint is saved while the loss is
+    above.
 
     It reads the trainer's log history, so a resumed run is judged as if it had not been interrupted.
     """

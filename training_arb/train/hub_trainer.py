@@ -30,10 +30,10 @@ logger = logging.getLogger(__name__)
 
 
 class HubTrainer(SavingTrainer):
-    """`push_to_hub=True` as Trainer's documentation has it, for the strategies `end` and `every_save`.
+    """`push_to_hub=True` as documented for Trainer, for the strategies `end` and `every_save`.
 
     Every push is an inference export with its card, in one commit. A push that fails during the run is a warning. The
-    last push, and faults that show before training, raise ValueError.
+    last push, and faults that are found before training, raise ValueError.
     """
 
     model: ArbForCausalLM
@@ -59,10 +59,10 @@ class HubTrainer(SavingTrainer):
             super().init_hf_repo(token, private)
 
     def create_model_card(self, *args, **kwargs) -> None:
-        """Nothing: the card is part of the export."""
+        """Does nothing: the card is part of the export."""
 
     def on_checkpoint(self, folder: Path) -> None:
-        """Push the model as it is, in the background, unless an earlier push is still under way."""
+        """Push the current model in the background, unless an earlier push is still running."""
         if not self.args.push_to_hub or self.args.hub_strategy == HubStrategy.END or not self.is_world_process_zero():
             return
         busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
@@ -94,7 +94,7 @@ class HubTrainer(SavingTrainer):
         revision: str | None = None,
         private: bool | None = None,
     ) -> CommitInfo | Future | None:
-        """Push the model as it is, its card filled from report.json where that is about it; on the first rank only.
+        """Push the current model, with a card from report.json if it describes this model. First rank only.
 
         Returns the commit, or its Future when not `blocking`. Raises ValueError on whatever the hub refuses.
         """

@@ -46,14 +46,14 @@ class Interruption(TrainerCallback):
 
     def _receive(self, signum: int, frame) -> None:
         if os.getpid() != self._owner and signum == signal.SIGINT:
-            return  # Ctrl-C reaches data workers too, and the step at hand still needs them
+            return  # Ctrl-C reaches data workers too, which the current step still needs
         if os.getpid() != self._owner or self._received:
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
         self._received.add(signum)
 
     def agree(self, args: TrainingArguments) -> None:
-        """Set `signum` by what any rank received. Every rank must call it."""
+        """Set `signum` to a signal that any rank received. Every rank must call it."""
         anywhere = used_on_any_rank([signum in self._received for signum in SIGNALS], args.device)
         self.signum = next((signum for signum, sent in zip(SIGNALS, anywhere, strict=True) if sent), 0)
 

@@ -29,8 +29,8 @@ COLUMNS: dict[str, tuple[str, int, Callable[[float], str]]] = {  # log's key: he
 
 
 class ProgressLines(ProgressCallback):
-    """The first rank's, in place of transformers' bar and its printed dictionaries. Lines go to stdout; the bar goes to
-    stderr, where that is a terminal.
+    """Replaces transformers' bar and printed dictionaries, on the first rank. Lines go to stdout; the bar goes to
+    stderr if it is a terminal.
 
     columns: keys of COLUMNS. bytes_seen: how many bytes all ranks have trained on since the process began.
     """
@@ -86,7 +86,7 @@ class ProgressLines(ProgressCallback):
             super().on_train_end(args, state, control, **kwargs)
 
     def _time_left(self, state) -> dict[str, float]:
-        """By the time that the steps so far took, evaluations and checkpoints included."""
+        """Estimated from the time of the steps so far, evaluations and checkpoints included."""
         done = state.global_step - self.first_step
         if not done:
             return {}

@@ -1,7 +1,7 @@
-"""SavingTrainer: whole-or-nothing checkpoints, checked resume and orderly stops, for all our trainers.
+"""SavingTrainer: atomic checkpoints, checked resume and clean stops for all our trainers.
 
-Trainer writes its files straight into checkpoint-N. We add run.json before them and checksums.json after them, once
-everything is on the disk, so that a checkpoint whose writing was cut short is told from a whole one by its files alone.
+Trainer writes its files directly into checkpoint-N. run.json is written before them and checksums.json after them, when
+everything is on the disk, so the files show whether a checkpoint is complete.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 
 
 class SavingTrainer(BaseTrainer):
-    """run_description: what a resumed run must have in common with the one that it continues.
+    """run_description: settings that must be equal when a run is resumed.
 
     last_checkpoint: the checkpoint that this run last wrote or was resumed from.
     """
@@ -69,7 +69,7 @@ class SavingTrainer(BaseTrainer):
         return Path(str(self.args.output_dir))
 
     def check_checkpoint(self, folder: Path) -> None:
-        """Raises ValueError, naming the file, unless `folder` is a whole checkpoint of this kind of trainer."""
+        """Raises ValueError naming the file unless `folder` is a complete checkpoint of this kind of trainer."""
         raise NotImplementedError
 
     def check_same_run(self, folder: Path) -> None:
@@ -81,13 +81,13 @@ class SavingTrainer(BaseTrainer):
         super()._load_from_checkpoint(str(folder), model)
 
     def write_more(self, folder: Path) -> None:
-        """Write what a checkpoint holds besides Trainer's own files; on one rank."""
+        """Write the checkpoint's files besides Trainer's, on one rank."""
 
     def on_checkpoint(self, folder: Path) -> None:
         """Called on every rank when a checkpoint is finished."""
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs) -> TrainOutput:
-        """As Trainer's. None resumes what the arguments name, True the newest whole checkpoint, False nothing.
+        """As Trainer's. None resumes as the arguments say, True the newest complete checkpoint, False none.
 
         SIGTERM and Ctrl-C end it after the current step, as `interruption` then says. Raises FloatingPointError, naming
         the last good checkpoint, when the run diverges; RankLostError, naming the last checkpoint, when another rank is
@@ -112,7 +112,7 @@ class SavingTrainer(BaseTrainer):
         return output
 
     def where_it_stands(self) -> str:
-        """The end of an error's message: the current step, and how to continue. Does not need the other ranks."""
+        """The end of an error message: the current step and how to continue. Does not communicate with other ranks."""
         newest = pointed(self.run_dir, LATEST)
         last = newest or self.last_checkpoint
         how = "auto" if newest else last
@@ -120,14 +120,14 @@ class SavingTrainer(BaseTrainer):
         return f"after step {self.state.global_step}; {resume}"
 
     def end_early(self) -> int:
-        """Say how to continue after a signal; returns the exit code that a shell gives to it.
+        """Print how to continue after a signal. Returns 128 plus the signal's number.
 
         Raises ValueError when the step at which the run stopped could not be saved.
         """
         signum, step, last = self.interruption.signum, self.state.global_step, self.last_checkpoint
         if self.is_world_process_zero():
             how = "--resume_from_checkpoint latest" if last else "starting again: no checkpoint was written"
-            print(f"\nstopped by {Signals(signum).name} after step {step}; last checkpoint {last}; go on by {how}")
+            print(f"\nstopped by {Signals(signum).name} after step {step}; last checkpoint {last}; continue with {how}")
         with naming_lost_ranks(self.where_it_stands):
             self.accelerator.wait_for_everyone()
         if last is None or last.name != f"checkpoint-{step}":
@@ -162,7 +162,7 @@ class SavingTrainer(BaseTrainer):
     def _save_checkpoint(self, model: nn.Module, trial) -> None:
         """Write a checkpoint in three phases, each on all ranks before the next.
 
-        A full disk costs this checkpoint only: what was half written is deleted, a warning says so, the run goes on.
+        A full disk costs this checkpoint only: its files are deleted with a warning, and the run continues.
         """
         if self._saved_step == self.state.global_step:  # a signal's checkpoint, before the one that ends the epoch
             return
@@ -183,7 +183,7 @@ class SavingTrainer(BaseTrainer):
             self.on_checkpoint(target)
 
     def _on_every_rank(self, phase: Callable[[], None], target: Path) -> bool:
-        """Run `phase` on this rank; whether no rank ran out of space. No rank returns before all have run it."""
+        """Run `phase` on this rank and wait for all ranks. Returns whether no rank ran out of space."""
         error = None
         try:
             phase()
@@ -242,7 +242,7 @@ class SavingTrainer(BaseTrainer):
 
 @contextmanager
 def changed(target: object, **attributes: object) -> Iterator[None]:
-    """Give an object other attributes within the block."""
+    """Set attributes of an object within the block and restore them afterwards."""
     before = {name: getattr(target, name) for name in attributes}
     vars(target).update(attributes)
     try:

@@ -27,11 +27,11 @@ INCIDENTAL_FIELDS = ("transformers_version", "auto_map", "use_cache", "architect
 
 
 class ArbTrainer(HubTrainer):
-    """Trains an ArbForCausalLM's integer state. Everything not named here is the stock Trainer's.
+    """Trains an ArbForCausalLM's integer state. All else is as in the stock Trainer.
 
-    run_description: what a resumed run must have in common with the one it continues (data, block length, ...).
-    optimizers: (None, None), or an IntegerOptimizer attached to `model` and, or None, a scheduler of it. Raises
-    ValueError on any other optimizer, which could move nothing.
+    run_description: settings that must be equal when a run is resumed (data, block length, ...). optimizers: (None,
+    None), or an IntegerOptimizer attached to `model` and, or None, a scheduler of it. Raises ValueError on any other
+    optimizer, because it could not update integer weights.
     """
 
     args: ArbTrainingArguments
@@ -127,7 +127,7 @@ class ArbTrainer(HubTrainer):
         return self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
 
     def _blocks_since_resume(self) -> int:
-        """Blocks that all ranks have trained on; blocks that were only read ahead do not count."""
+        """Blocks that all ranks have trained on, without prefetched ones."""
         return (self.state.global_step - self._initial_global_step) * self.step_blocks
 
     def load_state(self, folder: Path, model: nn.Module | None) -> None:

@@ -1,4 +1,4 @@
-"""ArbTrainingArguments: transformers' arguments with defaults for integer training, and those of our own."""
+"""ArbTrainingArguments: transformers' arguments with defaults for integer training, and our additional ones."""
 
 from __future__ import annotations
 
@@ -34,25 +34,28 @@ class ArbTrainingArguments(CheckedTrainingArguments):
     learning_rate: float = field(default=0.035, metadata={"help": "Cells of the latent line per step."})
     warmup_steps: float = field(default=0.05, metadata={"help": "Steps of linear warmup; below 1: share of the run."})
     seed: int = field(default=0, metadata={"help": "Seed of initial weights, data order and stochastic rounding."})
-    logging_steps: float = field(default=20, metadata={"help": "Log every so many steps."})
+    logging_steps: float = field(default=20, metadata={"help": "Interval in steps between logs."})
     eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate: no, steps, epoch."})
-    eval_steps: float | None = field(default=200, metadata={"help": "Evaluate every so many steps."})
-    save_steps: float = field(default=200, metadata={"help": "Write a checkpoint every so many steps."})
+    eval_steps: float | None = field(default=200, metadata={"help": "Interval in steps between evaluations."})
+    save_steps: float = field(default=200, metadata={"help": "Interval in steps between checkpoints."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
     metric_for_best_model: str | None = field(
-        default="eval_loss", metadata={"help": "What `best` is best at, among steps both evaluated and saved."}
+        default="eval_loss",
+        metadata={"help": "Metric of the best checkpoint, among steps evaluated and saved."},
     )
     stop_loss_factor: float = field(
-        default=3.0, metadata={"help": "Stop when the loss stays above so many times its running mean; 0: never."}
+        default=3.0, metadata={"help": "Stop when the loss stays above this multiple of its running mean; 0: never."}
     )
-    stop_loss_patience: int = field(default=3, metadata={"help": "Logs in a row that the loss may be above it."})
+    stop_loss_patience: int = field(
+        default=3, metadata={"help": "Consecutive logs with such a loss before the run stops."}
+    )
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Hide losses that are not finite."})
-    report_to: str | None = field(default="none", metadata={"help": "Where logs go besides the terminal."})
+    report_to: str | None = field(default="none", metadata={"help": "Integrations that receive the logs."})
     momentum_beta: float = field(default=0.9, metadata={"help": "momentum rule: decay of the momentum per step."})
     flip_threshold: int = field(default=32, metadata={"help": "flip rule: votes after which a trit moves, 1..127."})
     table_threshold: int = field(default=8, metadata={"help": "Votes after which a trit of a table moves, 1..127."})
     scale_update_interval: int = field(
-        default=1, metadata={"help": "flip rule: vote on scales every so many steps; 0: never."}
+        default=1, metadata={"help": "flip rule: interval in steps of the votes on scales; 0: never."}
     )
 
     def __post_init__(self):
@@ -72,4 +75,4 @@ class ArbTrainingArguments(CheckedTrainingArguments):
             logger.warning_once(f"num_train_epochs={asked_epochs} changes nothing: max_steps={self.max_steps} is given")
         missing = sorted(set(self.report_to or ()) - set(get_available_reporting_integrations()))
         if missing:
-            raise ValueError(f"report_to={missing[0]!r} is not installed here, or unknown; none: the terminal alone")
+            raise ValueError(f"report_to={missing[0]!r} is not installed or unknown; give none for the terminal only")

@@ -18,8 +18,8 @@ logger = logging.get_logger(__name__)
 
 
 class Option(NamedTuple):
-    """standing: `honoured`; `meaningless`, said once when it is not at its default; or `refused` then. why: of the
-    latter two, what follows `name=value: ` in the message."""
+    """standing: `honoured`; `meaningless`, which warns once if the value is not the default; or `refused`, which then
+    raises. why: the text after `name=value: ` in the message."""
 
     standing: str
     why: str = ""
@@ -37,12 +37,12 @@ def _refused(why: str) -> Option:
 
 
 NO_ADAM = _meaningless("a setting of AdamW, which keeps float moments: IntegerOptimizer has none; leave it out")
-OTHER_OPTIMIZER = _refused("IntegerOptimizer alone can move integer weights; leave it out")
+OTHER_OPTIMIZER = _refused("only IntegerOptimizer can update integer weights; leave it out")
 NO_DDP = _meaningless("a setting of DistributedDataParallel: ranks exchange weight gradients without it; leave it out")
 NO_SHARDS = _refused("integer state is not sharded; every rank holds the whole model (torchrun, accelerate launch)")
-NOT_TRACED = _refused("the layers' own kernels are not compiled by torch: minutes more, and other bits; leave it out")
+NOT_TRACED = _refused("compilation takes minutes and changes the result of the layers' own kernels; leave it out")
 NO_FLOAT_WEIGHTS = _meaningless("there are no float weights to cast; bf16=True computes in bfloat16")
-OF_SCRIPTS = _meaningless("scripts of transformers' examples read it; leave it out")
+OF_SCRIPTS = _meaningless("only read by the example scripts of transformers; leave it out")
 
 OPTIONS: dict[str, Option] = {
     # how long, how fast
@@ -67,15 +67,15 @@ OPTIONS: dict[str, Option] = {
     "adam_beta1": NO_ADAM,
     "adam_beta2": NO_ADAM,
     "adam_epsilon": NO_ADAM,
-    "weight_decay": _meaningless("a trit has no magnitude to decay; leave it out"),
-    "max_grad_norm": _meaningless("an update has unit RMS whatever the gradient's norm, and nothing to clip"),
+    "weight_decay": _meaningless("trits have no magnitude to decay; leave it out"),
+    "max_grad_norm": _meaningless("updates have unit RMS whatever the gradient's norm, so nothing is clipped"),
     # batches and their data
     "per_device_train_batch_size": HONOURED,
     "per_device_eval_batch_size": HONOURED,
     "gradient_accumulation_steps": HONOURED,
     "average_tokens_across_devices": HONOURED,
     "auto_find_batch_size": _refused(
-        "a batch that runs out of memory has moved part of the model by then; set per_device_train_batch_size, and"
+        "a batch that runs out of memory has already updated part of the model; set per_device_train_batch_size and"
         " gradient_accumulation_steps for the rest"
     ),
     "train_sampling_strategy": HONOURED,
@@ -94,7 +94,7 @@ OPTIONS: dict[str, Option] = {
     "full_determinism": HONOURED,
     # arithmetic and memory
     "bf16": HONOURED,
-    "fp16": _refused("loss scaling does not go with integer updates; use bf16=True or float32"),
+    "fp16": _refused("loss scaling is not supported with integer updates; use bf16=True or float32"),
     "bf16_full_eval": NO_FLOAT_WEIGHTS,
     "fp16_full_eval": NO_FLOAT_WEIGHTS,
     "tf32": HONOURED,
@@ -111,7 +111,7 @@ OPTIONS: dict[str, Option] = {
     "use_cache": HONOURED,
     # devices and ranks
     "use_cpu": HONOURED,
-    "local_rank": _meaningless("launchers say it by the variable LOCAL_RANK; leave it out"),
+    "local_rank": _meaningless("launchers set the variable LOCAL_RANK instead; leave it out"),
     "ddp_backend": HONOURED,
     "ddp_timeout": HONOURED,
     "ddp_find_unused_parameters": NO_DDP,
@@ -140,7 +140,7 @@ OPTIONS: dict[str, Option] = {
     "trackio_bucket_id": HONOURED,
     "trackio_static_space_id": HONOURED,
     "skip_memory_metrics": HONOURED,
-    "debug": _refused("it reads empty tensors and fails; a gradient that is not finite is named without it"),
+    "debug": _refused("it fails on empty tensors; gradients that are not finite are reported without it"),
     # evaluation
     "eval_strategy": HONOURED,
     "eval_steps": HONOURED,
@@ -162,7 +162,7 @@ OPTIONS: dict[str, Option] = {
     "save_total_limit": HONOURED,
     "save_only_model": HONOURED,
     "save_on_each_node": HONOURED,
-    "enable_jit_checkpoint": _refused("SIGTERM ends a run with a checkpoint as it is; leave it out"),
+    "enable_jit_checkpoint": _refused("SIGTERM already ends a run with a checkpoint; leave it out"),
     "resume_from_checkpoint": HONOURED,
     "ignore_data_skip": HONOURED,
     "restore_callback_states_from_checkpoint": HONOURED,
@@ -174,7 +174,7 @@ OPTIONS: dict[str, Option] = {
     "hub_private_repo": HONOURED,
     "hub_always_push": HONOURED,
     "hub_revision": HONOURED,
-    # of no trainer
+    # not read by any trainer
     "do_train": OF_SCRIPTS,
     "do_eval": OF_SCRIPTS,
     "do_predict": OF_SCRIPTS,
@@ -227,11 +227,11 @@ def check_launcher(args: TrainingArguments, options: dict[str, Option]) -> None:
     accumulation = config.gradient_accumulation_kwargs or {}
     if "num_steps" in accumulation:
         raise ValueError(
-            f"accelerator_config: num_steps={accumulation['num_steps']} of gradient_accumulation_kwargs; say it by"
+            f"accelerator_config: num_steps={accumulation['num_steps']} of gradient_accumulation_kwargs; use"
             " gradient_accumulation_steps"
         )
     if config.split_batches:
-        raise ValueError("accelerator_config: split_batches=True; say by per_device_train_batch_size what a rank reads")
+        raise ValueError("accelerator_config: split_batches=True is not supported; set per_device_train_batch_size")
 
 
 @dataclass

@@ -204,7 +204,7 @@ def test_a_stored_block_may_not_be_missing_or_misshapen(tmp_path):
     with pytest.raises(ValueError, match=r"tensor model\.memgram\.\S+ is missing"):
         ArbForCausalLM.from_pretrained(tmp_path)
     small.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"model\.memgram\.table\.\w+ has shape \(64, \d+\), the config asks for \(65"):
+    with pytest.raises(ValueError, match=r"model\.memgram\.table\.\w+ has shape \(64, \d+\), the config requires \(65"):
         ArbForCausalLM.from_pretrained(tmp_path, memgram={"slots": 65, "dim": 8})
     with pytest.raises(ValueError, match=r"memgram\.slots=0 must be"):
         ArbForCausalLM.from_pretrained(tmp_path, memgram={"slots": 0, "dim": 8})

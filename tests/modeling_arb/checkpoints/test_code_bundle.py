@@ -90,7 +90,7 @@ def test_a_name_of_another_file_cannot_be_defined_again():
     ],
 )
 def test_an_import_of_ours_in_another_form_is_refused(source):
-    with pytest.raises(ValueError, match=r"low.b, line [12]: .* cannot stand in a common file; write"):
+    with pytest.raises(ValueError, match=r"low.b, line [12]: .* is not allowed in one file; write"):
         bundled(low__a="def f(): pass", low__b=source)
 
 

@@ -185,30 +185,30 @@ def test_hostile_weights_are_one_line_and_little_memory(checkpoint, capsys, scri
 
 
 HOSTILE_CONFIGS = {
-    "no-json": (b"{", "config.json: no JSON"),
-    "no-text": (b"\xff\xfe\x00", "config.json: no JSON"),
-    "nested": (b"[" * 200_000, "config.json: no JSON"),
+    "no-json": (b"{", "config.json: not JSON"),
+    "no-text": (b"\xff\xfe\x00", "config.json: not JSON"),
+    "nested": (b"[" * 200_000, "config.json: not JSON"),
     "list": (b"[1]", "must hold a JSON object, not a list"),
     "null": (b"null", "must hold a JSON object, not a NoneType"),
     "packing_version": ({"packing_version": 2}, "packing_version=2 must be 1"),
     "text-for-size": ({"hidden_size": "64"}, "hidden_size"),
     "wide": ({"hidden_size": 1 << 40}, "hidden_size=1099511627776 must be at most 1,048,576"),
-    "widest": ({"hidden_size": 1 << 20}, "the config asks for"),
+    "widest": ({"hidden_size": 1 << 20}, "the config requires"),
     "deep": ({"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000 must be at most 1,024"),
-    "deepest": ({"num_hidden_layers": 1024}, "the config asks for"),
+    "deepest": ({"num_hidden_layers": 1024}, "the config requires"),
     "deep-head": ({"head_layers": 10**9}, "head_layers=1000000000 must be at most 1,024"),
     "latent": ({"kv_latent_dim": 10**12}, "kv_latent_dim=1000000000000 must be at most"),
     "heads": ({"num_attention_heads": 10**12}, "num_attention_heads=1000000000000 must be at most"),
     "memory": ({"memgram": {"slots": 10**12, "dim": 64}}, "memgram.slots=1000000000000 must be an integer"),
-    "memory-most": ({"memgram": {"slots": (1 << 31) - 1, "dim": 1 << 20}}, "the config asks for"),
+    "memory-most": ({"memgram": {"slots": (1 << 31) - 1, "dim": 1 << 20}}, "the config requires"),
     "codebook": ({"codebook": {"size": 10**12, "dim": 64}}, "codebook.size=1000000000000 must be an integer"),
-    "codebook-most": ({"codebook": {"size": (1 << 31) - 1, "dim": 1 << 20}}, "the config asks for"),
+    "codebook-most": ({"codebook": {"size": (1 << 31) - 1, "dim": 1 << 20}}, "the config requires"),
     "edges": (
         {"codebook": {"size": 8, "dim": 4}, "moe_graph": {"num_experts": 2, "active_edges": (1 << 31) - 1}},
-        "the config asks for",
+        "the config requires",
     ),
     "experts": ({"moe_graph": {"num_experts": 10**9}}, "moe_graph.num_experts=1000000000 must be an integer"),
-    "wrong-size": ({"hidden_size": 24}, "the config asks for"),
+    "wrong-size": ({"hidden_size": 24}, "the config requires"),
 }
 
 

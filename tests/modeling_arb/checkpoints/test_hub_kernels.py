@@ -20,6 +20,7 @@ LOAD = f"""{NO_REPO}
 import os, torch
 site, folder, logits = sys.argv[1:]
 sys.path.insert(0, site)
+sys.modules["triton"] = None  # not installed
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
 ids = torch.tensor([list(b"def f(x):")])
@@ -30,6 +31,7 @@ del os.environ["ARB_BACKEND"]
 assert torch.equal(model(ids).logits, torch.load(logits))
 assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (1, 12)
 kernels = sys.modules[type(model).__module__.replace("modeling_arb", "kernels_arb")]
+assert kernels.triton is None
 print(kernels.describe_backend(torch.device("cpu")))
 """
 

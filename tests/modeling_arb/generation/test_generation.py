@@ -236,7 +236,7 @@ def test_caches_of_other_models_are_refused(tiny):
         tiny(ids, past_key_values=other(ids, use_cache=True).past_key_values)
     filled = StaticCache(config=tiny.config, max_cache_len=9)
     filled.update(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4), 0)
-    with pytest.raises(ValueError, match="another model filled"):
+    with pytest.raises(ValueError, match="filled by another model"):
         tiny(ids, past_key_values=filled)
 
 
@@ -244,7 +244,7 @@ def test_modes_that_transformers_does_not_ship_say_so(tiny, batch):
     """Contrastive search is remote code since transformers 5; ours is tested below."""
     with pytest.raises(ValueError, match="transformers-community/contrastive-search"):
         new_ids(tiny, batch, penalty_alpha=0.6, top_k=4)
-    with pytest.raises(ValueError, match="inputs_embeds cannot"):
+    with pytest.raises(ValueError, match="inputs_embeds is not supported"):
         tiny.generate(inputs_embeds=torch.zeros(1, 3, 64), max_new_tokens=2)
     with pytest.raises(ValueError, match="Static cache"):
         new_ids(tiny, one_row("abcabc"), prompt_lookup_num_tokens=3, cache_implementation="static")

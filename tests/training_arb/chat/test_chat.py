@@ -114,7 +114,7 @@ def test_commands(model, capsys):
     lines = ["hello", "", "/frobnicate now", KeyboardInterrupt(), "/reset", "again", "/exit", "never read"]
     talk(conversation, TerminalStreamer(TOKENIZER), listener(lines))
     out = capsys.readouterr().out
-    assert "(/frobnicate is not a command" in out and "(the conversation starts anew)" in out
+    assert "(/frobnicate is not a command" in out and "(new conversation)" in out
     assert [turn[0] for turn in conversation.turns] == [USER, ASSISTANT]
     assert bytes(conversation.turns[0][1:-1]) == b"again"
     assert out.count("/exit") == 3

@@ -100,7 +100,7 @@ def test_where_a_run_stands(run_dir):
         newest_sound_checkpoint(run_dir, sound)
     os.remove(run_dir / "latest")
     (run_dir / "checkpoint-4" / "bad").touch()
-    with pytest.raises(ValueError, match="checkpoint-10/bad: damaged; no other checkpoint is whole"):
+    with pytest.raises(ValueError, match="checkpoint-10/bad: damaged; all other checkpoints are damaged"):
         newest_sound_checkpoint(run_dir, sound)
     assert newest_sound_checkpoint(run_dir / "nowhere", sound) == (None, [])
 
@@ -147,10 +147,10 @@ def test_every_flipped_bit_is_found(folder, bit):
         ("a.bin", None, "a.bin is missing"),
         ("deep/b.txt", b"text ", "b.txt: damaged"),
         ("empty", b"x", "empty: damaged"),
-        ("checksums.json", b"{", "checksums.json: no JSON"),
+        ("checksums.json", b"{", "checksums.json: not JSON"),
         ("checksums.json", b"[]", "checksums.json: must hold a JSON object"),
         ("checksums.json", b'{"/dev/zero": "0"}', "/dev/zero is missing"),
-        ("checksums.json", b"[" * 100_000, "checksums.json: no JSON"),
+        ("checksums.json", b"[" * 100_000, "checksums.json: not JSON"),
     ],
 )
 def test_a_file_lost_or_changed_is_named(folder, name, content, said):

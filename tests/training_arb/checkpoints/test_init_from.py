@@ -123,7 +123,7 @@ def test_correlation_goes_on_from_its_votes_and_is_not_left(tmp_path):
     stored.save_pretrained(tmp_path / "checkpoint", training_state=False)
     model, _ = start_from(str(tmp_path / "checkpoint"))
     assert torch.equal(model.eval()(IDS).logits, stored(IDS).logits)
-    with pytest.raises(ValueError, match="votes are part of the weights"):
+    with pytest.raises(ValueError, match="depend on correlation's votes"):
         start_from(str(tmp_path / "checkpoint"), fields={"update_rule": "momentum"})
 
 
@@ -224,8 +224,8 @@ def not_as_written(folder):
     ("damage", "changes", "said"),
     [
         (missing, {}, "no such folder"),
-        (without_config, {}, "no config.json there"),
-        (without_weights, {}, "no model.safetensors there"),
+        (without_config, {}, "config.json not found"),
+        (without_weights, {}, "model.safetensors not found"),
         (of_another_type, {}, "model_type='gpt2'"),
         (truncated, {}, "model.safetensors: damaged or truncated"),
         (not_as_written, {}, "model.safetensors: damaged, its sha256"),
@@ -233,8 +233,8 @@ def not_as_written(folder):
         (None, {"blocks": '{"head_layers": 1}'}, "head_layers=1 contradicts"),
         (None, {"group_size": 32}, "group_size=32 contradicts"),
         (None, {"update_rule": "adam"}, "update_rule='adam' must be one of"),
-        (None, {"revision": "main"}, "only the hub has revisions"),
-        (None, {"init_from": None, "revision": "main"}, "goes with --init_from only"),
+        (None, {"revision": "main"}, "which has no revisions"),
+        (None, {"init_from": None, "revision": "main"}, "only used with --init_from"),
     ],
 )
 def test_bad_starts_are_one_line(text, checkpoints, tmp_path, capsys, damage, changes, said):

@@ -247,8 +247,8 @@ def no_network(hub, monkeypatch):
         (wrong_token, "me/arb", "the hub does not accept the token"),
         (None, "you/arb", "the token has no right to write there (403)"),
         (None, "me/a/rb", "me/a/rb"),
-        (another_model, "me/arb", "the name is taken, by a model of type 'gpt2'"),
-        (a_public_one, "me/arb", "the repository is there already, and it is public"),
+        (another_model, "me/arb", "the repository holds a model of type 'gpt2'"),
+        (a_public_one, "me/arb", "the repository exists and is public"),
         (a_commit_fails, "me/arb", "the hub answered 501: the stand-in was told to fail"),
         (validation_fails, "me/arb", "the hub answered 501"),
         (a_large_file_fails, "me/arb", "Error while uploading 'model.safetensors' to the Hub: the token has no right"),
@@ -271,11 +271,11 @@ def test_a_push_that_fails_says_so_in_one_line(tmp_path, hub, checkpoint, monkey
 
 def test_options_that_do_not_go_together(tmp_path, checkpoint, capsys):
     for given, said in (
-        ((checkpoint,), "output: name a folder"),
+        ((checkpoint,), "output=None: give a folder"),
         ((checkpoint, tmp_path / "x", "--private"), "private goes with --push"),
         ((checkpoint, tmp_path / "x", "--branch", "b"), "branch goes with --push"),
         ((checkpoint, tmp_path / "x", "--max_shard_size", "big"), "max_shard_size='big' must be a number and KB"),
-        ((checkpoint, tmp_path / "x", "--revision", "b"), "only the hub has revisions"),
+        ((checkpoint, tmp_path / "x", "--revision", "b"), "which has no revisions"),
     ):
         assert run_script("export_hub", *given) == 2
         assert said in capsys.readouterr().err

@@ -163,7 +163,7 @@ def test_moments_leave_padding_out():
 def test_an_adapter_that_gains_nothing_is_refused():
     model = add_adapter(base(), r=2, alpha=4)
     before = base_hash(model)
-    with pytest.raises(ValueError, match=r"it gains nothing: loss (\S+) base, \1 with it"):
+    with pytest.raises(ValueError, match=r"it does not lower the loss: (\S+) base, \1 with it"):
         merge_adapter(model, CHATS[:4])
     assert base_hash(model) == before
 
@@ -172,7 +172,7 @@ def test_a_merge_that_loses_the_gain_is_undone(trained, monkeypatch):
     model, ids = tuned(trained), torch.tensor([CHATS[0].ids])
     before, adapted = base_hash(model), model(input_ids=ids).logits
     monkeypatch.setattr(lora_merge, "round_compensated", lambda wanted, moments: -wanted.sign())
-    with pytest.raises(ValueError, match=r"trits cannot hold it: compensated: loss .* merged \(-"):
+    with pytest.raises(ValueError, match=r"its gain is lost in trits: compensated: loss .* merged \(-"):
         merge_adapter(model, CHATS)
     assert base_hash(model) == before
     assert torch.equal(model(input_ids=ids).logits, adapted)

@@ -100,7 +100,7 @@ def part_ways(rank):
 
 
 def test_what_is_wrong_on_one_rank_is_named_on_every_rank(tmp_path):
-    parted = "step 4: rank 2 differs from rank 0 in byte_head.proj.E: their states have parted"
+    parted = "step 4: rank 2 differs from rank 0 in byte_head.proj.E: their states are not equal"
     for first, second in on_ranks(RANKS, part_ways, tmp_path):
         assert first == parted
         assert second == "step 0: the gradient of model.byte_embedding.tables.0 is not finite; resume from checkpoint-3"

@@ -180,7 +180,7 @@ def test_a_rank_that_never_comes(corpus, tmp_path):
     with Ranks(tmp_path / "run", settings(corpus, tmp_path / "run", ddp_timeout=1), started=1) as ranks:
         assert ranks.codes() == [75]
         (line,) = ranks.said(0).splitlines()
-    assert line.startswith("error: rank 0: the ranks do not meet: ") and "1/2 clients joined" in line
+    assert line.startswith("error: rank 0: the ranks could not connect: ") and "1/2 clients joined" in line
 
 
 def test_no_time_to_wait(corpus, tmp_path, capsys):

@@ -87,7 +87,12 @@ def test_damaged_files_are_named_and_the_rest_is_shown(finished, tmp_path):
     (run_dir / "checkpoint-8" / "trainer_state.json").write_text("[]")
     shutil.rmtree(run_dir / "final")
     missing = " ".join(write_report(run_dir, run_dir / "report.html"))
-    for name in ("report.json: no JSON", "trainer_state.json: must hold", "weights of checkpoint-8", "flips per layer"):
+    for name in (
+        "report.json: not JSON",
+        "trainer_state.json: must hold",
+        "weights of checkpoint-8",
+        "flips per layer",
+    ):
         assert name in missing
     record = read_run(run_dir)
     assert [entry["step"] for entry in record.history if "loss" in entry] == [2, 4, 6]

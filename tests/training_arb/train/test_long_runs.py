@@ -299,7 +299,7 @@ def test_a_damaged_newest_checkpoint_gives_way(corpus, finished, run_dir, capsys
     lines = arguments(corpus, run_dir, resume_from_checkpoint="latest")
     assert run_script("pretrain", *lines) == 0
     (warning,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: "))
-    assert damaged.name in warning and warning.endswith(f"going on from {run_dir / 'checkpoint-4'} instead")
+    assert damaged.name in warning and warning.endswith(f"continuing from {run_dir / 'checkpoint-4'} instead")
     assert final_hash(run_dir) == final_hash(finished)
 
 

@@ -1,4 +1,4 @@
-"""What ARB's lm-eval tasks ask: rows of the .jsonl files beside this one, found wherever the package stands."""
+"""Data of ARB's lm-eval tasks: rows of the .jsonl files in this folder."""
 
 import json
 from pathlib import Path
@@ -17,5 +17,5 @@ def load_text(**_):
 
 
 def load_python(**_):
-    """{"test": rows of code, choices and answer}: which choice goes on with the code."""
+    """{"test": rows of code, choices and answer}: the index of the choice that continues the code."""
     return _rows("arb_python.jsonl")
