@@ -33,7 +33,7 @@ from configuration_arb import PRESETS, ArbConfig
 from modeling_arb import ArbForCausalLM
 from modeling_arb.layers.ternary_linear import TernaryLinear
 from training_arb.bench.bench_report import report
-from training_arb.bench.bench_shapes import SHAPES, shape_config
+from training_arb.bench.bench_shapes import SHAPES, parse_batches, shape_config
 from training_arb.bench.float_baselines import ArbFloatBaseline, FloatLinear
 from training_arb.bench.measurement import (
     MILLISECONDS,
@@ -170,14 +170,6 @@ def main() -> None:
             print(f"{preset}, {args.new_bytes} steps:\n{profile_table(generators['ternary'])}", flush=True)
     settings = {key: getattr(args, key) for key in ("prompt_bytes", "new_bytes", "repeats", "seed")}
     report({"rows": rows, **settings, "env": describe_environment(args.device)}, COLUMNS, args.json)
-
-
-def parse_batches(text: str) -> list[int]:
-    """Raises ValueError on anything but positive integers."""
-    for part in text.split(","):
-        if not part.isdecimal() or not int(part):
-            raise ValueError(f"batch={part!r} is not a positive integer")
-    return [int(part) for part in text.split(",")]
 
 
 def build(config: ArbConfig, wanted: list[str], device: torch.device) -> dict[str, ArbForCausalLM]:

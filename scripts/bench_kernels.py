@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 
 from training_arb.bench.bench_report import plot_fractions, report
+from training_arb.bench.bench_shapes import parse_batches
 from training_arb.bench.ggml_peer import BLOCK, ENVIRONMENT, find_ggml
 from training_arb.bench.kernel_contest import (
     OWN,
@@ -159,14 +160,6 @@ def parse_shapes(text: str) -> list[tuple[int, int]]:
             raise ValueError(f"shapes={shape!r} must be OUTxIN, such as 4096x4096")
         shapes.append((int(sizes[0]), int(sizes[1])))
     return shapes
-
-
-def parse_batches(text: str) -> list[int]:
-    batches = text.split(",")
-    for batch in batches:
-        if not (batch.isascii() and batch.isdigit() and int(batch)):
-            raise ValueError(f"batch={batch!r} must be a positive number of tokens")
-    return [int(batch) for batch in batches]
 
 
 if __name__ == "__main__":

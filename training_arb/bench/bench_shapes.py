@@ -25,3 +25,11 @@ def shape_config(name: str, **overrides) -> ArbConfig:
     if shape is None and name not in PRESETS:
         raise ValueError(f"preset={name!r} is not one of {', '.join([*PRESETS, *SHAPES])}")
     return preset_config("arb-14m" if shape else name, **{**(shape or {}), **overrides})
+
+
+def parse_batches(text: str) -> list[int]:
+    """Batch sizes from a command line, with commas between. Raises ValueError on anything but positive integers."""
+    for part in text.split(","):
+        if not (part.isascii() and part.isdigit() and int(part)):
+            raise ValueError(f"batch={part!r} must be a positive integer")
+    return [int(part) for part in text.split(",")]
