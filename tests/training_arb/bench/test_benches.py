@@ -9,6 +9,7 @@ import torch
 
 from arb_scripts.developer.bench_neighbours import SETTINGS, step_ms
 from support.scripting import run_script
+from support.tensors import NOT_BUILT
 from training_arb.bench.ggml_peer import ENVIRONMENT, FORMATS, GgmlMatmul, find_ggml
 from training_arb.bench.kernel_contest import batches_of
 
@@ -220,3 +221,19 @@ def test_a_step_beside_no_neighbour():
 def test_neighbours_that_cannot_be_timed(options, capsys):
     assert run_script("bench_neighbours", *options) == 2
     assert str(options[1]) in capsys.readouterr().err
+
+
+@NOT_BUILT
+def test_a_model_from_the_hub_decodes_with_installed_kernels_and_without(tmp_path):
+    path = tmp_path / "rows.json"
+    assert (
+        run_script("bench_hub_load", *["--preset", "arb-tiny", "--new-bytes", 2, "--repeats", 1, "--json", path]) == 0
+    )
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["kernels"] for row in rows] == ["native", "torch"]
+    assert all(row["tokens_per_s"] > 0 for row in rows) and rows[1]["of_torch"] == 1
+
+
+def test_a_hub_load_that_cannot_be_timed(capsys):
+    assert run_script("bench_hub_load", "--repeats", 0) == 2
+    assert "repeats=0" in capsys.readouterr().err
