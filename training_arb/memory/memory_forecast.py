@@ -5,7 +5,7 @@ backward needs most. Two steps of small batches make the same tensors in the sam
 for every row, so the steps of other batches are known without being run. A device's peak is that of its tensors.
 
 A process on a CPU needs more: the interpreter and its libraries, and memory that the allocator holds but cannot use
-again for tensors of other sizes. How much is measured, not modelled. In sixteen training runs of 47 thousand to 14
+again for tensors of other sizes. How much is measured, not modelled. In 23 training runs of 47 thousand to 14
 million weights (benchmarks/README.md) the resident peak above the libraries was 1.2 to 1.5 times the tensors, with
 checkpointing 1.6 to 2.3 times, besides about 25 MB that any first step takes. The forecast takes a little more than
 the most that was seen.
