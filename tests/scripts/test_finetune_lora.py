@@ -164,7 +164,7 @@ def test_the_shipped_instructions():
 def test_each_so_many_th_is_held_out():
     train, held_out = split_conversations(list(range(1, 21)), 10)
     assert held_out == [10, 20] and train == [*range(1, 10), *range(11, 20)]
-    with pytest.raises(ValueError, match="hold_out_every=10: 9 conversations"):
+    with pytest.raises(ValueError, match="hold_out_every=10: 9 to train on, 0 held out"):
         split_conversations(list(range(9)), 10)
 
 

@@ -133,7 +133,7 @@ def damage(checkpoint, how):
         ("truncated", "damaged or truncated"),
         ("garbage", "damaged or truncated"),
         ("no-trits", "byte_head.proj.T_packed holds 1 values outside 0 to 242"),
-        ("dtype", "byte_head.proj.T_packed has dtype torch.float32, config.json asks"),
+        ("dtype", "byte_head.proj.T_packed has dtype torch.float32, config.json requires torch.uint8"),
         ("missing", "byte_head.proj.T_packed is missing"),
         ("shape", "byte_head.proj.T_packed has shape (287, 13)"),
     ],

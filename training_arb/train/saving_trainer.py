@@ -176,7 +176,8 @@ class SavingTrainer(BaseTrainer):
         try:
             whole = all(self._on_every_rank(phase, target) for phase in phases)
         finally:
-            if not whole and self.args.should_save:
+            # one that `latest` points at is whole on this rank: another rank was lost after it was finished
+            if not whole and self.args.should_save and pointed(self.run_dir, LATEST) != target:
                 discard(target)
         if whole:
             self._saved_step, self.last_checkpoint = self.state.global_step, target

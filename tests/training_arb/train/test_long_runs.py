@@ -113,7 +113,7 @@ def test_a_signal_saves_and_says_how_to_go_on(corpus, finished, tmp_path, monkey
     with monkeypatch.context() as patch:
         each_step(patch, interrupt)
         assert run_script("pretrain", *arguments(corpus, tmp_path / "run")) == code
-    said = f"stopped by {signum.name} after step 5; last checkpoint {tmp_path / 'run' / 'checkpoint-5'}; go on by"
+    said = f"stopped by {signum.name} after step 5; last checkpoint {tmp_path / 'run' / 'checkpoint-5'}; continue with"
     assert said in capsys.readouterr().out
     assert steps_in(tmp_path / "run") == [2, 4, 5] and not (tmp_path / "run" / "final").exists()
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
