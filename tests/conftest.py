@@ -2,6 +2,7 @@
 
 import training_arb.common.thread_waiting  # noqa: F401
 
+import logging
 import os
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -39,6 +40,12 @@ def _poisoned(allocate):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def transformers_warns():
+    """A script that ran inside an earlier test or fixture has silenced transformers for the process."""
+    logging.getLogger("transformers").setLevel(logging.WARNING)
 
 
 @pytest.fixture(autouse=True)
