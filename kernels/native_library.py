@@ -50,6 +50,7 @@ def native_kernels() -> ctypes.CDLL:
     return library
 
 
+@cache  # asked by every kernel call
 def native_library() -> ctypes.CDLL | None:
     """The loaded library, or None where it is not installed, is of another version, or cannot be loaded."""
     return find_native_library().library

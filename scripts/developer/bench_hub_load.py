@@ -14,6 +14,7 @@ import training_arb.common.thread_waiting  # noqa: F401
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -21,14 +22,14 @@ from pathlib import Path
 
 import torch
 
-from arb_kernels.native_library import native_library
+import arb_kernels.native_library as native
 from configuration_arb import PRESETS, preset_config
 from modeling_arb import ArbForCausalLM
 from training_arb.bench.bench_report import report
 from training_arb.bench.measurement import describe_environment
 from training_arb.cli.command_line import check_least, run, script_parser
 
-KERNELS = Path(sys.modules[native_library.__module__].__file__ or "").parent
+KERNELS = Path(str(native.__file__)).parent
 COLUMNS = {"preset": "", "kernels": "", "tokens_per_s": ".1f", "of_torch": ".2f"}
 # Arguments: the model's folder, a folder that holds arb_kernels, new bytes, rounds. Prints {kernels: [seconds]}.
 DECODE = """
@@ -85,9 +86,9 @@ def decode_seconds(args: argparse.Namespace) -> dict[str, list[float]]:
 def main() -> None:
     args = build_parser().parse_args()
     check_least(args, {"new_bytes": 1, "repeats": 1})
-    if native_library() is None:
+    if native.native_library() is None:
         raise ValueError("arb_kernels: the native kernels are not built here; reinstall with a C++ compiler")
-    medians = {way: torch.tensor(taken).median().item() for way, taken in decode_seconds(args).items()}
+    medians = {way: statistics.median(taken) for way, taken in decode_seconds(args).items()}
     rows = [
         {
             "preset": args.preset,

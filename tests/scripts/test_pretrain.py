@@ -9,16 +9,14 @@ import sys
 import pytest
 from safetensors.torch import load_file, save_file
 
-from support.pretraining import TEXT, arguments, final_hash, report
+from support.pretraining import arguments, final_hash, report, write_corpus
 from support.scripting import ROOT, run_script
 from training_arb.checkpoints.checkpoint_files import write_checksums
 
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus")
-    (folder / "text.py").write_bytes(TEXT)
-    return folder / "text.py"
+    return write_corpus(tmp_path_factory)
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,12 @@ STEPS = 8
 TEXT = b"".join(f"def function_{i}(a, b):\n    return a * {i} + b\n\n\n".encode() for i in range(400))
 
 
+def write_corpus(tmp_path_factory):
+    path = tmp_path_factory.mktemp("corpus") / "text.py"
+    path.write_bytes(TEXT)
+    return path
+
+
 def arguments(corpus, output_dir, **changes):
     settings = {
         "preset": "arb-tiny",

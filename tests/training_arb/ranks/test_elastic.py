@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from support.pretraining import arguments
 from support.scripting import ROOT, run_script
 
 PRETRAIN = ROOT / "scripts" / "pretrain.py"
@@ -16,20 +17,16 @@ STEPS = 4
 
 def options(corpus, output_dir, **changes):
     settings = {
-        "preset": "arb-tiny",
-        "data": corpus,
-        "output_dir": output_dir,
-        "ctx": 32,
         "max_steps": STEPS,
         "per_device_train_batch_size": 2,
-        "save_steps": 2,
         "eval_strategy": "no",
+        "eval_steps": None,
         "logging_steps": 1,
+        "save_total_limit": None,
         "eval_bytes": 100,
-        "use_cpu": "true",
         **changes,
     }
-    return [str(word) for name, value in settings.items() for word in (f"--{name}", value)]
+    return [str(word) for word in arguments(corpus, output_dir, **settings)]
 
 
 def on_ranks(ranks, line):

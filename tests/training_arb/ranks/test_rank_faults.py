@@ -18,7 +18,7 @@ import time
 
 import pytest
 
-from support.pretraining import TEXT, arguments, final_hash, is_saving, step_pointed_to
+from support.pretraining import arguments, final_hash, is_saving, step_pointed_to, write_corpus
 from support.scripting import ROOT, run_script
 from training_arb.checkpoints.checkpoint_files import check_checkpoint
 from training_arb.checkpoints.run_checkpoints import newest_sound_checkpoint, numbered_checkpoints, step_of
@@ -35,9 +35,7 @@ SERVER.set_forkserver_preload(
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    path = tmp_path_factory.mktemp("corpus") / "text.py"
-    path.write_bytes(TEXT)
-    return path
+    return write_corpus(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")

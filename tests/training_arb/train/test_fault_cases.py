@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from modeling_arb import ArbForCausalLM
-from support.pretraining import TEXT, arguments
+from support.pretraining import TEXT, arguments, write_corpus
 from support.scripting import run_script
 from training_arb.checkpoints.checkpoint_files import check_checkpoint, write_checksums
 from training_arb.cli.command_line import exit_code
@@ -28,9 +28,7 @@ from training_arb.train.trainer_arb import ArbTrainer
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    path = tmp_path_factory.mktemp("corpus") / "text.py"
-    path.write_bytes(TEXT)
-    return path
+    return write_corpus(tmp_path_factory)
 
 
 def lines(corpus, run, /, **changes):

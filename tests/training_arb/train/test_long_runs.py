@@ -17,7 +17,7 @@ import time
 
 import pytest
 
-from support.pretraining import STEPS, TEXT, arguments, final_hash, is_saving, step_pointed_to
+from support.pretraining import STEPS, arguments, final_hash, is_saving, step_pointed_to, write_corpus
 from support.scripting import ROOT, run_script
 from training_arb.checkpoints.checkpoint_files import check_checkpoint, write_checksums
 from training_arb.checkpoints.run_checkpoints import newest_sound_checkpoint, numbered_checkpoints, pointed, step_of
@@ -31,9 +31,7 @@ LINE = [sys.executable, str(ROOT / "scripts" / "pretrain.py")]
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    path = tmp_path_factory.mktemp("corpus") / "text.py"
-    path.write_bytes(TEXT)
-    return path
+    return write_corpus(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
