@@ -73,7 +73,7 @@ def backend_for(device: torch.device) -> str:
 
 @cache
 def _warn_of_slow_kernels() -> None:
-    """Once a process. Without it a user could not know that the same model can run faster."""
+    """Warn, once per process, that the native kernels were not found and would be faster."""
     logging.getLogger(__name__).warning(
         f"ARB runs on torch's CPU kernels, the native ones are faster: {find_native_library().fault}; {INSTALL}, or set"
         " ARB_BACKEND=torch to keep torch's"

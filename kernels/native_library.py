@@ -44,7 +44,7 @@ class NativeSearch(NamedTuple):
 
 
 def native_kernels() -> ctypes.CDLL:
-    """The loaded library, for callers that `uses_native` or `instruction_set` told that it is there."""
+    """The loaded library. Call it only where `uses_native` is true or `instruction_set` is not 0."""
     library = native_library()
     assert library is not None
     return library
