@@ -9,11 +9,13 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from .optional_blocks import LARGEST_WIDTH, MOST_MODULES, OPTIONAL_BLOCKS, check_blocks, complete_settings, is_int
+from .trits_per_weight import ROLES, TritsPerWeight, fault_of, trits_of
 
 VOCAB_SIZE = 288
 PAD_ID, EOS_ID, BOS_ID = 256, 257, 258
 UPDATE_RULES = ("momentum", "flip", "correlation")
 TABLE_RULES = ("votes", "momentum")
+TABLE_BLOCKS = ("memgram", "codebook", "composite")
 COMPUTE = ("auto", "int8", "float")
 GROUP_SIZES = (0, 4, 6, 8, 16, 32, 64, 96, 128)
 PACKING_VERSION = 1
@@ -42,7 +44,8 @@ class ArbConfig(PreTrainedConfig):
     Shape: `hidden_size`, `num_hidden_layers`, `num_attention_heads`, `intermediate_size` (0: four times the width),
     `qk_nope_head_dim` and `qk_rope_head_dim` (one head's query and key: without and with rotary position),
     `v_head_dim`, `kv_latent_dim` (what the cache keeps of keys and values; 0: half the width less the rotary key).
-    Ternary state: `group_size` (weights sharing one scale exponent; 0: the whole row), `update_rule` (momentum, flip,
+    Ternary state: `trits_per_weight` (1: levels -1 to 1; 2: levels -4 to 4; or a dict by role: embedding, attention, mlp,
+    head, tables, experts, blocks, and 1 for those left out), `group_size` (weights sharing one scale exponent; 0: the whole row), `update_rule` (momentum, flip,
     correlation), `table_rule` (what moves the touched rows of large tables under momentum: votes, which is flip's rule,
     or momentum), `momentum_bits` (4 or 8), `training_state` (whether the model has the update rule's accumulators;
     inference checkpoints do not). Arithmetic: `compute` (int8: matmuls on int8 activations and gradients, exact int32
@@ -68,6 +71,7 @@ class ArbConfig(PreTrainedConfig):
     max_position_embeddings: int = 4096
     rope_theta: float = 10000.0
     rms_norm_eps: float = 1e-6
+    trits_per_weight: TritsPerWeight = 1
     group_size: int = 0
     update_rule: str = "momentum"
     table_rule: str = "votes"
@@ -129,6 +133,16 @@ class ArbConfig(PreTrainedConfig):
     def _check_state(self) -> None:
         self._require("update_rule", self.update_rule in UPDATE_RULES, f"one of {', '.join(UPDATE_RULES)}")
         self._require("table_rule", self.table_rule in TABLE_RULES, f"one of {', '.join(TABLE_RULES)}")
+        fault = fault_of(self.trits_per_weight)
+        self._require("trits_per_weight", not fault, fault)
+        finer = self.update_rule == "momentum" or not any(self.trits_of(role) > 1 for role in ROLES)
+        self._require("trits_per_weight", finer, f"1 with update_rule={self.update_rule!r}: votes move single trits")
+        voting = self.table_rule == "votes" and any(getattr(self, name) is not None for name in TABLE_BLOCKS)
+        self._require(
+            "trits_per_weight",
+            self.trits_of("tables") == 1 or not voting,
+            "1 for tables with table_rule='votes', whose votes move single trits; set table_rule='momentum'",
+        )
         sizes = ", ".join(map(str, GROUP_SIZES))
         self._require("group_size", is_int(self.group_size) and self.group_size in GROUP_SIZES, f"one of {sizes}")
         self._require("momentum_bits", is_int(self.momentum_bits) and self.momentum_bits in (4, 8), "4 or 8")
@@ -142,6 +156,10 @@ class ArbConfig(PreTrainedConfig):
     def _require(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
             raise ValueError(f"{name}={getattr(self, name)!r} must be {expected}")
+
+    def trits_of(self, role: str) -> int:
+        """Trits a weight of the matrices with a role (trits_per_weight.py)."""
+        return trits_of(self.trits_per_weight, role)
 
     def block(self, name: str) -> dict[str, Any]:
         """The settings of a block that is switched on."""

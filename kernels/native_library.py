@@ -16,21 +16,21 @@ from typing import NamedTuple
 
 import torch
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 AVX512_VNNI, AVX2 = 2, 1
 _POINTER, _INT, _LONG, _FLOAT, _KEY = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_float, ctypes.c_uint32
 _SIGNATURES = {
     "arb_instruction_set": (_INT, []),
     "arb_advise_huge_pages": (None, [_POINTER, _LONG]),
-    "arb_momentum_update": (_LONG, [_POINTER] * 4 + [_LONG] * 2 + [_KEY, _POINTER] + [_FLOAT] * 4),
+    "arb_momentum_update": (_LONG, [_POINTER] * 4 + [_LONG] * 2 + [_INT] + [_KEY, _POINTER] + [_FLOAT] * 4),
     "arb_add_gradient": (None, [_POINTER] * 3 + [_LONG] * 2 + [_KEY]),
     "arb_add_sum": (None, [_POINTER] * 3 + [_LONG] * 2),
     "arb_quantise_tokens": (None, [_POINTER] + [_LONG] * 2 + [_POINTER] * 2),
     "arb_quantise_gradient": (None, [_POINTER] + [_LONG] * 2 + [_POINTER] * 6),
-    "arb_unpack_trits": (None, [_POINTER] + [_LONG] * 2 + [_POINTER]),
+    "arb_unpack_levels": (None, [_POINTER] + [_LONG] * 2 + [_INT, _POINTER]),
     "arb_int8_matmul": (None, [_INT] + [_POINTER] * 2 + [_INT] * 2 + [_LONG] * 3 + [_POINTER] * 3),
-    "arb_two_bit_matmul": (None, [_INT] + [_POINTER] * 2 + [_LONG] * 3 + [_POINTER] * 3),
-    "arb_two_bit_matvec": (None, [_INT] + [_POINTER] * 2 + [_LONG] * 3 + [_POINTER] * 2),
+    "arb_layout_matmul": (None, [_INT] * 2 + [_POINTER] * 2 + [_LONG] * 3 + [_POINTER] * 3),
+    "arb_layout_matvec": (None, [_INT] * 2 + [_POINTER] * 2 + [_LONG] * 3 + [_POINTER] * 2),
     "arb_read_memory": (_LONG, [_POINTER, _LONG]),
     "arb_multiply_registers": (_LONG, [_INT, _LONG]),
 }

@@ -148,3 +148,12 @@ def digit_of(code, plane):
     power = tl.where(plane == 0, 1, tl.where(plane == 1, 3, tl.where(plane == 2, 9, tl.where(plane == 3, 27, 81))))
     digit = (code // power) % 3
     return (digit & 1) - (digit >> 1)
+
+
+@jit
+def level_of(code, second, plane, TRITS: tl.constexpr):
+    """Level of a weight, int32, from a byte of its first plane and, with two trits, the byte below it of its second."""
+    level = digit_of(code, plane)
+    if TRITS == 2:
+        level = 3 * level + digit_of(second, plane)
+    return level

@@ -4,11 +4,14 @@ Adam_FP32    float weights, AdamW: the ceiling           12 bytes of state a wei
 Adam_BF16    the same in bfloat16 autocast, on request      12
 Adam_STE     BitNet-style: absmean ternary, straight-through, float latents, AdamW          12
 SignSGD_Old  sign votes flip trits (`flip`, groups of 32)                                   1.3
-TrueTernary  int4 residual and int4 momentum (`momentum`), the default                      1.2
+TrueTernary  int4 residual and int4 momentum (`momentum`), one trit a weight                1.2
+TwoTrit      the same with two trits a weight, nine levels                                  1.4
+TwoTrit_Edges  two trits in embedding and head, one in between                              1.25
 Correlation  fixed trits, scales that follow correlations (`correlation`, groups of 32)     0.5
 
-Learning rates are tuned in the same run, and the best is reported: --adam-rates for AdamW, --ternary-rates for
-TrueTernary. The two other rules have no learning rate. Losses are held-out nats per byte.
+On request, Adam_STE_TwoTrit and Adam_STE_TwoTrit_Edges round AdamW's weights to the same levels. Learning rates are
+tuned in the same run, and the best is reported: --adam-rates for AdamW, --ternary-rates for TrueTernary and TwoTrit.
+The two other rules have no learning rate. Losses are held-out nats per byte.
 
 examples:
   python scripts/benchmark_true_ternary.py --configs TrueTernary --preset arb-tiny --steps 50 --ctx 64
@@ -34,6 +37,7 @@ from training_arb.bench.quality_benchmark import (
     ADAM_CONFIGS,
     CONFIGS,
     DEFAULT_CONFIGS,
+    MOMENTUM_CONFIGS,
     BenchmarkResult,
     BenchmarkSettings,
     build,
@@ -60,7 +64,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="seed of initial weights, data order and rounding")
     add("--preset", default="arb-bench", help=f"shape: {', '.join(PRESETS)}")
     add("--adam-rates", default="3e-3,6e-3,1e-2", help="AdamW's learning rates to try")
-    add("--ternary-rates", default="0.035,0.05", help="TrueTernary's learning rates to try, in cells per step")
+    add(
+        "--ternary-rates",
+        default="0.035,0.05",
+        help="learning rates of the momentum rule to try, in thirds of the latent line per step",
+    )
     add("--compute", choices=COMPUTE, default="auto", help="TrueTernary's matmuls")
     add(
         "--update-backend",
@@ -90,7 +98,7 @@ def compare(args: argparse.Namespace) -> None:
     check_least(args, {"steps": 1, "batch": 1, "ctx": 8, "print_every": 1})
     if args.micro_batches < 1 or args.batch % args.micro_batches:
         raise ValueError(f"micro_batches={args.micro_batches} must divide batch={args.batch}")
-    rates = {"TrueTernary": parse_rates(args, "ternary_rates")}
+    rates = dict.fromkeys(MOMENTUM_CONFIGS, parse_rates(args, "ternary_rates"))
     rates |= dict.fromkeys(ADAM_CONFIGS, parse_rates(args, "adam_rates"))
     settings = BenchmarkSettings(**{field.name: getattr(args, field.name) for field in fields(BenchmarkSettings)})
     data = " ".join(args.data or ["Python's standard library"])

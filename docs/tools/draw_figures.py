@@ -23,7 +23,7 @@ from matplotlib.patches import FancyArrowPatch, Rectangle
 
 from arb_kernels.formats.exponents import EIGHTHS, QUARTERS, power_of_two
 from arb_kernels.formats.momentum_format import MomentumFormat
-from arb_kernels.formats.packing import TRITS_PER_BYTE, pack_trits, packed_width, unpack_trits
+from arb_kernels.formats.packing import TRITS_PER_BYTE, pack_levels, packed_width, unpack_levels
 from arb_kernels.formats.rule_states import MomentumState
 from arb_kernels.random_bits import random_bits, stream_key, uniform_from_high_bits, uniform_from_low_bits
 from arb_kernels.rules.momentum import fold_momentum, momentum_update, move_weights, normalise
@@ -47,11 +47,11 @@ def text_on(trit: int) -> str:
 
 
 def draw_packing(path: Path) -> None:
-    """A row of 23 trits, its five planes, and the five bytes that pack_trits makes of them."""
+    """A row of 23 trits, its five planes, and the five bytes that pack_levels makes of them."""
     torch.manual_seed(3)
     columns = 23
     row = torch.randint(-1, 2, (1, columns), dtype=torch.int8)
-    packed = pack_trits(row)[0].tolist()
+    packed = pack_levels(row)[0].tolist()
     trits, width = row[0].tolist(), packed_width(columns)
     figure, axes = plt.subplots(figsize=(10, 3.9), constrained_layout=True)
     axes.set(xlim=(-3.4, 23.4), ylim=(-8.9, 1.7), aspect="equal")
@@ -138,7 +138,7 @@ def draw_exponents(path: Path) -> None:
     trits = torch.randint(-1, 2, (rows, columns), dtype=torch.int8)
     exponent = torch.randint(-31, -8, (rows, 1), dtype=torch.int8)
     scale = power_of_two(exponent, EIGHTHS)
-    weight = unpack_trits(pack_trits(trits), columns) * scale
+    weight = unpack_levels(pack_levels(trits), columns) * scale
     largest = weight.abs().max().item()
     panels[0].imshow(trits, cmap=TRIT_COLOURS, vmin=-1, vmax=1, aspect="auto")
     panels[0].set_title("T: trits, packed", fontsize=11)
@@ -169,13 +169,13 @@ class Matrix:
     @classmethod
     def fresh(cls, rows: int, columns: int, noise: float) -> Matrix:
         residual = torch.randint(0, FORM.cell, (rows, columns)).to(FORM.dtype)
-        packed = pack_trits(torch.randint(-1, 2, (rows, columns), dtype=torch.int8))
+        packed = pack_levels(torch.randint(-1, 2, (rows, columns), dtype=torch.int8))
         wanted = torch.randint(-1, 2, (rows, columns), dtype=torch.int8)
         return cls(wanted, packed, residual, torch.zeros(rows, 1, dtype=torch.int8), noise)
 
     @property
-    def trits(self) -> torch.Tensor:
-        return unpack_trits(self.packed, self.wanted.shape[1])
+    def levels(self) -> torch.Tensor:
+        return unpack_levels(self.packed, self.wanted.shape[1])
 
     @property
     def latent(self) -> torch.Tensor:

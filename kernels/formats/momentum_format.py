@@ -27,23 +27,23 @@ class MomentumFormat:
 
     @property
     def cell(self) -> int:
-        """Residual steps per cell of the latent line."""
+        """Residual steps per cell: of the latent line, the part that belongs to one level."""
         return 2**self.bits
 
     @property
-    def levels(self) -> int:
-        """Largest momentum code."""
+    def largest_code(self) -> int:
+        """Of the momentum."""
         return 2 ** (self.bits - 1) - 1
 
     @property
     def clip(self) -> float:
         """A block's mean square times this is the square of its momentum step."""
-        return (CLIP_RMS / self.levels) ** 2
+        return (CLIP_RMS / self.largest_code) ** 2
 
     @property
     def legal(self) -> tuple[tuple[int, int], ...]:
-        """Ranges of accum's values, in ascending order; a momentum code of -levels - 1 is illegal."""
-        illegal = -(self.levels + 1) << self.bits  # and the cell - 1 after it
+        """Ranges of accum's values, in ascending order; a momentum code of -largest_code - 1 is illegal."""
+        illegal = -(self.largest_code + 1) << self.bits  # and the cell - 1 after it
         if self.bits == 4:  # read as unsigned
             return ((0, 127), (illegal + 256 + self.cell, 255))
         return ((illegal + self.cell, 32767),)

@@ -1,4 +1,5 @@
-"""Planar base-3 packing (packing.py) on Triton: unpack, unpack with scales, gather rows of a table.
+"""Planar base-3 packing (packing.py) on Triton: unpack, unpack with scales, gather rows of a table. One or two trits a
+weight.
 
 A program decodes a tile of bytes once and writes five runs of columns, one per plane. Addresses are 64-bit, because a
 table of ten million rows exceeds 2^31 bytes.
@@ -8,13 +9,13 @@ from __future__ import annotations
 
 import torch
 
-from arb_kernels.triton_support import cast_float, ceil_div, digit_of, jit, launch, power_of_two_from, tl
+from arb_kernels.triton_support import cast_float, ceil_div, jit, launch, level_of, power_of_two_from, tl
 
 _TILE_BYTES, _TILE_ELEMENTS = 256, 1024
 
 
 @jit
-def unpack_trits_kernel(
+def unpack_levels_kernel(
     packed_ptr,
     ids_ptr,
     scale_ptr,
@@ -24,6 +25,7 @@ def unpack_trits_kernel(
     width,
     groups,
     group_size,
+    TRITS: tl.constexpr,
     GATHERS: tl.constexpr,
     SCALES: tl.constexpr,
     BR: tl.constexpr,
@@ -36,19 +38,23 @@ def unpack_trits_kernel(
         source = tl.load(ids_ptr + row, mask=in_rows, other=0)
     i_byte = tl.program_id(1) * BB + tl.arange(0, BB)
     byte_mask = in_rows[:, None] & (i_byte < width)[None, :]
-    b_packed = tl.load(packed_ptr + source[:, None] * width + i_byte[None, :], mask=byte_mask, other=0)
+    p_packed = packed_ptr + source[:, None] * (TRITS * width) + i_byte[None, :]
+    b_packed = tl.load(p_packed, mask=byte_mask, other=0)
+    b_second = b_packed
+    if TRITS == 2:
+        b_second = tl.load(p_packed + width, mask=byte_mask, other=0)
     for plane in tl.static_range(5):
         column = plane * width + i_byte
         mask = in_rows[:, None] & ((i_byte < width) & (column < columns))[None, :]
-        trits = digit_of(b_packed, plane)
+        levels = level_of(b_packed, b_second, plane, TRITS)
         if SCALES:
             p_scale = scale_ptr + row[:, None] * groups + (column // group_size)[None, :]
-            out = trits.to(tl.float32) * tl.load(p_scale, mask=mask, other=0.0)
+            out = levels.to(tl.float32) * tl.load(p_scale, mask=mask, other=0.0)
             b_out = cast_float(out, out_ptr.dtype.element_ty)
         elif out_ptr.dtype.element_ty.is_floating():
-            b_out = trits.to(tl.float32).to(out_ptr.dtype.element_ty)
+            b_out = levels.to(tl.float32).to(out_ptr.dtype.element_ty)
         else:
-            b_out = trits.to(out_ptr.dtype.element_ty)
+            b_out = levels.to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + row[:, None] * columns + column[None, :], b_out, mask=mask)
 
 
@@ -59,19 +65,20 @@ def _tiles(rows: int, width: int) -> tuple[tuple[int, int], dict[str, int]]:
     return (ceil_div(rows, tile_rows), ceil_div(width, tile_bytes)), {"BR": tile_rows, "BB": tile_bytes}
 
 
-def _unpack(packed, ids, num_trits, dtype, scale, group_size):
-    """packed (rows, nb); ids int64 (R,) or None; scale float32 (R, groups) or None -> (R, num_trits)."""
+def _unpack(packed, ids, columns, dtype, scale, group_size):
+    """packed (rows, bytes); ids int64 (R,) or None; scale float32 (R, groups) or None -> (R, columns)."""
     packed = packed.contiguous()
-    width = packed.shape[-1]
+    width = ceil_div(columns, 5)
     rows = len(packed) if ids is None else len(ids)
-    out = torch.empty(rows, num_trits, dtype=dtype, device=packed.device)
+    out = torch.empty(rows, columns, dtype=dtype, device=packed.device)
     groups = 1 if scale is None else scale.shape[1]
     grid, tile = _tiles(rows, width)
     launch(
-        unpack_trits_kernel,
+        unpack_levels_kernel,
         grid,
         *(packed, ids, None if scale is None else scale.contiguous(), out),
-        *(rows, num_trits, width, groups, num_trits if groups == 1 else group_size),
+        *(rows, columns, width, groups, columns if groups == 1 else group_size),
+        TRITS=packed.shape[-1] // width,
         GATHERS=ids is not None,
         SCALES=scale is not None,
         **tile,
@@ -79,32 +86,32 @@ def _unpack(packed, ids, num_trits, dtype, scale, group_size):
     return out
 
 
-def triton_unpack_trits(packed: torch.Tensor, num_trits: int, dtype: torch.dtype = torch.int8) -> torch.Tensor:
-    """`unpack_trits`: uint8 (..., nb) -> `dtype` (..., num_trits) in {-1, 0, 1}."""
-    out = _unpack(packed.reshape(-1, packed.shape[-1]), None, num_trits, dtype, None, num_trits)
-    return out.view(*packed.shape[:-1], num_trits)
+def triton_unpack_levels(packed: torch.Tensor, columns: int, dtype: torch.dtype = torch.int8) -> torch.Tensor:
+    """`unpack_levels`: uint8 (..., bytes) -> `dtype` (..., columns)."""
+    out = _unpack(packed.reshape(-1, packed.shape[-1]), None, columns, dtype, None, columns)
+    return out.view(*packed.shape[:-1], columns)
 
 
 def triton_effective_weight(
-    packed: torch.Tensor, num_trits: int, scale: torch.Tensor, group_size: int, dtype: torch.dtype = torch.float32
+    packed: torch.Tensor, columns: int, scale: torch.Tensor, group_size: int, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """uint8 (N, nb), scale float32 (N, groups) -> `dtype` (N, num_trits): scale * trits, rounded once. With one group a
+    """uint8 (N, bytes), scale float32 (N, groups) -> `dtype` (N, columns): scale * levels, rounded once. With one group a
     row, group_size is ignored."""
-    return _unpack(packed, None, num_trits, dtype, scale, group_size)
+    return _unpack(packed, None, columns, dtype, scale, group_size)
 
 
 def triton_gather_rows(
     packed: torch.Tensor,
     ids: torch.Tensor,
-    num_trits: int,
+    columns: int,
     scale: torch.Tensor | None = None,
     group_size: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """Rows of a packed table: uint8 (N, nb), ids int64 (...) -> `dtype` (..., num_trits).
+    """Rows of a packed table: uint8 (N, bytes), ids int64 (...) -> `dtype` (..., columns).
 
     scale: float32 (..., groups), of the requested rows (not of the table), as in `triton_effective_weight`.
     """
     flat_scale = None if scale is None else scale.reshape(-1, scale.shape[-1])
-    out = _unpack(packed, ids.reshape(-1).contiguous(), num_trits, dtype, flat_scale, group_size or num_trits)
-    return out.view(*ids.shape, num_trits)
+    out = _unpack(packed, ids.reshape(-1).contiguous(), columns, dtype, flat_scale, group_size or columns)
+    return out.view(*ids.shape, columns)

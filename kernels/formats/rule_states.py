@@ -7,12 +7,13 @@ from typing import NamedTuple
 import torch
 
 from .momentum_format import MomentumFormat
+from .packing import trits_per_weight
 
 
 class MomentumState(NamedTuple):
     """Of a matrix (N, K). accum holds residual and momentum code, accum_exp the step of a block of codes."""
 
-    T_packed: torch.Tensor  # uint8 (N, ceil(K / 5)) trits
+    T_packed: torch.Tensor  # uint8 (N, bytes) levels, of one trit a weight or more
     accum: torch.Tensor  # uint8 (N, K), or int16 with momentum_bits 8
     accum_exp: torch.Tensor  # int8 (N, blocks)
 
@@ -20,6 +21,11 @@ class MomentumState(NamedTuple):
     def form(self) -> MomentumFormat:
         """How accum holds two numbers a weight."""
         return MomentumFormat({torch.uint8: 4, torch.int16: 8}[self.accum.dtype])
+
+    @property
+    def trits(self) -> int:
+        """Trits a weight."""
+        return trits_per_weight(self.T_packed, self.accum.shape[1])
 
 
 class FlipState(NamedTuple):

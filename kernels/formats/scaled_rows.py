@@ -7,7 +7,7 @@ import torch
 from arb_kernels.backend import uses_triton
 
 from .groups import spread_groups
-from .packing import unpack_trits
+from .packing import unpack_levels
 from .packing_triton import triton_effective_weight, triton_gather_rows
 
 
@@ -17,7 +17,7 @@ def effective_weight(
     """packed uint8 (N, ceil(K / 5)), scale float32 (N, groups) -> `dtype` (N, K)."""
     if packed.numel() and uses_triton(packed, scale):
         return triton_effective_weight(packed, columns, scale, group_size, dtype)
-    return (unpack_trits(packed, columns, torch.float32) * spread_groups(scale, group_size, columns)).to(dtype)
+    return (unpack_levels(packed, columns, torch.float32) * spread_groups(scale, group_size, columns)).to(dtype)
 
 
 def gather_rows(

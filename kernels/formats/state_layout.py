@@ -49,16 +49,28 @@ def rule_of_tables(update_rule: str, table_rule: str) -> str:
 
 
 def state_layout(
-    update_rule: str, rows: int, columns: int, group_size: int, momentum_bits: int = 4, votes_by_row: bool = False
+    update_rule: str,
+    rows: int,
+    columns: int,
+    group_size: int,
+    momentum_bits: int = 4,
+    trits: int = 1,
+    votes_by_row: bool = False,
 ) -> dict[str, StateTensor]:
     """The persistent tensors of a (rows, columns) ternary matrix by name, training state included.
 
+    trits: a weight, 1 or 2; votes and correlations move single trits, so only `momentum` takes 2.
     votes_by_row: `correlation` counts the votes of each row, for tables whose rows are used unequally often.
     """
+    assert trits == 1 or update_rule == "momentum", update_rule
     groups = num_groups(columns, group_size)
     layout = {
         "T_packed": StateTensor(
-            (rows, packed_width(columns)), torch.uint8, "packed trits", inference=True, legal=((0, LARGEST_BYTE),)
+            (rows, packed_width(columns, trits)),
+            torch.uint8,
+            "packed trits",
+            inference=True,
+            legal=((0, LARGEST_BYTE),),
         ),
         "E": StateTensor((rows, groups), torch.int8, "scale exponents", inference=True),
     }

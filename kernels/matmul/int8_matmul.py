@@ -4,8 +4,8 @@ out[r, c] = (sum_k rows[r, k] * columns[c, k]) * row_scale[r] * column_scale[c],
 
 torch's int8 GEMM is exact on GPUs, but not on every CPU: without VNNI or AMX, oneDNN adds 128 to one operand and sums
 pairs of products in 16 bits, which saturate. A trit times a code of at most 127 stays below 32767 (255 * 1 * 2 = 510,
-or 129 * 127 * 2 = 32766 with the operands exchanged); two codes do not. Two codes are multiplied in float32, over as
-many columns at a time as keep every partial sum an integer that float32 holds.
+or 129 * 127 * 2 = 32766 with the operands exchanged); a level of two trits or a code times a code does not. Those are
+multiplied in float32, over as many columns at a time as keep every partial sum an integer that float32 holds.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from arb_kernels.native_library import native_kernels, pointer
 
 from .quantise_triton import triton_scale_sums
 
-TRIT_OFFSET, INT8_OFFSET = 1, 128  # make the column operand unsigned, as the CPU's instructions require
-EXACT_COLUMNS = 2**24 // 128**2  # float32 holds the sum of so many products of two int8 codes, in any order
+ANY_INT8 = 128  # the largest magnitude of an int8
+EXACT_SUM = 2**24  # float32 holds integers of up to this magnitude
 _CUDA_MULTIPLE, _CUDA_LEAST_ROWS = 16, 17  # required by torch._int_mm
 
 
@@ -43,27 +43,28 @@ def _cuda_sums(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     return torch._int_mm(by_row, by_column.T)[:R, :C]  # pyright: ignore[reportPrivateImportUsage]
 
 
-def _float_sums(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+def _float_sums(rows: torch.Tensor, columns: torch.Tensor, largest: int) -> torch.Tensor:
     """Exact on any CPU, also when operands are reduced to TF32 or bfloat16: they have eight bits."""
     sums = torch.zeros(len(rows), columns.shape[1], dtype=torch.int32, device=rows.device)
     with torch.autocast(rows.device.type, enabled=False):  # it would round the sums
-        for start in range(0, rows.shape[1], EXACT_COLUMNS):
-            part = slice(start, start + EXACT_COLUMNS)
+        exact = EXACT_SUM // (ANY_INT8 * largest)  # so many products, summed in any order
+        for start in range(0, rows.shape[1], exact):
+            part = slice(start, start + exact)
             sums += (rows[:, part].float() @ columns[part].float()).int()
     return sums
 
 
 def _exact_sums(
-    rows: torch.Tensor, columns: torch.Tensor, transposed: bool = False, trits: bool = False
+    rows: torch.Tensor, columns: torch.Tensor, transposed: bool = False, largest: int = ANY_INT8
 ) -> torch.Tensor:
     """int32 (R, C). The arguments are those of `int8_matmul`."""
     columns = columns if transposed else columns.T
     if rows.is_cuda:
         return _cuda_sums(rows, columns)
-    if trits:
+    if largest == 1:
         left, right = _with_own_strides(rows), _with_own_strides(columns)
         return torch._int_mm(left, right)  # pyright: ignore[reportPrivateImportUsage]
-    return _float_sums(rows, columns)
+    return _float_sums(rows, columns, largest)
 
 
 def naive_int8_matmul(
@@ -71,10 +72,11 @@ def naive_int8_matmul(
     columns: torch.Tensor,
     row_scale: torch.Tensor,
     column_scale: torch.Tensor | None = None,
-    **form: bool,
+    transposed: bool = False,
+    largest: int = ANY_INT8,
 ) -> torch.Tensor:
-    """`int8_matmul` in torch. form: its `transposed` and `trits`."""
-    sums = _exact_sums(rows, columns, **form)
+    """`int8_matmul` in torch."""
+    sums = _exact_sums(rows, columns, transposed, largest)
     out = sums.float() * row_scale[:, None]
     return out if column_scale is None else out * column_scale
 
@@ -85,19 +87,20 @@ def int8_matmul(
     row_scale: torch.Tensor,
     column_scale: torch.Tensor | None = None,
     transposed: bool = False,
-    trits: bool = False,
+    largest: int = ANY_INT8,
 ) -> torch.Tensor:
     """rows int8 (R, K), columns int8 (C, K), or (K, C) if `transposed`; scales float32 (R,) and (C,) -> float32 (R, C).
 
-    trits: the columns hold only -1, 0 and 1, and the rows no value below -127. Sums must fit int32: K < 2^17.
+    largest: magnitude of the columns' values at most: 1 or 4, and then the rows hold no value below -127, or 128. Sums
+    must fit int32: K < 2^17.
     """
     if rows.numel() and columns.numel() and uses_triton(rows, columns, row_scale, column_scale):
-        sums = _exact_sums(rows, columns, transposed, trits)
+        sums = _exact_sums(rows, columns, transposed, largest)
         return triton_scale_sums(sums, row_scale, column_scale)
     instructions = instruction_set()
     usable = instructions and rows.numel() and columns.numel()
     if not usable or not uses_native(rows, columns, row_scale, column_scale):
-        return naive_int8_matmul(rows, columns, row_scale, column_scale, transposed=transposed, trits=trits)
+        return naive_int8_matmul(rows, columns, row_scale, column_scale, transposed=transposed, largest=largest)
     R, K, C = *rows.shape, columns.shape[1 if transposed else 0]
     out = torch.empty(R, C)
     native_kernels().arb_int8_matmul(
@@ -105,7 +108,7 @@ def int8_matmul(
         pointer(rows),
         pointer(columns),
         int(transposed),
-        TRIT_OFFSET if trits else INT8_OFFSET,
+        largest,
         *(R, C, K),
         pointer(row_scale),
         pointer(column_scale),

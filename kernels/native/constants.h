@@ -4,7 +4,7 @@
 #include <cstdint>
 
 namespace native_library {
-constexpr int ABI_VERSION = 4, AVX2 = 1, AVX512_VNNI = 2;
+constexpr int ABI_VERSION = 5, AVX2 = 1, AVX512_VNNI = 2;
 }
 
 namespace random_bits {
@@ -16,8 +16,8 @@ namespace packing {
 constexpr int TRITS_PER_BYTE = 5, LARGEST_BYTE = 242;
 }
 
-namespace two_bit_layout {
-constexpr int ROWS = 16, COLUMNS = 16;
+namespace decode_layout {
+constexpr int ROWS = 16, COLUMNS = 16, PARTS = 4, VECTOR = 64;
 }
 
 namespace exponents {
@@ -25,7 +25,7 @@ constexpr double SQRT_HALF = 0.7071067811865476;
 }
 
 namespace momentum_format {
-constexpr int BITS = 4, CELL = 16, LEVELS = 7, BLOCK = 64, STATISTIC_BITS = 15, STATISTIC_OCTAVES = 64;
+constexpr int BITS = 4, CELL = 16, LARGEST_CODE = 7, BLOCK = 64, STATISTIC_BITS = 15, STATISTIC_OCTAVES = 64;
 constexpr double CLIP_RMS = 2.5, UPDATE_STEPS = 1024.0, UPDATE_LIMIT = 31744.0;
 }
 

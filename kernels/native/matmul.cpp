@@ -1,9 +1,9 @@
 // int8 matmuls with int32 sums: out[r, c] = (sum_k rows[r, k] * columns[c, k]) * row_scale[r] * column_scale[c].
 //
 // One operand stays in its row-major int8 form and is broadcast four bytes at a time; the other is laid out in panels of
-// 16 columns x 4 depths, as unsigned bytes (value + offset): offset 1 for trits, 128 for any int8. The instruction
+// 16 columns x 4 depths, as unsigned bytes (value + offset): offset 1 for trits, 4 for two trits, 128 for any int8. The instruction
 // multiplies unsigned by signed, and offset * (sum of the row) is taken off at the end, so every sum is exact.
-// AVX2 has that instruction with 16-bit sums of two products only, enough for trits. Two int8 codes would saturate it:
+// AVX2 has that instruction with 16-bit sums of two products only, enough for levels. Two int8 codes would saturate it:
 // there both operands are widened to 16 bits, two depths in four bytes, and multiplied with 32-bit sums.
 #include <algorithm>
 #include <cstdlib>
@@ -18,11 +18,11 @@
 
 namespace {
 
-constexpr int64_t LANES = two_bit_layout::ROWS, PANEL = 2 * LANES, DEPTH = 4, TILE_ROWS = 12, TILES_PER_TASK = 40;
+constexpr int64_t LANES = decode_layout::ROWS, PANEL = 2 * LANES, DEPTH = 4, TILE_ROWS = 12, TILES_PER_TASK = 40;
 constexpr int64_t WORDS = DEPTH / 2;  // depths in a step of 16-bit numbers
-constexpr int TRITS = 1;              // the offset of trits
+constexpr int ANY_INT8 = 128;         // the offset of codes
 constexpr int64_t PREFETCH = 1024;    // bytes ahead in a panel, which streams from the second-level cache
-enum Source { ROW_MAJOR, TRANSPOSED, TWO_BIT };
+enum Source { ROW_MAJOR, TRANSPOSED, LAYOUT };
 
 struct Matmul {
     const int8_t* rows;      // (R, K)
@@ -30,6 +30,7 @@ struct Matmul {
     Source source;
     int64_t R, C, K, steps;  // steps: groups of four depths, or of two if wide
     int offset;
+    int bits;                   // of a weight in the decode layout
     bool wide;                  // whether both operands are laid out in 16-bit numbers
     const float* row_scale;     // (R)
     const float* column_scale;  // (C) or null
@@ -80,7 +81,7 @@ ARB_CLONES void panel_from_rows(const Matmul& m, int64_t c0, uint8_t* panel) {
         for (int64_t step = 0; step < whole; ++step) {
             uint32_t four;
             memcpy(&four, source + step * DEPTH, 4);
-            if (m.offset == TRITS)
+            if (m.offset < ANY_INT8)
                 four = ((four & 0x7F7F7F7Fu) + shift) ^ (four & 0x80808080u);  // four byte sums, no carry between
             else
                 four ^= 0x80808080u;
@@ -119,14 +120,21 @@ void panel_from_columns(const Matmul& m, int64_t c0, uint8_t* panel) {
     }
 }
 
-// Columns c0 .. c0 + 15 of the decode layout: 64 bytes hold 16 columns x 16 depths, two bits each.
-ARB_CLONES void panel_from_two_bits(const Matmul& m, int64_t c0, uint8_t* panel) {
-    const uint64_t* source = (const uint64_t*)(m.columns + c0 * m.steps);
+// Columns c0 .. c0 + 15 of the decode layout: 64 bytes hold 16 columns x 16 depths, two bits each, or x 8 depths of four.
+template <int BITS>
+inline __attribute__((always_inline)) void panel_from_bits(const Matmul& m, int64_t c0, uint8_t* panel) {
+    constexpr int PLACES = 8 / BITS;
+    constexpr uint64_t MASK = 0x0101010101010101u * ((1 << BITS) - 1);
+    const uint64_t* source = (const uint64_t*)(m.columns + c0 * m.steps * BITS / 2);
     uint64_t* out = (uint64_t*)panel;
-    for (int64_t chunk = 0; chunk < m.steps / 4; ++chunk, source += 8, out += 32)
+    for (int64_t vector = 0; vector < m.steps / PLACES; ++vector, source += 8, out += 8 * PLACES)
         for (int word = 0; word < 8; ++word)
-            for (int part = 0; part < 4; ++part)
-                out[part * 8 + word] = source[word] >> (2 * part) & 0x0303030303030303u;
+            for (int part = 0; part < PLACES; ++part) out[part * 8 + word] = source[word] >> (BITS * part) & MASK;
+}
+
+ARB_CLONES void panel_from_layout(const Matmul& m, int64_t c0, uint8_t* panel) {
+    if (m.bits == 2) return panel_from_bits<2>(m, c0, panel);
+    panel_from_bits<4>(m, c0, panel);
 }
 
 #define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vnni")))
@@ -156,7 +164,7 @@ void fill_panel(const Matmul& m, int64_t c0, uint8_t* panel) {
     if (m.wide) return widen_rows(first, std::min(LANES, m.C - c0), LANES, m.K, (int32_t*)panel);
     if (m.source == ROW_MAJOR) panel_from_rows(m, c0, panel);
     if (m.source == TRANSPOSED) panel_from_columns(m, c0, panel);
-    if (m.source == TWO_BIT) panel_from_two_bits(m, c0, panel);
+    if (m.source == LAYOUT) panel_from_layout(m, c0, panel);
 }
 
 AVX512 inline void store_lanes(const Matmul& m, int64_t r, int64_t c, __m512i sum, int32_t row_sum) {
@@ -296,6 +304,8 @@ void multiply(const Matmul& m, int isa) {
     }
 }
 
+int offset_of(int trits) { return trits == 1 ? 1 : 4; }  // the largest level
+
 }  // namespace
 
 // AVX512_VNNI, AVX2_ONLY, or 0: neither, and no matmul here.
@@ -306,25 +316,26 @@ ARB_API int arb_instruction_set() {
     return __builtin_cpu_supports("avx2") ? AVX2_ONLY : 0;
 }
 
-// columns: int8 (C, K), or (K, C) if `transposed`; offset: 1 for trits, 128 for any int8. column_scale may be null.
+// columns: int8 (C, K), or (K, C) if `transposed`; offset: the largest magnitude in them: 1, 4, or 128 for any int8. column_scale may be null.
 ARB_API void arb_int8_matmul(int isa, const int8_t* rows, const int8_t* columns, int transposed, int offset, int64_t R,
                              int64_t C, int64_t K, const float* row_scale, const float* column_scale, float* out) {
     const Source source = transposed ? TRANSPOSED : ROW_MAJOR;
-    const bool wide = isa == AVX2_ONLY && offset != TRITS;
+    const bool wide = isa == AVX2_ONLY && offset == ANY_INT8;
     const int64_t depths = wide ? WORDS : DEPTH, steps = (K + depths - 1) / depths;
     const uint8_t* bytes = (const uint8_t*)columns;
-    multiply({rows, bytes, source, R, C, K, steps, wide ? 0 : offset, wide, row_scale, column_scale, out}, isa);
+    multiply({rows, bytes, source, R, C, K, steps, wide ? 0 : offset, 0, wide, row_scale, column_scale, out}, isa);
 }
 
-// codes int8 (M, K) against the decode layout of N weight rows (two_bit_layout.py).
-ARB_API void arb_two_bit_matmul(int isa, const int8_t* codes, const uint8_t* layout, int64_t M, int64_t N, int64_t K,
+// codes int8 (M, K) against the decode layout of N weight rows (decode_layout.py), trits 1 or 2.
+ARB_API void arb_layout_matmul(int isa, int trits, const int8_t* codes, const uint8_t* layout, int64_t M, int64_t N, int64_t K,
                                 const float* token_scale, const float* row_scale, float* out) {
     const int64_t steps = (K + 15) / 16 * 4;
-    multiply({codes, layout, TWO_BIT, M, N, K, steps, TRITS, false, token_scale, row_scale, out}, isa);
+    const int offset = offset_of(trits), bits = 2 * trits;
+    multiply({codes, layout, LAYOUT, M, N, K, steps, offset, bits, false, token_scale, row_scale, out}, isa);
 }
 
 // The same for at most MATVEC_ROWS tokens, from float activations: one call a layer, as generation makes thousands.
-ARB_API void arb_two_bit_matvec(int isa, const float* values, const uint8_t* layout, int64_t M, int64_t N, int64_t K,
+ARB_API void arb_layout_matvec(int isa, int trits, const float* values, const uint8_t* layout, int64_t M, int64_t N, int64_t K,
                                 const float* row_scale, float* out) {
     const int64_t chunks = (K + 15) / 16;
     const Buffer codes = allocate(M * chunks * 16);
@@ -336,7 +347,8 @@ ARB_API void arb_two_bit_matvec(int isa, const float* values, const uint8_t* lay
         memset(row + K, 0, chunks * 16 - K);
         sums[m] = sum_row(row, K);
     }
-    two_bit_matvec(isa, (int8_t*)codes.get(), layout, M, N, chunks, sums, token_scale, row_scale, out);
+    layout_matvec(isa, 2 * trits, (int8_t*)codes.get(), layout, M, N, chunks, sums, offset_of(trits), token_scale,
+                  row_scale, out);
 }
 #else
 ARB_API int arb_instruction_set() { return 0; }

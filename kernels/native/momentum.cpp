@@ -10,7 +10,7 @@ namespace {
 using namespace momentum_format;
 
 constexpr int LOW_HALF = CELL - 1;  // of accum: the residual; the momentum code lies above it
-constexpr float CLIP = (float)((CLIP_RMS / LEVELS) * (CLIP_RMS / LEVELS));
+constexpr float CLIP = (float)((CLIP_RMS / LARGEST_CODE) * (CLIP_RMS / LARGEST_CODE));
 constexpr float STEPS = (float)UPDATE_STEPS, LIMIT = (float)UPDATE_LIMIT;
 
 struct Rule {
@@ -79,7 +79,7 @@ ARB_CLONES void fold_row(const Rule& rule, int64_t row, uint8_t* accum, int8_t* 
         for (int i = 0; i < length; ++i) {
             const uint32_t bits = mix(row_key + (uint32_t)(start + i) * GOLDEN);
             float code = std::floor(momentum[i] * inverse + uniform_low(bits));
-            code = code < -LEVELS ? -LEVELS : code > LEVELS ? LEVELS : code;
+            code = code < -LARGEST_CODE ? -LARGEST_CODE : code > LARGEST_CODE ? LARGEST_CODE : code;
             accum[start + i] = (uint8_t)((int)code << BITS | (accum[start + i] & LOW_HALF));
         }
     }
@@ -141,13 +141,14 @@ ARB_CLONES int64_t power_row(const Rule& rule, const uint8_t* accum, const int8_
     return total;
 }
 
-// Moves one row's latents; trits holds the row, unpacked. Returns how many trits changed.
+// Moves one row's latents; levels and plane hold the row, unpacked. Returns how many levels changed.
 ARB_CLONES int64_t move_row(const Rule& rule, int64_t row, uint8_t* accum, const int8_t* exponents, const float* dW,
                             float row_scale, const float* column_scale, float inverse_rms, float max_update,
-                            float rate, uint8_t* packed, int8_t* trits) {
+                            float rate, int trits, uint8_t* packed, int8_t* levels, int8_t* plane) {
     const uint32_t row_key = mix((uint32_t)row ^ rule.key);
     const int64_t width = packed_width(rule.columns);
-    unpack_row(packed, width, trits);
+    const int32_t end = (trits == 1 ? 3 : 9) * CELL / 2;
+    unpack_levels(packed, width, trits, levels, plane);
     int32_t flips = 0;
     for (int64_t start = 0; start < rule.columns; start += BLOCK) {
         float unit[BLOCK];
@@ -156,27 +157,27 @@ ARB_CLONES int64_t move_row(const Rule& rule, int64_t row, uint8_t* accum, const
             const float update = clamp(unit[i] * inverse_rms, max_update);
             const uint32_t bits = mix(row_key + (uint32_t)(start + i) * GOLDEN);
             const int32_t shift = (int32_t)std::floor(update * rate + uniform_high(bits));
-            const int32_t old_trit = trits[start + i];
+            const int32_t old_level = levels[start + i];
             const int32_t residual = (int8_t)(accum[start + i] << BITS) >> BITS;
-            int32_t latent = shift + old_trit * CELL + residual;
-            latent = latent < -3 * CELL / 2 ? -3 * CELL / 2 : latent > 3 * CELL / 2 - 1 ? 3 * CELL / 2 - 1 : latent;
-            const int32_t trit = (latent + CELL / 2) >> BITS;
-            trits[start + i] = (int8_t)trit;
-            accum[start + i] = (uint8_t)((accum[start + i] & ~LOW_HALF) | ((latent - trit * CELL) & LOW_HALF));
-            flips += trit != old_trit;
+            int32_t latent = shift + old_level * CELL + residual;
+            latent = latent < -end ? -end : latent > end - 1 ? end - 1 : latent;
+            const int32_t level = (latent + CELL / 2) >> BITS;
+            levels[start + i] = (int8_t)level;
+            accum[start + i] = (uint8_t)((accum[start + i] & ~LOW_HALF) | ((latent - level * CELL) & LOW_HALF));
+            flips += level != old_level;
         }
     }
-    pack_row(trits, width, packed);
+    pack_levels(levels, width, trits, plane, packed);
     return flips;
 }
 
 }  // namespace
 
-// Fold, then move every weight by `rate` = -lr * CELL residual steps per unit of update. Returns the changed trits.
-// power: 256 floats, 2^(e / 4) for e from -128.
+// Fold, then move every weight by `rate` residual steps per unit of update. Returns how many levels changed.
+// packed (rows, trits * ceil(columns / 5)), trits 1 or 2; power: 256 floats, 2^(e / 4) for e from -128.
 ARB_API int64_t arb_momentum_update(uint8_t* packed, uint8_t* accum, int8_t* exponents, const float* dW, int64_t rows,
-                                    int64_t columns, uint32_t key, const float* power, float beta, float share,
-                                    float max_update, float rate) {
+                                    int64_t columns, int trits, uint32_t key, const float* power, float beta,
+                                    float share, float max_update, float rate) {
     const Rule rule{columns, power, beta, share, key};
     const int64_t blocks = (columns + BLOCK - 1) / BLOCK, width = packed_width(columns);
     const bool parallel = rows * columns >= PARALLEL_FROM;
@@ -235,11 +236,11 @@ ARB_API int64_t arb_momentum_update(uint8_t* packed, uint8_t* accum, int8_t* exp
 
 #pragma omp parallel if (parallel) reduction(+ : flips)
     {
-        std::vector<int8_t> trits(packing::TRITS_PER_BYTE * width);
+        std::vector<int8_t> levels(packing::TRITS_PER_BYTE * width), plane(packing::TRITS_PER_BYTE * width);
 #pragma omp for
         for (int64_t n = 0; n < rows; ++n)
             flips += move_row(rule, n, state(n), steps(n), gradient(n), row_scale[n], column_scale.data(), inverse_rms,
-                              max_update, rate, packed + n * width, trits.data());
+                              max_update, rate, trits, packed + n * trits * width, levels.data(), plane.data());
     }
     return flips;
 }

@@ -1,4 +1,4 @@
-// Planar base-3 rows (packing.py): digit j of byte b is column j * bytes + b.
+// Planar base-3 rows (packing.py): digit j of byte b is column j * bytes + b; with two trits a weight, two such planes.
 #pragma once
 
 #include "common.h"
@@ -31,4 +31,27 @@ static inline __attribute__((always_inline)) void pack_row(const int8_t* trits, 
         }
         packed[b] = code;
     }
+}
+
+// One row of one or two trits a weight -> 5 * width levels; plane holds as many, for the second trits.
+static inline __attribute__((always_inline)) void unpack_levels(const uint8_t* packed, int64_t width, int trits,
+                                                                int8_t* levels, int8_t* plane) {
+    unpack_row(packed, width, levels);
+    if (trits == 1) return;
+    unpack_row(packed + width, width, plane);
+    for (int64_t i = 0; i < packing::TRITS_PER_BYTE * width; ++i) levels[i] = (int8_t)(3 * levels[i] + plane[i]);
+}
+
+// The inverse; padding columns must be zero. Levels are overwritten.
+static inline __attribute__((always_inline)) void pack_levels(int8_t* levels, int64_t width, int trits, int8_t* plane,
+                                                              uint8_t* packed) {
+    if (trits == 2) {
+        for (int64_t i = 0; i < packing::TRITS_PER_BYTE * width; ++i) {
+            const int8_t first = (int8_t)((levels[i] > 1) - (levels[i] < -1));
+            plane[i] = (int8_t)(levels[i] - 3 * first);
+            levels[i] = first;
+        }
+        pack_row(plane, width, packed + width);
+    }
+    pack_row(levels, width, packed);
 }

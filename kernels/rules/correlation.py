@@ -12,7 +12,7 @@ import torch
 
 from arb_kernels.backend import uses_triton
 from arb_kernels.formats.groups import split_groups
-from arb_kernels.formats.packing import unpack_trits
+from arb_kernels.formats.packing import unpack_levels
 from arb_kernels.formats.rule_states import CorrelationState, overwrite
 
 from .correlation_triton import triton_correlation_update
@@ -20,7 +20,7 @@ from .correlation_triton import triton_correlation_update
 
 def naive_correlation_update(state: CorrelationState, dW: torch.Tensor, group_size: int) -> CorrelationState:
     """`correlation_update` as a pure function: returns the new state."""
-    agreement = dW.sign().to(torch.int8) * unpack_trits(state.T_packed, dW.shape[1])
+    agreement = dW.sign().to(torch.int8) * unpack_levels(state.T_packed, dW.shape[1])
     votes = split_groups(agreement, group_size).sum(-1, dtype=torch.int64)
     return CorrelationState(state.T_packed, state.corr_accum - votes, state.step_counter + 1)
 

@@ -11,7 +11,7 @@ import torch
 
 from arb_kernels.backend import uses_triton
 from arb_kernels.formats.groups import split_groups
-from arb_kernels.formats.packing import pack_trits, unpack_trits
+from arb_kernels.formats.packing import pack_levels, unpack_levels
 from arb_kernels.formats.rule_states import FlipState, overwrite
 
 from .flip_triton import triton_flip_update
@@ -25,7 +25,7 @@ def naive_flip_update(
     state: FlipState, dW: torch.Tensor, group_size: int, threshold: int = 32, scale_votes: bool = True
 ) -> tuple[FlipState, torch.Tensor]:
     """`flip_update` as a pure function: returns the new state and the number of changed trits."""
-    trits, signs = unpack_trits(state.T_packed, dW.shape[1]), dW.sign().to(torch.int8)
+    trits, signs = unpack_levels(state.T_packed, dW.shape[1]), dW.sign().to(torch.int8)
     T_accum, E_accum = _vote(state.T_accum, signs), state.E_accum
     if scale_votes:
         agreement = split_groups(signs * trits, group_size).sum(-1, dtype=torch.int32)
@@ -34,7 +34,7 @@ def naive_flip_update(
     new_trits = torch.where(moved, (trits + T_accum.sign()).clamp_(-1, 1), trits)
     scaled = E_accum.abs() >= threshold
     E = torch.where(scaled, (state.E.to(torch.int16) + E_accum.sign()).clamp_(-128, 127), state.E).to(torch.int8)
-    new = FlipState(pack_trits(new_trits), E, T_accum.masked_fill(moved, 0), E_accum.masked_fill(scaled, 0))
+    new = FlipState(pack_levels(new_trits), E, T_accum.masked_fill(moved, 0), E_accum.masked_fill(scaled, 0))
     return new, (new_trits != trits).sum()
 
 

@@ -1,13 +1,14 @@
-"""momentum: the default update rule. 1.2 bytes of integer state per weight.
+"""momentum: the default update rule. 1.2 bytes of integer state per weight, 1.4 with two trits.
 
-State of a matrix (N out, K in), besides its packed trits:
+State of a matrix (N out, K in), besides its packed levels:
     accum      (N, K) uint8, or int16 with momentum_bits 8: residual in the low half, momentum code in the high half,
                both two's complement, so that zero means zero
     accum_exp  (N, ceil(K / 64)) int8: the step of a block of 64 momentum codes, in quarter octaves
 
-*Fold* adds a weight gradient to the momentum; *move* shifts every weight along its latent line (one cell per trit,
-2^momentum_bits residual steps per cell) against the Nesterov direction, normalised by its row and column RMS. Both
-round stochastically. Statistics are summed as integers, or in a fixed tree, so the result does not depend on the order
+*Fold* adds a weight gradient to the momentum; *move* shifts every weight along its latent line (one cell per level: 3
+for one trit a weight, 9 for two; 2^momentum_bits residual steps per cell) against the Nesterov direction, normalised by
+its row and column RMS. Both round stochastically. Rates are in thirds of the latent line, so that one rate serves any
+number of trits. Statistics are summed as integers, or in a fixed tree, so the result does not depend on the order
 of summation: every backend gives the same bits for the same dW and key.
 """
 
@@ -35,7 +36,7 @@ from arb_kernels.formats.momentum_format import (
     UPDATE_STEPS,
     MomentumFormat,
 )
-from arb_kernels.formats.packing import pack_trits, unpack_trits
+from arb_kernels.formats.packing import largest_level, pack_levels, unpack_levels
 from arb_kernels.formats.rule_states import MomentumState, overwrite
 from arb_kernels.native_library import native_kernels, pointer
 from arb_kernels.random_bits import random_bits_of_rows, uniform_from_high_bits, uniform_from_low_bits
@@ -75,7 +76,7 @@ def fold_momentum(
     mean_square = square_sum / group_lengths(columns, BLOCK, dW.device)
     new_exponent = quarter_octaves_covering(mean_square * form.clip)
     inverse = spread_groups(power_of_two(-new_exponent, QUARTERS), BLOCK, columns)
-    scaled = momentum.mul_(inverse).add_(uniform).floor_().clamp_(-form.levels, form.levels)
+    scaled = momentum.mul_(inverse).add_(uniform).floor_().clamp_(-form.largest_code, form.largest_code)
     return scaled.to(codes.dtype), new_exponent
 
 
@@ -123,24 +124,36 @@ def normalise(direction: torch.Tensor) -> torch.Tensor:
     return unit.mul_(inverse_rms).clamp_(-MAX_UPDATE, MAX_UPDATE)
 
 
-def move_weights(
-    trits: torch.Tensor, residual: torch.Tensor, update: torch.Tensor, uniform: torch.Tensor, lr: float, cell: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Shift the latent line by -lr cells along the update.
+def third_of_line(cell: int, trits: int) -> float:
+    """Residual steps in a third of the latent line: the unit of learning rates."""
+    return float(cell * 3 ** (trits - 1))
 
-    trits: int8 (N, K); residual: signed int (N, K) in [-cell/2, cell/2); update: float32 (N, K) of unit RMS, consumed;
-    uniform: float32 (N, K) in [0, 1). Returns the new trits and residuals, in their dtypes.
+
+def move_weights(
+    levels: torch.Tensor,
+    residual: torch.Tensor,
+    update: torch.Tensor,
+    uniform: torch.Tensor,
+    lr: float,
+    cell: int,
+    trits: int = 1,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Shift latents by -lr thirds of the line along the update.
+
+    levels: int8 (N, K) of so many trits; residual: signed int (N, K) in [-cell/2, cell/2); update: float32 (N, K) of
+    unit RMS, consumed; uniform: float32 (N, K) in [0, 1). Returns the new levels and residuals, in their dtypes.
     """
-    shift = update.mul_(-lr * cell).add_(uniform).floor_()
-    latent = shift.add_(trits * float(cell)).add_(residual).clamp_(-1.5 * cell, 1.5 * cell - 1).to(torch.int16)
-    new_trits = (latent + cell // 2) >> (cell.bit_length() - 1)
-    return new_trits.to(trits.dtype), (latent - new_trits * cell).to(residual.dtype)
+    end = (largest_level(trits) + 0.5) * cell
+    shift = update.mul_(-lr * third_of_line(cell, trits)).add_(uniform).floor_()
+    latent = shift.add_(levels * float(cell)).add_(residual).clamp_(-end, end - 1).to(torch.int16)
+    new_levels = (latent + cell // 2) >> (cell.bit_length() - 1)
+    return new_levels.to(levels.dtype), (latent - new_levels * cell).to(residual.dtype)
 
 
 def naive_momentum_update(
     state: MomentumState, dW: torch.Tensor, key: int, lr: float, beta: float = 0.9, row_ids: torch.Tensor | None = None
 ) -> tuple[MomentumState, torch.Tensor]:
-    """`momentum_update` as a pure function: returns the new state and the number of changed trits.
+    """`momentum_update` as a pure function: returns the new state and the number of changed levels.
 
     row_ids: int64 (N,): the rows' places in a larger table, which select their random bits. None: 0 to N - 1.
     """
@@ -150,27 +163,30 @@ def naive_momentum_update(
     noise = random_bits_of_rows(key, row_ids, columns)
     codes, exponent = fold_momentum(codes, state.accum_exp, dW, uniform_from_low_bits(noise), beta, form)
     update = normalise(_dequantise(codes, exponent).mul_(beta) + dW * (1 - beta))
-    trits = unpack_trits(state.T_packed, columns)
-    new_trits, residual = move_weights(trits, residual, update, uniform_from_high_bits(noise), lr, form.cell)
-    return MomentumState(pack_trits(new_trits), form.join(residual, codes), exponent), (new_trits != trits).sum()
+    levels, trits = unpack_levels(state.T_packed, columns), state.trits
+    uniform = uniform_from_high_bits(noise)
+    new_levels, residual = move_weights(levels, residual, update, uniform, lr, form.cell, trits)
+    packed = pack_levels(new_levels, trits)
+    return MomentumState(packed, form.join(residual, codes), exponent), (new_levels != levels).sum()
 
 
 def momentum_update(state: MomentumState, dW: torch.Tensor, key: int, lr: float, beta: float = 0.9) -> torch.Tensor:
     """Fold and move, in place.
 
-    dW: float32 (N, K), the step's mean gradient; lr: cells per step; beta: decay of the momentum. Returns the number
-    of changed trits, int64 ().
+    dW: float32 (N, K), the step's mean gradient; lr: thirds of the latent line per step; beta: decay of the momentum.
+    Returns the number of changed levels, int64 ().
     """
     if state.accum.dtype == torch.uint8 and uses_native(*state, dW):
         flips = native_kernels().arb_momentum_update(
             *map(pointer, (*state, dW)),
             *dW.shape,
+            state.trits,
             key,
             pointer(power_table(QUARTERS, dW.device)),
             beta,
             1 - beta,
             MAX_UPDATE,
-            -lr * state.form.cell,
+            -lr * third_of_line(state.form.cell, state.trits),
         )
         increment_version(tuple(state))
         return torch.tensor(flips)

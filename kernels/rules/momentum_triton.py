@@ -3,7 +3,7 @@
 fold:    requantises the momentum of a block of 64 columns; the largest |direction| of each row and column
 squares: sums of the direction's squares by row and column, each in its own fixed point; scales are computed from them
 power:   the sum of squares of the update before it is set to unit RMS
-move:    moves the latents; works on bytes of five trits, one plane of columns after the other
+move:    moves the latents; works on bytes of five trits, one run of columns after the other
 
 Each pass recomputes the direction from state and dW, which is cheaper than storing it. Sums are integers, so the order
 of atomics does not matter. Scalars stay on the device between passes.
@@ -30,10 +30,10 @@ from arb_kernels.triton_support import (
     ceil_div,
     clamp,
     constexpr,
-    digit_of,
     floor_to_int,
     jit,
     launch,
+    level_of,
     magnitude_bits,
     random_words,
     round_half_even,
@@ -243,22 +243,28 @@ def momentum_move_kernel(
     max_update,
     rate,
     BITS: tl.constexpr,
+    TRITS: tl.constexpr,
     SPARSE: tl.constexpr,
     BR: tl.constexpr,
     BB: tl.constexpr,
 ):
     CELL: tl.constexpr = 2**BITS
+    END: tl.constexpr = (3**TRITS * CELL) // 2
     local_row = tl.program_id(0) * BR + tl.arange(0, BR)
     i_byte = tl.program_id(1) * BB + tl.arange(0, BB)
     in_rows = local_row < of.rows
     row = _state_rows(of.ids, local_row, in_rows, SPARSE)
-    p_packed = packed_ptr + row[:, None] * width + i_byte[None, :]
+    p_packed = packed_ptr + row[:, None] * (TRITS * width) + i_byte[None, :]
     byte_mask = in_rows[:, None] & (i_byte < width)[None, :]
-    old_byte = tl.load(p_packed, mask=byte_mask, other=0).to(tl.int32)
+    old_byte = tl.load(p_packed, mask=byte_mask, other=0)
+    old_second = old_byte
+    if TRITS == 2:
+        old_second = tl.load(p_packed + width, mask=byte_mask, other=0)
     row_scale = tl.load(row_scale_ptr + local_row, mask=in_rows, other=0.0)
     inverse_rms = _over_root(tl.full((), 1.0, tl.float32), tl.load(scalars_ptr + _POWER)) * size_root
 
     new_byte = tl.zeros([BR, BB], tl.int32)
+    new_second = tl.zeros([BR, BB], tl.int32)
     flips = tl.zeros([BR, BB], tl.int32)
     for backwards in tl.static_range(5):
         plane = 4 - backwards
@@ -277,23 +283,29 @@ def momentum_move_kernel(
         unit = direction * row_scale[:, None] * column_scale[None, :]
         noise = uniform_high(random_words(key, row, column))
         shift = floor_to_int(clamp(unit * inverse_rms, max_update) * rate + noise)
-        old_trit = digit_of(old_byte, plane)
+        old_level = level_of(old_byte, old_second, plane, TRITS)
         residual = (b_accum << (32 - BITS)) >> (32 - BITS)
-        latent = tl.maximum(shift + old_trit * CELL + residual, -(CELL + CELL // 2))
-        latent = tl.minimum(latent, CELL + CELL // 2 - 1)
-        trit = tl.where(mask, (latent + CELL // 2) >> BITS, 0)
-        b_accum = (b_accum & -CELL) | ((latent - trit * CELL) & (CELL - 1))
+        latent = tl.minimum(tl.maximum(shift + old_level * CELL + residual, -END), END - 1)
+        level = tl.where(mask, (latent + CELL // 2) >> BITS, 0)
+        b_accum = (b_accum & -CELL) | ((latent - level * CELL) & (CELL - 1))
         tl.store(p_accum, b_accum.to(of.accum.dtype.element_ty), mask=mask)
-        flips += (mask & (trit != old_trit)).to(tl.int32)
+        flips += (mask & (level != old_level)).to(tl.int32)
+        trit = level
+        if TRITS == 2:
+            trit = (level + 4) // 3 - 1
+            second = level - 3 * trit
+            new_second = new_second * 3 + tl.where(second < 0, 2, second)
         new_byte = new_byte * 3 + tl.where(trit < 0, 2, trit)
     tl.store(p_packed, new_byte.to(tl.uint8), mask=byte_mask)
+    if TRITS == 2:
+        tl.store(p_packed + width, new_second.to(tl.uint8), mask=byte_mask)
     tl.atomic_add(scalars_ptr + _FLIPS, tl.sum(flips).to(tl.int64), sem="relaxed")
 
 
 def triton_momentum_update(
     state: MomentumState, dW: torch.Tensor, key: int, lr: float, beta: float = 0.9, row_ids: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """`momentum_update`, in place; dW float32 (N, K). Returns the number of changed trits, int64 ().
+    """`momentum_update`, in place; dW float32 (N, K). Returns the number of changed levels, int64 ().
 
     row_ids: int64 (R,), each row at most once: dW is (R, K) and belongs to these rows of the state, of a matrix of any
     height; no other row is read or written.
@@ -317,13 +329,13 @@ def triton_momentum_update(
     launch(momentum_row_scales_kernel, (ceil_div(rows, _SCALES),), *of_rows, scalars, rows, B=_SCALES)
     launch(momentum_column_scales_kernel, (ceil_div(columns, _SCALES),), *of_columns, scalars, columns, B=_SCALES)
     launch(momentum_power_kernel, grid, of, scalars, scales[:rows], scales[rows:], **options)
-    width = state.T_packed.shape[1]
+    width = state.T_packed.shape[1] // state.trits
     launch(
         momentum_move_kernel,
         (ceil_div(rows, _MOVE_ROWS), ceil_div(width, _MOVE_BYTES)),
         *(state.T_packed, of, scalars, scales[:rows], scales[rows:], width, signed_word(key)),
-        *(UPDATE_STEPS * dW.numel() ** 0.5, MAX_UPDATE, -lr * float(form.cell)),
-        **(options | {"BR": _MOVE_ROWS, "BB": _MOVE_BYTES}),
+        *(UPDATE_STEPS * dW.numel() ** 0.5, MAX_UPDATE, -lr * float(form.cell * 3 ** (state.trits - 1))),
+        **(options | {"TRITS": state.trits, "BR": _MOVE_ROWS, "BB": _MOVE_BYTES}),
     )
     increment_version(tuple(state))
     return scalars[-1]

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import arb_kernels.formats.decode_layout as decode_layout
 import arb_kernels.formats.exponents as exponents
 import arb_kernels.formats.gradient_sum_format as gradient_sum_format
 import arb_kernels.formats.momentum_format as momentum_format
 import arb_kernels.formats.packing as packing
-import arb_kernels.formats.two_bit_layout as two_bit_layout
 import arb_kernels.native_library as native_library
 import arb_kernels.random_bits as random_bits
 
@@ -34,9 +34,11 @@ CONSTANTS: dict[str, dict[str, int | float]] = {
         "TRITS_PER_BYTE": packing.TRITS_PER_BYTE,
         "LARGEST_BYTE": packing.LARGEST_BYTE,
     },
-    "two_bit_layout": {
-        "ROWS": two_bit_layout.ROWS,
-        "COLUMNS": two_bit_layout.COLUMNS,
+    "decode_layout": {
+        "ROWS": decode_layout.ROWS,
+        "COLUMNS": decode_layout.COLUMNS,
+        "PARTS": decode_layout.PARTS,
+        "VECTOR": decode_layout.HALF_CHUNK,
     },
     "exponents": {
         "SQRT_HALF": exponents.SQRT_HALF,
@@ -44,7 +46,7 @@ CONSTANTS: dict[str, dict[str, int | float]] = {
     "momentum_format": {
         "BITS": FORMAT.bits,
         "CELL": FORMAT.cell,
-        "LEVELS": FORMAT.levels,
+        "LARGEST_CODE": FORMAT.largest_code,
         "BLOCK": momentum_format.BLOCK,
         "CLIP_RMS": momentum_format.CLIP_RMS,
         "STATISTIC_BITS": momentum_format.STATISTIC_BITS,

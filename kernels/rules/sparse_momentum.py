@@ -23,7 +23,7 @@ def naive_sparse_momentum_update(
     state: MomentumState, row_ids: torch.Tensor, dW: torch.Tensor, key: int, lr: float, beta: float = 0.9
 ) -> tuple[MomentumState, torch.Tensor]:
     """`sparse_momentum_update` as a pure function: returns the touched rows of the new state, in the order of row_ids,
-    and the number of changed trits."""
+    and the number of changed levels."""
     touched = MomentumState(*(tensor[row_ids] for tensor in state))
     return naive_momentum_update(touched, dW, key, lr, beta, row_ids)
 
@@ -34,7 +34,8 @@ def sparse_momentum_update(
     """Fold and move the touched rows, in place; no other row is read.
 
     state: of the whole table, contiguous; row_ids: int64 (R,), each row once; dW: float32 (R, K), the step's mean
-    gradient of those rows; lr: cells per step. Returns the number of changed trits, int64 ().
+    gradient of those rows; lr: thirds of the latent line per step. Returns the number of changed levels, int64
+    ().
     """
     if not row_ids.numel():
         return torch.zeros((), dtype=torch.int64, device=dW.device)

@@ -23,9 +23,9 @@ class ByteHead(nn.Module):
         super().__init__()
         self.eps = config.rms_norm_eps
         self.layers = nn.ModuleList(
-            TernaryMLP(config, config.head_intermediate_size) for _ in range(config.head_layers)
+            TernaryMLP(config, config.head_intermediate_size, "head") for _ in range(config.head_layers)
         )
-        self.proj = TernaryLinear(config.hidden_size, config.vocab_size, config)
+        self.proj = TernaryLinear(config.hidden_size, config.vocab_size, config, "head")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         for layer in self.layers:

@@ -32,11 +32,11 @@ class ContextAttention(nn.Module):
         self.nope_dim, self.rope_dim = config.qk_nope_head_dim, config.qk_rope_head_dim
         self.v_dim, self.latent_dim = config.v_head_dim, config.kv_latent_dim
         width, heads = config.hidden_size, config.num_attention_heads
-        self.q_proj = TernaryLinear(width, heads * (self.nope_dim + self.rope_dim), config)
-        self.kv_down_proj = TernaryLinear(width, self.latent_dim + self.rope_dim, config)
-        self.kv_up_proj = TernaryLinear(self.latent_dim, heads * (self.nope_dim + self.v_dim), config)
-        self.gate_proj = TernaryLinear(width, heads * self.v_dim, config)
-        self.o_proj = TernaryLinear(heads * self.v_dim, width, config)
+        self.q_proj = TernaryLinear(width, heads * (self.nope_dim + self.rope_dim), config, "attention")
+        self.kv_down_proj = TernaryLinear(width, self.latent_dim + self.rope_dim, config, "attention")
+        self.kv_up_proj = TernaryLinear(self.latent_dim, heads * (self.nope_dim + self.v_dim), config, "attention")
+        self.gate_proj = TernaryLinear(width, heads * self.v_dim, config, "attention")
+        self.o_proj = TernaryLinear(heads * self.v_dim, width, config, "attention")
 
     def forward(
         self,

@@ -14,11 +14,11 @@ from modeling_arb.layers.ternary_linear import TernaryLinear
 class TernaryMLP(nn.Module):
     """(B, T, D) -> (B, T, D), added to the residual stream by the caller."""
 
-    def __init__(self, config: ArbConfig, intermediate_size: int):
+    def __init__(self, config: ArbConfig, intermediate_size: int, role: str = "mlp"):
         super().__init__()
         self.eps = config.rms_norm_eps
-        self.up_proj = TernaryLinear(config.hidden_size, intermediate_size, config)
-        self.down_proj = TernaryLinear(intermediate_size, config.hidden_size, config)
+        self.up_proj = TernaryLinear(config.hidden_size, intermediate_size, config, role)
+        self.down_proj = TernaryLinear(intermediate_size, config.hidden_size, config, role)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         hidden = F.relu(self.up_proj(rms_norm(x, self.eps))).square()

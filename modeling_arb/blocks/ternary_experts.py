@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from arb_kernels.formats.packing import unpack_trits
+from arb_kernels.formats.packing import unpack_levels
 from arb_kernels.formats.state_layout import StateTensor
 from arb_kernels.matmul.quantise import quantise_tokens
 from configuration_arb.configuration_arb import ArbConfig
@@ -27,7 +27,7 @@ GROUPED_BYTES = 1 << 26  # at most, of stacked float32 weights: a larger expert 
 class GroupedLinearFunction(torch.autograd.Function):
     """Multiplies each segment of rows by its own layer's weights: one grouped product in forward and two in backward.
 
-    Codes and trits are small integers whose float32 sums are exact up to 2^24 / 127 = 132104 columns (in TF32 too):
+    Codes and levels are small integers whose float32 sums are exact up to 2^24 / (4 * 127) = 33026 columns (in TF32 too):
     forward equals Int8LinearFunction bit for bit. Backward multiplies float32 gradients without rounding them to int8.
     x (M, K), expert int64 (M,), ascending, ends int32 (E,), one past each segment -> (M, N).
     """
@@ -37,8 +37,8 @@ class GroupedLinearFunction(torch.autograd.Function):
         codes, token_scale = quantise_tokens(x.float().contiguous())
         ctx.save_for_backward(codes, token_scale, expert, ends)
         ctx.layers, ctx.uses = layers, [layer.begin_use() for layer in layers]
-        trits, scale = stacked_weights(layers)
-        sums = F.grouped_mm(codes.float(), trits.transpose(1, 2), offs=ends)
+        levels, scale = stacked_weights(layers)
+        sums = F.grouped_mm(codes.float(), levels.transpose(1, 2), offs=ends)
         return (sums * token_scale[:, None] * scale[expert]).to(x.dtype)
 
     @staticmethod
@@ -46,9 +46,9 @@ class GroupedLinearFunction(torch.autograd.Function):
         codes, token_scale, expert, ends = ctx.saved_tensors
         for layer, use in zip(ctx.layers, ctx.uses, strict=True):
             layer.end_use(use)
-        trits, scale = stacked_weights(ctx.layers)
+        levels, scale = stacked_weights(ctx.layers)
         gradient = grad_y.float()
-        grad_x = F.grouped_mm(gradient * scale[expert], trits, offs=ends)
+        grad_x = F.grouped_mm(gradient * scale[expert], levels, offs=ends)
         if any(layer.armed for layer in ctx.layers):
             by_token = gradient * token_scale[:, None]
             dW = F.grouped_mm(by_token.T, codes.float(), offs=ends)
@@ -60,11 +60,11 @@ class GroupedLinearFunction(torch.autograd.Function):
 
 
 def stacked_weights(layers: Sequence[TernaryLinear]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Trits float32 (E, N, K) and row scales float32 (E, N) of equally large layers: temporaries of one product."""
+    """Levels float32 (E, N, K) and row scales float32 (E, N) of equally large layers: temporaries of one product."""
     packed = torch.cat([layer.T_packed for layer in layers])
-    trits = unpack_trits(packed, layers[0].columns, torch.float32)
-    trits = trits.contiguous().view(len(layers), -1, trits.shape[1])
-    return trits, torch.stack([layer.scale().flatten() for layer in layers])
+    levels = unpack_levels(packed, layers[0].columns, torch.float32)
+    levels = levels.contiguous().view(len(layers), -1, levels.shape[1])
+    return levels, torch.stack([layer.scale().flatten() for layer in layers])
 
 
 class TernaryExperts(ObservedState):
@@ -88,9 +88,9 @@ class TernaryExperts(ObservedState):
         options, width = config.block("moe_graph"), config.hidden_size
         self.num_experts, self.top_k, self.eps = options["num_experts"], options["top_k"], config.rms_norm_eps
         size = options["expert_size"] or 2 * width
-        self.centroids = TernaryEmbedding(self.num_experts, width, config)
-        up = [TernaryLinear(width, size, config) for _ in range(self.num_experts)]
-        down = [TernaryLinear(size, width, config) for _ in range(self.num_experts)]
+        self.centroids = TernaryEmbedding(self.num_experts, width, config, "experts")
+        up = [TernaryLinear(width, size, config, "experts") for _ in range(self.num_experts)]
+        down = [TernaryLinear(size, width, config, "experts") for _ in range(self.num_experts)]
         self.columns = (width, size)
         self.up_proj, self.down_proj = nn.ModuleList(up), nn.ModuleList(down)
         for matrix in (self.centroids, *up, *down):

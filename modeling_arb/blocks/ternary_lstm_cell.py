@@ -26,7 +26,7 @@ class TernaryLSTMCell(nn.Module):
         self.eps = config.rms_norm_eps
         self.input_proj = TernaryLinear(input_size, 4 * hidden_size, config)
         self.recurrent_proj = TernaryLinear(hidden_size, 4 * hidden_size, config)
-        self.recurrent_proj.shared = self.recurrent_proj.keeps_trits = True  # used once a byte
+        self.recurrent_proj.shared = self.recurrent_proj.keeps_levels = True  # used once a byte
 
     def project(self, x: torch.Tensor) -> torch.Tensor:
         """(B, T, D) -> (B, T, 4H): the part of the gates that depends on the input, for all steps."""

@@ -38,8 +38,9 @@ def sum_by_row(ids: torch.Tensor, gradient: torch.Tensor, rows: int) -> torch.Te
 class TernaryEmbedding(TernaryMatrix):
     """ids (...) int64 -> (..., columns). Entries have variance 1 at the start."""
 
-    def __init__(self, num_embeddings: int, embedding_dim: int, config: ArbConfig):
+    def __init__(self, num_embeddings: int, embedding_dim: int, config: ArbConfig, role: str = "embedding"):
         nn.Module.__init__(self)
+        self.role = role
         self.setup_state(num_embeddings, embedding_dim, config, init_fan_in=1)
 
     def rows_of(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

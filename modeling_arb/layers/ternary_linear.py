@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from arb_kernels.formats.two_bit_layout import decoding_bytes
+from arb_kernels.formats.decode_layout import decoding_bytes
 from arb_kernels.matmul.decode_linear import decode_linear
 from arb_kernels.matmul.int8_matmul import int8_matmul
 from arb_kernels.matmul.quantise import quantise_gradient, quantise_tokens
@@ -51,7 +51,7 @@ class Int8LinearFunction(torch.autograd.Function):
         codes, token_scale = quantise_tokens(x.flatten(0, -2).float().contiguous())
         ctx.save_for_backward(codes, token_scale)
         ctx.layer, ctx.use = layer, layer.begin_use()
-        y = int8_matmul(codes, layer.trits(), token_scale, layer.scale().flatten(), trits=True)
+        y = int8_matmul(codes, layer.levels(), token_scale, layer.scale().flatten(), largest=layer.largest_level)
         return y.to(x.dtype).view(*x.shape[:-1], layer.rows)
 
     @staticmethod
@@ -63,7 +63,7 @@ class Int8LinearFunction(torch.autograd.Function):
         by_token, by_token_scale, by_output, output_scale = quantise_gradient(
             gradient, scale, token_scale if layer.armed else None
         )
-        grad_x = int8_matmul(by_token, layer.trits(), by_token_scale, transposed=True, trits=True)
+        grad_x = int8_matmul(by_token, layer.levels(), by_token_scale, transposed=True, largest=layer.largest_level)
         if layer.armed:
             assert by_output is not None and output_scale is not None
             layer.gradient_sink.dense(layer, int8_matmul(by_output, codes, output_scale, transposed=True))
@@ -76,8 +76,9 @@ class TernaryLinear(TernaryMatrix, nn.Linear):
     peft reads `qweight`, `W_q` and `dequantize` of a quantised layer: its device, and W_eff for DoRA.
     """
 
-    def __init__(self, in_features: int, out_features: int, config: ArbConfig):
+    def __init__(self, in_features: int, out_features: int, config: ArbConfig, role: str = "blocks"):
         nn.Module.__init__(self)
+        self.role = role
         self.in_features, self.out_features = in_features, out_features
         self.register_parameter("bias", None)
         self.setup_state(out_features, in_features, config, init_fan_in=in_features)
@@ -98,7 +99,10 @@ class TernaryLinear(TernaryMatrix, nn.Linear):
     def generation_caches(self, device: torch.device) -> dict[str, int]:
         if not self.integer_matmuls:
             return {}
-        sizes = {DECODED: decoding_bytes(self.rows, self.columns, device), ROW_SCALES: self.rows * SCALE_BYTES}
+        sizes = {
+            DECODED: decoding_bytes(self.rows, self.columns, self.trits, device),
+            ROW_SCALES: self.rows * SCALE_BYTES,
+        }
         return {name: size for name, size in sizes.items() if size}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -112,5 +116,5 @@ class TernaryLinear(TernaryMatrix, nn.Linear):
         """The same result from weights in their decoding form, for evaluation and generation."""
         weight, scale = self.inference_weight()
         values = x.reshape(-1, self.columns).float()
-        y = decode_linear(values, weight, self.rows, scale)
+        y = decode_linear(values, weight, self.rows, scale, self.trits)
         return y.to(x.dtype).view(*x.shape[:-1], self.rows)

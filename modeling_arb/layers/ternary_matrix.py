@@ -11,19 +11,19 @@ from transformers import initialization as init
 from transformers.utils import logging
 
 from arb_kernels.formats.correlation_scale import correlation_octaves
+from arb_kernels.formats.decode_layout import decoding_form
 from arb_kernels.formats.exponents import EIGHTHS, power_of_two
 from arb_kernels.formats.groups import num_groups
-from arb_kernels.formats.packing import TRITS_PER_BYTE, packed_width, unpack_trits
+from arb_kernels.formats.packing import TRITS_PER_BYTE, largest_level, packed_width, unpack_levels
 from arb_kernels.formats.scaled_rows import effective_weight
 from arb_kernels.formats.state_layout import StateTensor, state_layout
-from arb_kernels.formats.two_bit_layout import decoding_form
 from configuration_arb.configuration_arb import ArbConfig
 
 from .absent_parameters import AbsentWeight
 from .integer_state import IntegerState
 
 SEVERAL_BACKWARDS = "call IntegerOptimizer.begin_micro_batch(last=False) before the forwards of an accumulated step"
-DECODED, ROW_SCALES, UNPACKED = "weights laid out to decode", "row scales", "unpacked trits"
+DECODED, ROW_SCALES, UNPACKED = "weights laid out to decode", "row scales", "unpacked weights"
 INIT_CHUNK = 1 << 18  # elements drawn at a time, as int64: a large table must not need eight times its memory
 
 
@@ -76,7 +76,10 @@ class GradientSink(Protocol):
 
 
 class TernaryMatrix(IntegerState):
-    """A (rows, columns) matrix of trits with one scale exponent per group, all of it integer buffers.
+    """A (rows, columns) matrix of packed levels with one scale exponent per group, all of it integer buffers.
+
+    A weight is S times its level: -1, 0 or 1 with one trit, -4 to 4 with two. `role` is the matrix's part in the model,
+    by which the config says how many trits it has.
 
     An optimizer attaches by setting `gradient_sink`. The layer's autograd function then registers every forward with
     `begin_use`, ends it in backward with `end_use`, and passes dW to the sink. A gradient of weights that have changed
@@ -84,7 +87,7 @@ class TernaryMatrix(IntegerState):
     come.
 
     `shared`: the matrix is used more than once per forward, so its gradients are summed and applied in
-    `optimizer.step()` instead of inside backward. `keeps_trits`: the unpacked int8 weights are cached, for layers that
+    `optimizer.step()` instead of inside backward. `keeps_levels`: the unpacked int8 weights are cached, for layers that
     are called once per byte.
     """
 
@@ -97,8 +100,9 @@ class TernaryMatrix(IntegerState):
     corr_accum: torch.Tensor
     step_counter: torch.Tensor
 
+    role = "blocks"
     shared = False
-    keeps_trits = False
+    keeps_levels = False
     _kept: tuple[tuple[int, int], torch.Tensor, torch.Tensor] | None = None
     gradient_sink: GradientSink | None = None
     _decoded: DecodedWeight | None = None
@@ -111,6 +115,8 @@ class TernaryMatrix(IntegerState):
         self.group_size = config.group_size or columns
         self.update_rule, self.momentum_bits = config.update_rule, config.momentum_bits
         self.init_fan_in = init_fan_in
+        self.trits = config.trits_of(self.role)
+        self.largest_level = largest_level(self.trits)
         self.integer_matmuls = config.compute != "float" and self.group_size == columns
         if config.compute == "int8" and not self.integer_matmuls:
             logging.get_logger(__name__).warning_once(
@@ -121,7 +127,7 @@ class TernaryMatrix(IntegerState):
 
     def layout(self) -> dict[str, StateTensor]:
         """The matrix's persistent tensors, training state included whether or not it is there."""
-        return state_layout(self.update_rule, self.rows, self.columns, self.group_size, self.momentum_bits)
+        return state_layout(self.update_rule, self.rows, self.columns, self.group_size, self.momentum_bits, self.trits)
 
     @property
     def weight(self) -> AbsentWeight:
@@ -132,26 +138,27 @@ class TernaryMatrix(IntegerState):
         return self.rows * self.columns
 
     def reset_state(self) -> None:
-        """Latents uniform over the three cells, S = sqrt(1.5 / fan_in): two thirds of the trits are not zero."""
+        """Latents uniform over the line. Levels then have the variance L (L + 1) / 3, L being the largest, and S gives
+        weights the variance 1 / fan_in: S = sqrt(1.5 / fan_in) with one trit, sqrt(3 / (20 fan_in)) with two."""
         super().reset_state()
         device = self.T_packed.device
         width = packed_width(self.columns)
         digits = torch.arange(TRITS_PER_BYTE, device=device)[:, None] * width + torch.arange(width, device=device)
-        values = 3 ** (digits < self.columns).sum(0)  # of a byte whose padding digits stay zero
+        values = (3 ** (digits < self.columns).sum(0)).repeat(self.trits)  # of a byte whose padding digits stay zero
         _fill_at_random(self.T_packed, 3**TRITS_PER_BYTE, values)
-        exponent = torch.log2(torch.tensor(1.5 / self.init_fan_in)) / 2 * EIGHTHS
+        inverse_variance = 3 / (self.largest_level * (self.largest_level + 1))
+        exponent = torch.log2(torch.tensor(inverse_variance / self.init_fan_in)) / 2 * EIGHTHS
         init.constant_(self.E, int(exponent.round().clamp(-128, 127)))
         if hasattr(self, "accum"):
             _fill_at_random(self.accum, 2**self.momentum_bits)
 
-    def trits(self) -> torch.Tensor:
-        """int8 (rows, columns) in {-1, 0, 1}, read-only. With `keeps_trits` they are unpacked once until they
-        change."""
-        if not self.keeps_trits:
-            return unpack_trits(self.T_packed, self.columns)
+    def levels(self) -> torch.Tensor:
+        """int8 (rows, columns), read-only. With `keeps_levels` they are unpacked once until they change."""
+        if not self.keeps_levels:
+            return unpack_levels(self.T_packed, self.columns)
         version = (id(self.T_packed), self.T_packed._version)
         if self._kept is None or self._kept[0] != version:
-            self._kept = (version, self.T_packed, unpack_trits(self.T_packed, self.columns))
+            self._kept = (version, self.T_packed, unpack_levels(self.T_packed, self.columns))
         return self._kept[2]
 
     def caches(self) -> dict[str, torch.Tensor]:
@@ -176,7 +183,7 @@ class TernaryMatrix(IntegerState):
         return torch.exp(octaves.double() * math.log(2)).float()  # torch.exp2 rounds by place in the tensor
 
     def inference_weight(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The trits in the form that the backend multiplies fastest, and the row scale float32 (rows,).
+        """The levels in the form that the backend multiplies fastest, and the row scale float32 (rows,).
 
         Computed at the first use and kept until the state changes. Like the attention cache, it is never saved.
         """
@@ -188,7 +195,7 @@ class TernaryMatrix(IntegerState):
         return self._decoded.weight, self._decoded.scale
 
     def effective_weight(self, dtype: torch.dtype) -> torch.Tensor:
-        """(rows, columns): W_eff = S * T, a temporary for one matmul."""
+        """(rows, columns): W_eff = S * level, a temporary for one matmul."""
         return effective_weight(self.T_packed, self.columns, self.scale(), self.group_size, dtype)
 
     def _state_versions(self) -> StateVersions:
@@ -231,4 +238,5 @@ class TernaryMatrix(IntegerState):
 
     def extra_repr(self) -> str:
         groups = num_groups(self.columns, self.group_size)
-        return f"rows={self.rows}, columns={self.columns}, groups_per_row={groups}, update_rule={self.update_rule}"
+        shape = f"rows={self.rows}, columns={self.columns}, trits={self.trits}"
+        return f"{shape}, groups_per_row={groups}, update_rule={self.update_rule}"

@@ -6,7 +6,7 @@ import torch
 
 from arb_kernels.formats.exponents import EIGHTHS, power_of_two
 from arb_kernels.formats.groups import group_lengths, split_groups
-from arb_kernels.formats.packing import pack_trits
+from arb_kernels.formats.packing import pack_levels
 from arb_kernels.formats.scaled_rows import gather_rows
 from arb_kernels.formats.state_layout import StateTensor, rule_of_tables, state_layout
 from configuration_arb.configuration_arb import ArbConfig
@@ -23,13 +23,16 @@ class TernaryTable(TernaryEmbedding):
     were not touched are neither read nor written.
     """
 
+    def __init__(self, num_embeddings: int, embedding_dim: int, config: ArbConfig, role: str = "tables"):
+        super().__init__(num_embeddings, embedding_dim, config, role)
+
     def setup_state(self, rows: int, columns: int, config: ArbConfig, init_fan_in: int) -> None:
         self.table_rule = rule_of_tables(config.update_rule, config.table_rule)
         super().setup_state(rows, columns, config, init_fan_in)
 
     def layout(self) -> dict[str, StateTensor]:
         return state_layout(
-            self.table_rule, self.rows, self.columns, self.group_size, self.momentum_bits, votes_by_row=True
+            self.table_rule, self.rows, self.columns, self.group_size, self.momentum_bits, self.trits, votes_by_row=True
         )
 
     def rows_of(self, ids: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -53,7 +56,7 @@ class TernaryTable(TernaryEmbedding):
         scale = (magnitude * kept).sum(-1) / kept.sum(-1).clamp(min=1)
         exponent = torch.log2(scale.clamp(min=SMALLEST_SCALE)) * EIGHTHS
         trits = (groups.sign() * kept).flatten(1)[:, : self.columns]
-        self.T_packed[ids] = pack_trits(trits.to(torch.int8))
+        self.T_packed[ids] = pack_levels(trits.to(torch.int8))
         self.E[ids] = exponent.round().clamp(-128, 127).to(torch.int8)
         for name, spec in self.layout().items():
             if name not in ("T_packed", "E"):

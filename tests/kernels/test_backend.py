@@ -9,7 +9,7 @@ import torch
 
 from arb_kernels import backend, native_library
 from arb_kernels.backend import backend_for, describe_backend, use_backend, uses_native
-from arb_kernels.formats.packing import unpack_trits
+from arb_kernels.formats.packing import unpack_levels
 from arb_kernels.matmul.int8_matmul import int8_matmul
 from configuration_arb import preset_config
 from modeling_arb import ArbForCausalLM
@@ -67,13 +67,13 @@ def test_asking_for_what_was_not_built(monkeypatch):
 @NOT_BUILT
 def test_a_backend_asked_for_fails_on_a_device_it_has_no_kernels_for(monkeypatch):
     elsewhere = torch.zeros(2, 2, dtype=torch.uint8, device="meta")
-    assert unpack_trits(elsewhere, 10).is_meta
+    assert unpack_levels(elsewhere, 10).is_meta
     for name in ("native", "triton"):
         with pytest.raises(ValueError, match=f"^ARB_BACKEND='{name}': .* meta tensors"), use_backend(name):
-            unpack_trits(elsewhere, 10)
+            unpack_levels(elsewhere, 10)
         monkeypatch.setenv("ARB_BACKEND", name)
         with pytest.raises(ValueError, match=f"^ARB_BACKEND='{name}': .* meta tensors"):
-            unpack_trits(elsewhere, 10)
+            unpack_levels(elsewhere, 10)
 
 
 def test_triton_on_a_cpu_without_the_interpreter_is_refused():

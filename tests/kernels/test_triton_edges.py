@@ -5,8 +5,8 @@ import torch
 from arb_kernels.backend import use_backend
 from arb_kernels.blocks.lstm_gates import naive_lstm_gates
 from arb_kernels.blocks.lstm_gates_triton import triton_lstm_gates
-from arb_kernels.formats.packing import naive_unpack_trits, pack_trits
-from arb_kernels.formats.packing_triton import triton_gather_rows, triton_unpack_trits
+from arb_kernels.formats.packing import naive_unpack_levels, pack_levels
+from arb_kernels.formats.packing_triton import triton_gather_rows, triton_unpack_levels
 from arb_kernels.formats.rule_states import CorrelationState, FlipState
 from arb_kernels.matmul.int8_matmul import int8_matmul
 from arb_kernels.matmul.matvec_triton import triton_packed_matvec
@@ -27,8 +27,8 @@ def same(expected, got):
 
 def test_no_rows(triton_device):
     trits = torch.empty(0, COLUMNS, dtype=torch.int8, device=triton_device)
-    packed = pack_trits(trits)
-    same([naive_unpack_trits(packed, COLUMNS)], [triton_unpack_trits(packed, COLUMNS)])
+    packed = pack_levels(trits)
+    same([naive_unpack_levels(packed, COLUMNS)], [triton_unpack_levels(packed, COLUMNS)])
     dW = torch.empty(0, COLUMNS, device=triton_device)
     votes = torch.empty(0, 3, dtype=torch.int8, device=triton_device)
     state = FlipState(packed, votes, trits, votes)
@@ -47,10 +47,10 @@ def test_no_tokens(triton_device):
     assert triton_scale_sums(sums, scale).shape == (0, COLUMNS)
     trits = random_trits(5, COLUMNS).to(triton_device)
     row_scale = torch.ones(5, device=triton_device)
-    assert triton_packed_matvec(codes, pack_trits(trits), scale, row_scale).shape == (0, 5)
+    assert triton_packed_matvec(codes, pack_levels(trits), scale, row_scale).shape == (0, 5)
     assert int8_matmul(codes, trits, scale, row_scale, trits=True).shape == (0, 5)
     ids = torch.empty(2, 0, dtype=torch.int64, device=triton_device)
-    assert triton_gather_rows(pack_trits(trits), ids, COLUMNS).shape == (2, 0, COLUMNS)
+    assert triton_gather_rows(pack_levels(trits), ids, COLUMNS).shape == (2, 0, COLUMNS)
     gates, cell = values[:, :8], values[:, :2]
     same(naive_lstm_gates(gates, cell), triton_lstm_gates(gates, cell, 1.0))
 

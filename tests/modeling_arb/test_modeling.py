@@ -145,7 +145,7 @@ def test_model_has_no_float_and_counts_its_weights(model):
     with pytest.raises(ValueError, match="no float parameters to optimize"):
         torch.optim.AdamW(model.parameters())
     assert not any(buffer.is_floating_point() for buffer in model.buffers())
-    assert model.num_parameters() == sum(matrix.trits().numel() for matrix in model.ternary_matrices().values())
+    assert model.num_parameters() == sum(matrix.levels().numel() for matrix in model.ternary_matrices().values())
     assert (model.dtype, model.device.type) == (torch.float32, "cpu")
     assert model.resize_token_embeddings(288) is model.get_input_embeddings()
     with pytest.raises(ValueError, match="new_num_tokens=300"):

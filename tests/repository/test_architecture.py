@@ -175,7 +175,7 @@ def test_kernels_folder_is_no_package():
         ("arb_kernels", "from transformers import PreTrainedModel"),
         ("arb_kernels", "import numpy as np"),
         ("configuration_arb", "from tokenization_arb import ArbTokenizer"),
-        ("tokenization_arb", "from arb_kernels.formats.packing import pack_trits"),
+        ("tokenization_arb", "from arb_kernels.formats.packing import pack_levels"),
         ("modeling_arb", "from training_arb.data.byte_data import ByteBlocks"),
         ("modeling_arb", "def late():\n    from training_arb import state_audit"),
         ("training_arb", "import scripts.pretrain"),
@@ -183,7 +183,7 @@ def test_kernels_folder_is_no_package():
         ("modeling_arb", "from . import layers"),
         ("modeling_arb", "from .. import training_arb"),
         ("modeling_arb", "from ..training_arb import byte_data"),
-        ("modeling_arb", "from kernels.packing import pack_trits"),
+        ("modeling_arb", "from kernels.packing import pack_levels"),
         ("scripts", "import os, kernels"),
     ],
 )
@@ -194,8 +194,11 @@ def test_the_check_sees_a_bad_import(package, source):
 @pytest.mark.parametrize(
     "package, source",
     [
-        ("arb_kernels", "import math\nimport torch\nfrom .packing import pack_trits"),
-        ("modeling_arb", "from arb_kernels.formats.packing import pack_trits\nfrom configuration_arb import ArbConfig"),
+        ("arb_kernels", "import math\nimport torch\nfrom .packing import pack_levels"),
+        (
+            "modeling_arb",
+            "from arb_kernels.formats.packing import pack_levels\nfrom configuration_arb import ArbConfig",
+        ),
         ("modeling_arb", "from .norm import rms_norm\nimport transformers"),
         ("scripts", "from training_arb.data.byte_data import ByteBlocks\nfrom kernels_of_wisdom import x"),
     ],
@@ -245,7 +248,7 @@ def test_the_check_sees_the_wrong_way_between_rooms(package, room, source):
 @pytest.mark.parametrize(
     "package, room, source",
     [
-        ("arb_kernels", "matmul", "from arb_kernels.formats.packing import pack_trits\nfrom .quantise import x"),
+        ("arb_kernels", "matmul", "from arb_kernels.formats.packing import pack_levels\nfrom .quantise import x"),
         ("arb_kernels", "formats", "from arb_kernels.backend import uses_native"),
         ("modeling_arb", "blocks", "from modeling_arb.layers.norm import rms_norm"),
         ("training_arb", "train", "from training_arb.optim.integer_optimizer import IntegerOptimizer"),

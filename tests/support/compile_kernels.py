@@ -49,7 +49,7 @@ def call_layers(k):
     k.triton_quantise_gradient(dW, dW[0], dW[:, 0])
     k.triton_quantise_gradient(dW, dW[0], None)
     k.triton_scale_sums(torch.zeros(ROWS, COLUMNS, dtype=torch.int32), dW[:, 0], dW[0], torch.bfloat16)
-    k.triton_unpack_trits(packed, COLUMNS)
+    k.triton_unpack_levels(packed, COLUMNS)
     k.triton_effective_weight(packed, COLUMNS, scale, GROUP, torch.bfloat16)
     k.triton_gather_rows(packed, ids, COLUMNS, scale[ids], GROUP)
     k.triton_packed_matvec(codes[:3], packed, torch.ones(3), torch.ones(ROWS))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from arb_kernels.formats.momentum_format import MomentumFormat
-from arb_kernels.formats.packing import pack_trits
+from arb_kernels.formats.packing import pack_levels
 from arb_kernels.formats.rule_states import MomentumState
 from arb_kernels.native_library import native_library
 from arb_kernels.triton_support import triton_runs_on
@@ -40,7 +40,7 @@ def random_momentum_state(rows, columns, bits=4):
     form = MomentumFormat(bits)
     residual = torch.randint(0, form.cell, (rows, columns)).to(form.dtype)
     accum_exp = torch.zeros(rows, -(-columns // 64), dtype=torch.int8)
-    return MomentumState(pack_trits(random_trits(rows, columns)), residual, accum_exp)
+    return MomentumState(pack_levels(random_trits(rows, columns)), residual, accum_exp)
 
 
 def copied(state, device=None):

@@ -1,7 +1,8 @@
 """Float baselines of an ARB model: the same blocks and shape with float weights.
 
 `Adam_FP32` trains the weights as they are, `Adam_BF16` does so in bfloat16 autocast. `Adam_STE` is the recipe of BitNet
-b1.58 (Ma et al. 2024): float latents, ternary by absmean in the forward, straight through in the backward.
+b1.58 (Ma et al. 2024): float latents, ternary by absmean in the forward, straight through in the backward. Where the
+config gives weights two trits, it rounds them to nine levels.
 """
 
 from __future__ import annotations
@@ -11,19 +12,27 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
 
+from arb_kernels.formats.packing import largest_level
 from configuration_arb import ArbConfig
 from modeling_arb import ArbForCausalLM
 
 INTEGER_ONLY = ("codebook", "moe_graph")
 
 
-class AbsmeanTernary(nn.Module):
-    """W -> mean|W| * clip(round(W / mean|W|), -1, 1), with the identity's gradient."""
+STEPS = {1: 1.0, 2: 0.55}  # of mean|W| between levels, by trits; for two, about the least squares of a normal W
+
+
+class AbsmeanLevels(nn.Module):
+    """W -> step * clip(round(W / step), -L, L), with the identity's gradient; L is 1 for one trit, 4 for two."""
+
+    def __init__(self, trits: int):
+        super().__init__()
+        self.step, self.largest = STEPS[trits], largest_level(trits)
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        scale = weight.abs().mean().clamp_min(1e-8)
-        ternary = (weight / scale).round().clamp(-1, 1) * scale
-        return ternary.detach() + (weight - weight.detach())
+        scale = self.step * weight.abs().mean().clamp_min(1e-8)
+        rounded = (weight / scale).round().clamp(-self.largest, self.largest) * scale
+        return rounded.detach() + (weight - weight.detach())
 
 
 class FloatEmbedding(nn.Module):
@@ -51,7 +60,7 @@ class FloatLinear(nn.Module):
 class ArbFloatBaseline(ArbForCausalLM):
     """ArbForCausalLM with every ternary matrix replaced by a float one of the same shape and initial variance.
 
-    straight_through: ternary in the forward. autocast: products in bfloat16, weights and sums of gradients in float32.
+    straight_through: rounded to levels in the forward. autocast: products in bfloat16, weights and sums of gradients in float32.
     Raises ValueError for blocks that have integer state besides matrices.
     """
 
@@ -65,7 +74,7 @@ class ArbFloatBaseline(ArbForCausalLM):
             weight = torch.randn(matrix.rows, matrix.columns) / matrix.init_fan_in**0.5
             layer = FloatLinear(weight) if isinstance(matrix, nn.Linear) else FloatEmbedding(weight)
             if straight_through:
-                parametrize.register_parametrization(layer, "weight", AbsmeanTernary())
+                parametrize.register_parametrization(layer, "weight", AbsmeanLevels(matrix.trits))
             self.set_submodule(name, layer)
 
     def forward(self, *args, **kwargs):

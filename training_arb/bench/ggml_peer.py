@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from arb_kernels.formats.two_bit_layout import in_huge_pages
+from arb_kernels.formats.decode_layout import in_huge_pages
 
 FORMATS = {"TQ1_0": 34, "TQ2_0": 35}  # enum ggml_type in ggml.h
 F32 = 0

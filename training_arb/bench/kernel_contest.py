@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from arb_kernels.formats.packing import pack_trits
+from arb_kernels.formats.decode_layout import in_huge_pages, to_decode_layout
+from arb_kernels.formats.packing import pack_levels
 from arb_kernels.formats.rule_states import MomentumState
-from arb_kernels.formats.two_bit_layout import in_huge_pages, to_decode_layout
 from arb_kernels.matmul.decode_linear import MATVEC_TOKENS, decode_linear, layout_matmul
 from arb_kernels.matmul.quantise import naive_quantise_tokens, quantise_tokens
 from arb_kernels.rules.momentum import momentum_update
@@ -127,7 +127,7 @@ def update_contest(shape: tuple[int, int], cold_bytes: float) -> Contest:
     """momentum_update of a matrix against torch's fused AdamW of as many float32 weights, gradients from DRAM."""
     N, K = shape
     state = [
-        pack_trits(torch.randint(-1, 2, (N, K), dtype=torch.int8)),
+        pack_levels(torch.randint(-1, 2, (N, K), dtype=torch.int8)),
         torch.randint(0, 16, (N, K), dtype=torch.uint8),
         torch.zeros(N, -(-K // MOMENTUM_BLOCK), dtype=torch.int8),
     ]

@@ -24,7 +24,7 @@ import transformers
 from tqdm.auto import tqdm
 
 from arb_kernels.backend import describe_backend, instruction_set
-from arb_kernels.formats.two_bit_layout import in_huge_pages
+from arb_kernels.formats.decode_layout import in_huge_pages
 from arb_kernels.native_library import native_kernels, pointer
 
 MICROSECONDS, MILLISECONDS = 1e6, 1e3  # in a second

@@ -20,11 +20,14 @@ from training_arb.optim.integer_optimizer import IntegerOptimizer
 
 from .float_baselines import ArbFloatBaseline
 
-DEFAULT_CONFIGS = ("Adam_FP32", "Adam_STE", "SignSGD_Old", "TrueTernary", "Correlation")
-CONFIGS = (*DEFAULT_CONFIGS, "Adam_BF16")
-ADAM_CONFIGS = ("Adam_FP32", "Adam_BF16", "Adam_STE")
-UPDATE_RULES = {"SignSGD_Old": "flip", "TrueTernary": "momentum", "Correlation": "correlation"}
-GROUP_SIZES = {"SignSGD_Old": 32, "TrueTernary": 0, "Correlation": 32}
+DEFAULT_CONFIGS = ("Adam_FP32", "Adam_STE", "SignSGD_Old", "TrueTernary", "TwoTrit_Edges", "TwoTrit", "Correlation")
+STE_CONFIGS = ("Adam_STE", "Adam_STE_TwoTrit_Edges", "Adam_STE_TwoTrit")
+ADAM_CONFIGS = ("Adam_FP32", "Adam_BF16", *STE_CONFIGS)
+MOMENTUM_CONFIGS = ("TrueTernary", "TwoTrit_Edges", "TwoTrit")
+CONFIGS = tuple(dict.fromkeys((*DEFAULT_CONFIGS, *ADAM_CONFIGS)))
+UPDATE_RULES = {"SignSGD_Old": "flip", "Correlation": "correlation"}  # momentum in the others
+GROUP_SIZES = {"SignSGD_Old": 32, "Correlation": 32}  # a whole row in the others
+TRITS = {"TwoTrit": 2, "TwoTrit_Edges": {"embedding": 2, "head": 2}}  # a weight: 1 in the others
 WARMUP_STEPS = 50
 FINAL_RATE = 0.02
 
@@ -100,13 +103,17 @@ def build(name: str, settings: BenchmarkSettings, rate: float) -> tuple[ArbForCa
 
 def float_baseline(name: str, config: ArbConfig) -> ArbFloatBaseline:
     """The model of one of ADAM_CONFIGS."""
-    return ArbFloatBaseline(config, straight_through=name == "Adam_STE", autocast=name == "Adam_BF16")
+    return ArbFloatBaseline(config, straight_through=name in STE_CONFIGS, autocast=name == "Adam_BF16")
 
 
 def _config(name: str, settings: BenchmarkSettings) -> ArbConfig:
-    rule = UPDATE_RULES.get(name, "momentum")
-    groups = GROUP_SIZES.get(name, 0)
-    return preset_config(settings.preset, update_rule=rule, group_size=groups, compute=settings.compute)
+    return preset_config(
+        settings.preset,
+        update_rule=UPDATE_RULES.get(name, "momentum"),
+        group_size=GROUP_SIZES.get(name, 0),
+        trits_per_weight=TRITS.get(name.removeprefix("Adam_STE_"), 1),
+        compute=settings.compute,
+    )
 
 
 def rate_at(step: int, steps: int) -> float:

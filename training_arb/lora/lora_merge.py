@@ -26,7 +26,7 @@ from torch import nn
 
 from arb_kernels.formats.groups import spread_groups
 from arb_kernels.formats.momentum_format import MomentumFormat
-from arb_kernels.formats.packing import pack_trits
+from arb_kernels.formats.packing import pack_levels
 from arb_kernels.random_bits import random_bits, stream_key, uniform_from_high_bits
 from modeling_arb import ArbForCausalLM
 from modeling_arb.layers.ternary_linear import TernaryLinear
@@ -188,7 +188,7 @@ def _watched(layers: Mapping[str, nn.Module], moments: dict[str, torch.Tensor]) 
 def _merge_layer(layer: LoraLinear, rounding: str, moments: torch.Tensor | None, key: int) -> int:
     """Round one layer in place; the number of trits that changed."""
     base = _base(layer)
-    trits = base.trits().clone()
+    trits = base.levels().clone()
     change = weight_change(layer) / spread_groups(base.scale(), base.group_size, base.columns)
     form = MomentumFormat(base.momentum_bits)
     residual, codes = form.split(base.accum) if hasattr(base, "accum") else (torch.zeros_like(trits), None)
@@ -201,7 +201,7 @@ def _merge_layer(layer: LoraLinear, rounding: str, moments: torch.Tensor | None,
     else:
         assert moments is not None
         rounded = round_compensated(trits + change, moments)
-    base.T_packed.copy_(pack_trits(rounded.to(torch.int8)))
+    base.T_packed.copy_(pack_levels(rounded.to(torch.int8)))
     if codes is not None:
         steps = ((latent - rounded) * form.cell).round().clamp(-form.cell // 2, form.cell // 2 - 1)
         base.accum.copy_(form.join(steps.to(codes.dtype), codes))

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from arb_kernels.formats.packing import unpack_trits
+from arb_kernels.formats.packing import unpack_levels
 from configuration_arb import ArbConfig
 from configuration_arb.optional_blocks import EMBEDDING_AREA, OPTIONAL_BLOCKS, OTHER_HEADS_AREA
 from modeling_arb import ArbForCausalLM
@@ -280,4 +280,4 @@ def zero_share(model: ArbForCausalLM) -> float:
 def _count_zeros(matrix: TernaryMatrix) -> int:
     """Counted piece by piece, so that a large table is not unpacked whole."""
     pieces = matrix.T_packed.split(max(1, COUNTED_WEIGHTS // matrix.columns))
-    return sum(int((unpack_trits(rows, matrix.columns) == 0).sum()) for rows in pieces)
+    return sum(int((unpack_levels(rows, matrix.columns) == 0).sum()) for rows in pieces)

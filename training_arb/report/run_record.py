@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from arb_kernels.formats.packing import unpack_trits
+from arb_kernels.formats.packing import unpack_levels
 from configuration_arb import ArbConfig
 from modeling_arb import ArbForCausalLM
 from modeling_arb.checkpoints.integrity import open_tensor_file, read_json_object
@@ -131,4 +131,4 @@ def read_trits(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
         with open_tensor_file(path) as file:
             for name in sorted(columns.keys() & set(file.keys())):
                 rows = file.get_slice(name)[: max(1, COUNTED_WEIGHTS // columns[name])]
-                yield name, unpack_trits(rows, columns[name])
+                yield name, unpack_levels(rows, columns[name])

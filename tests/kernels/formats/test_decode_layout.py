@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from arb_kernels.backend import use_backend
-from arb_kernels.formats.two_bit_layout import HUGE_PAGE, from_decode_layout, in_huge_pages, to_decode_layout
+from arb_kernels.formats.decode_layout import HUGE_PAGE, from_decode_layout, in_huge_pages, to_decode_layout
 from arb_kernels.matmul.decode_linear import MATVEC_COLUMNS, decode_linear
 from arb_kernels.matmul.int8_matmul import naive_int8_matmul
 from arb_kernels.matmul.quantise import naive_quantise_tokens

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from arb_kernels.formats.groups import num_groups, spread_groups
-from arb_kernels.formats.packing import naive_unpack_trits, pack_trits
+from arb_kernels.formats.packing import naive_unpack_levels, pack_levels
 from arb_kernels.formats.packing_triton import (
     triton_effective_weight,
     triton_gather_rows,
-    triton_unpack_trits,
+    triton_unpack_levels,
 )
 from support.tensors import random_trits
 
@@ -27,35 +27,35 @@ def assert_equal(ref, out):
 @pytest.mark.parametrize("leading", [(1,), (11,), (2, 3)], ids=str)
 def test_round_trip(triton_device, leading, columns):
     trits = random_trits(*leading, columns).to(triton_device)
-    assert_equal(trits, triton_unpack_trits(pack_trits(trits), columns))
+    assert_equal(trits, triton_unpack_levels(pack_levels(trits), columns))
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int16, *DTYPES, torch.float64], ids=str)
 def test_every_byte_at_every_dtype(triton_device, dtype):
     """Bytes above 242 decode as the reference decodes them, too."""
     packed = torch.arange(256, device=triton_device).to(torch.uint8).view(4, 64)
-    assert_equal(naive_unpack_trits(packed, 317, dtype), triton_unpack_trits(packed, 317, dtype))
+    assert_equal(naive_unpack_levels(packed, 317, dtype), triton_unpack_levels(packed, 317, dtype))
 
 
 def test_a_tile_is_not_the_end_of_a_row(triton_device):
-    packed = pack_trits(random_trits(6, 2001).to(triton_device))
-    assert_equal(naive_unpack_trits(packed, 2001), triton_unpack_trits(packed, 2001))
+    packed = pack_levels(random_trits(6, 2001).to(triton_device))
+    assert_equal(naive_unpack_levels(packed, 2001), triton_unpack_levels(packed, 2001))
 
 
 def test_unpacking_is_pure_and_takes_views(triton_device):
     trits = random_trits(9, 12).to(triton_device)
-    packed = pack_trits(trits)
+    packed = pack_levels(trits)
     before = packed.clone()
-    assert_equal(naive_unpack_trits(packed[::2], 12), triton_unpack_trits(packed[::2], 12))
+    assert_equal(naive_unpack_levels(packed[::2], 12), triton_unpack_levels(packed[::2], 12))
     assert_equal(before, packed)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows, columns, group_size", GROUPED)
 def test_effective_weight(triton_device, rows, columns, group_size, dtype):
-    packed = pack_trits(random_trits(rows, columns).to(triton_device))
+    packed = pack_levels(random_trits(rows, columns).to(triton_device))
     scale = torch.randn(rows, num_groups(columns, group_size), device=triton_device).exp()
-    trits = naive_unpack_trits(packed, columns, torch.float32)
+    trits = naive_unpack_levels(packed, columns, torch.float32)
     expected = (trits * spread_groups(scale, group_size, columns)).to(dtype)
     assert_equal(expected, triton_effective_weight(packed, columns, scale, group_size, dtype))
 
@@ -63,10 +63,10 @@ def test_effective_weight(triton_device, rows, columns, group_size, dtype):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows, columns, group_size", GROUPED)
 def test_gather_rows(triton_device, rows, columns, group_size, dtype):
-    packed = pack_trits(random_trits(rows, columns).to(triton_device))
+    packed = pack_levels(random_trits(rows, columns).to(triton_device))
     scale = torch.randn(rows, num_groups(columns, group_size), device=triton_device).exp()
     ids = torch.randint(0, rows, (2, 9), device=triton_device)
-    trits = naive_unpack_trits(packed[ids], columns, torch.float32)
+    trits = naive_unpack_levels(packed[ids], columns, torch.float32)
     assert_equal(trits.to(dtype), triton_gather_rows(packed, ids, columns, dtype=dtype))
     spread = torch.stack([spread_groups(one, group_size, columns) for one in scale[ids]])
     out = triton_gather_rows(packed, ids, columns, scale[ids], group_size, dtype)
@@ -76,6 +76,6 @@ def test_gather_rows(triton_device, rows, columns, group_size, dtype):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a table beyond 2^31 bytes needs a GPU")
 def test_gather_from_a_table_beyond_2_31_bytes(triton_device):
     packed = torch.zeros(2**31 // 64 + 100, 64, dtype=torch.uint8, device=triton_device)
-    packed[-1] = pack_trits(random_trits(1, 320).to(triton_device))
+    packed[-1] = pack_levels(random_trits(1, 320).to(triton_device))
     ids = torch.tensor([0, len(packed) - 1], device=triton_device)
-    assert_equal(naive_unpack_trits(packed[ids], 320, torch.float32), triton_gather_rows(packed, ids, 320))
+    assert_equal(naive_unpack_levels(packed[ids], 320, torch.float32), triton_gather_rows(packed, ids, 320))

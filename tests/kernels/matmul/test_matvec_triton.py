@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from arb_kernels.formats.packing import pack_trits
+from arb_kernels.formats.packing import pack_levels
 from arb_kernels.matmul.int8_matmul import naive_int8_matmul
 from arb_kernels.matmul.matvec_triton import triton_packed_matvec
 from support.tensors import random_trits, shapes
@@ -16,7 +16,7 @@ def test_packed_matvec(triton_device, M, N, K):
     codes = torch.randint(-128, 128, (M, K), dtype=torch.int8, device=triton_device)
     trits = random_trits(N, K).to(triton_device)
     token_scale, row_scale = (torch.rand(size, device=triton_device) + 0.5 for size in (M, N))
-    out = triton_packed_matvec(codes, pack_trits(trits), token_scale, row_scale)
+    out = triton_packed_matvec(codes, pack_levels(trits), token_scale, row_scale)
     assert torch.equal(naive_int8_matmul(codes, trits, token_scale, row_scale), out)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from arb_kernels.formats.correlation_scale import STRENGTH, correlation_octaves
-from arb_kernels.formats.packing import pack_trits, unpack_trits
+from arb_kernels.formats.packing import pack_levels, unpack_levels
 from arb_kernels.formats.rule_states import CorrelationState
 from arb_kernels.rules.correlation import correlation_update, naive_correlation_update
 from support.tensors import assert_same, copied, random_trits
@@ -18,13 +18,15 @@ CASES = [
 def fresh_state(rows, columns, group):
     groups = -(-columns // group)
     zero = torch.zeros((), dtype=torch.int64)
-    return CorrelationState(pack_trits(random_trits(rows, columns)), torch.zeros(rows, groups, dtype=torch.int64), zero)
+    return CorrelationState(
+        pack_levels(random_trits(rows, columns)), torch.zeros(rows, groups, dtype=torch.int64), zero
+    )
 
 
 @pytest.mark.parametrize("rows, columns, group", CASES)
 def test_correlation_update(rows, columns, group):
     state = fresh_state(rows, columns, group)
-    trits = unpack_trits(state.T_packed, columns).tolist()
+    trits = unpack_levels(state.T_packed, columns).tolist()
     expected = torch.zeros_like(state.corr_accum)
     for step in range(30):
         dW = torch.randn(rows, columns) * (torch.rand(rows, columns) > 0.2)
@@ -59,7 +61,7 @@ def test_large_counts_keep_their_precision():
     corr_accum = torch.tensor([[2**40 + 1, -(2**40) - 1]])
     octaves = correlation_octaves(corr_accum, torch.tensor(2**35), 64, 32)
     assert_same("octaves", torch.tensor([[4.0, -4.0]]), octaves)
-    packed = pack_trits(torch.ones(1, 64, dtype=torch.int8))
+    packed = pack_levels(torch.ones(1, 64, dtype=torch.int8))
     correlation_update(CorrelationState(packed, corr_accum, torch.tensor(2**35)), torch.ones(1, 64), 32)
     assert corr_accum.tolist() == [[2**40 - 31, -(2**40) - 33]]
 
@@ -68,7 +70,7 @@ def test_large_counts_keep_their_precision():
 def test_scale_moves_against_the_gradient(agreement, octaves):
     """A group of weights all too large, dW along T, shrinks by strength octaves; and the reverse."""
     trits = torch.randint(0, 2, (3, 64), dtype=torch.int8) * 2 - 1
-    state = fresh_state(3, 64, 32)._replace(T_packed=pack_trits(trits))
+    state = fresh_state(3, 64, 32)._replace(T_packed=pack_levels(trits))
     for _ in range(5):
         dW = agreement * trits.float() * torch.rand(3, 64)
         correlation_update(state, dW, 32)
@@ -78,7 +80,7 @@ def test_scale_moves_against_the_gradient(agreement, octaves):
 def test_scale_approaches_the_best_one():
     """A single scale learnt by descent on its sign: it falls while S * T overshoots the target, then comes back."""
     trits = random_trits(8, 128)
-    state = fresh_state(8, 128, 128)._replace(T_packed=pack_trits(trits))
+    state = fresh_state(8, 128, 128)._replace(T_packed=pack_levels(trits))
     target = 0.5 * trits.float()
     for _ in range(60):
         scale = torch.exp2(correlation_octaves(*state[1:], 128, 128))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from arb_kernels.formats.groups import num_groups
-from arb_kernels.formats.packing import pack_trits
+from arb_kernels.formats.packing import pack_levels
 from arb_kernels.formats.rule_states import CorrelationState
 from arb_kernels.rules.correlation import naive_correlation_update
 from arb_kernels.rules.correlation_triton import triton_correlation_update, triton_correlation_update_from_factors
@@ -18,7 +18,7 @@ CASES = [
 
 def fresh_state(rows, columns, group, device):
     corr_accum = torch.randint(-(2**40), 2**40, (rows, num_groups(columns, group)), device=device)
-    packed = pack_trits(random_trits(rows, columns)).to(device)
+    packed = pack_levels(random_trits(rows, columns)).to(device)
     return CorrelationState(packed, corr_accum, torch.tensor(5, device=device))
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from arb_kernels.formats.packing import pack_trits, unpack_trits
+from arb_kernels.formats.packing import pack_levels, unpack_levels
 from arb_kernels.formats.rule_states import FlipState
 from arb_kernels.rules.flip import flip_update, naive_flip_update
 from support.tensors import assert_same, copied, random_trits
@@ -58,7 +58,7 @@ class NaiveFlip:
 def fresh_state(rows, columns, group):
     groups = -(-columns // group)
     return FlipState(
-        pack_trits(random_trits(rows, columns)),
+        pack_levels(random_trits(rows, columns)),
         torch.randint(-128, 128, (rows, groups), dtype=torch.int8),
         torch.zeros(rows, columns, dtype=torch.int8),
         torch.zeros(rows, groups, dtype=torch.int8),
@@ -79,14 +79,14 @@ def as_int8(rows):
 def test_flip_update(rows, columns, group, threshold):
     """Thirty steps, every third without a vote on the exponents; every tensor equal after each."""
     state = fresh_state(rows, columns, group)
-    naive = NaiveFlip(unpack_trits(state.T_packed, columns), state.E, group)
+    naive = NaiveFlip(unpack_levels(state.T_packed, columns), state.E, group)
     for step in range(30):
         scale_votes = step % 3 != 2
         dW = biased_gradient(rows, columns)
         flips = flip_update(state, dW, group, threshold, scale_votes)
         assert flips.dtype == torch.int64
         assert flips.item() == naive.update(dW, threshold, scale_votes)
-        assert_same(f"trits, step {step}", as_int8(naive.T), unpack_trits(state.T_packed, columns))
+        assert_same(f"trits, step {step}", as_int8(naive.T), unpack_levels(state.T_packed, columns))
         assert_same(f"E, step {step}", as_int8(naive.E), state.E)
         assert_same(f"T_accum, step {step}", as_int8(naive.T_accum), state.T_accum)
         assert_same(f"E_accum, step {step}", as_int8(naive.E_accum), state.E_accum)
@@ -102,7 +102,7 @@ def test_threshold_counts_votes(threshold, sign):
     for vote in range(1, threshold + 1):
         flips = flip_update(state, dW, 5, threshold)
         assert flips.item() == (15 if vote == threshold else 0)
-    assert (unpack_trits(state.T_packed, 5) == -sign).all()
+    assert (unpack_levels(state.T_packed, 5) == -sign).all()
     assert (state.T_accum == 0).all()
 
 
@@ -110,9 +110,9 @@ def test_threshold_counts_votes(threshold, sign):
 def test_exponents_saturate(sign, bound):
     trits = torch.ones(2, 9, dtype=torch.int8)
     E = torch.full((2, 3), bound + sign, dtype=torch.int8)
-    state = FlipState(pack_trits(trits), E, torch.zeros_like(trits), torch.zeros_like(E))
+    state = FlipState(pack_levels(trits), E, torch.zeros_like(trits), torch.zeros_like(E))
     for _ in range(3):
-        state.T_packed.copy_(pack_trits(trits))
+        state.T_packed.copy_(pack_levels(trits))
         state.T_accum.zero_()
         flip_update(state, torch.full((2, 9), float(sign)), 4, 1)
         assert (bound == state.E).all()
@@ -123,7 +123,7 @@ def test_a_scale_too_large_gets_smaller():
     trits = random_trits(4, 32)
     trits[:, ::8] = 1
     E, E_accum = torch.zeros(2, 4, 4, dtype=torch.int8)
-    flip_update(FlipState(pack_trits(trits), E, torch.zeros_like(trits), E_accum), trits.float(), 8, 1)
+    flip_update(FlipState(pack_levels(trits), E, torch.zeros_like(trits), E_accum), trits.float(), 8, 1)
     assert (E == -1).all()
 
 
@@ -141,7 +141,7 @@ def test_trits_stay_trits():
     state = fresh_state(7, 33, 32)
     for _ in range(40):
         flip_update(state, torch.randn(7, 33), 32, 1)
-        assert unpack_trits(state[0], 33).abs().max() <= 1 and state[0].max() <= 242
+        assert unpack_levels(state[0], 33).abs().max() <= 1 and state[0].max() <= 242
 
 
 def test_zero_gradient_changes_nothing():
@@ -170,6 +170,6 @@ def test_recovers_planted_signs():
     state = fresh_state(32, 64, 64)
     for _ in range(400):
         x = torch.randn(32, 64)
-        dW = (x @ (unpack_trits(state[0], 64, torch.float32) - target).T).T @ x / 32 + 0.5 * torch.randn(32, 64)
+        dW = (x @ (unpack_levels(state[0], 64, torch.float32) - target).T).T @ x / 32 + 0.5 * torch.randn(32, 64)
         flip_update(state, dW, 64, 16)
-    assert (unpack_trits(state[0], 64) == target).float().mean() > 0.9
+    assert (unpack_levels(state[0], 64) == target).float().mean() > 0.9

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from arb_kernels.formats.groups import num_groups
-from arb_kernels.formats.packing import pack_trits
+from arb_kernels.formats.packing import pack_levels
 from arb_kernels.formats.rule_states import FlipState
 from arb_kernels.rules.flip import naive_flip_update
 from arb_kernels.rules.flip_triton import triton_flip_update
@@ -22,7 +22,7 @@ def fresh_state(rows, columns, group, device):
     E = torch.randint(-128, 128, (rows, groups))
     E[0] = 127  # the end of its range
     votes = (torch.zeros(rows, width, dtype=torch.int8) for width in (columns, groups))
-    return copied(FlipState(pack_trits(random_trits(rows, columns)), E.to(torch.int8), *votes), device)
+    return copied(FlipState(pack_levels(random_trits(rows, columns)), E.to(torch.int8), *votes), device)
 
 
 @pytest.mark.parametrize("rows, columns, group, threshold", CASES)

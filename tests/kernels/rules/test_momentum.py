@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from arb_kernels.formats.momentum_format import MAX_UPDATE, MomentumFormat
-from arb_kernels.formats.packing import packed_width, unpack_trits
+from arb_kernels.formats.packing import packed_width, unpack_levels
 from arb_kernels.formats.rule_states import MomentumState
 from arb_kernels.random_bits import stream_key
 from arb_kernels.rules.momentum import move_weights, naive_momentum_update, normalise
@@ -112,14 +112,14 @@ def random_signs(rows, columns):
 def assert_valid(packed, accum, accum_exp, columns, bits=4):
     form = MomentumFormat(bits)
     residual, codes = form.split(accum)
-    assert (packed <= 242).all() and unpack_trits(packed, columns).abs().max() <= 1
+    assert (packed <= 242).all() and unpack_levels(packed, columns).abs().max() <= 1
     assert residual.min() >= -form.cell // 2 and residual.max() < form.cell // 2
-    assert codes.abs().max() <= form.levels
+    assert codes.abs().max() <= form.largest_code
     assert (accum_exp >= -127).all()
 
 
 def latent_of(state, columns):
-    return 16 * unpack_trits(state[0], columns).int() + MomentumFormat(4).split(state[1])[0]
+    return 16 * unpack_levels(state[0], columns).int() + MomentumFormat(4).split(state[1])[0]
 
 
 def fold(accum, accum_exp, dW, key):
@@ -148,7 +148,7 @@ def test_momentum_update(rows, columns, bits):
     """Fifty steps, of which every fifth moves no weight; every tensor equal after each."""
     state = random_momentum_state(rows, columns, bits)
     residual, _ = MomentumFormat(bits).split(state.accum)
-    naive = NaiveMomentum(unpack_trits(state.T_packed, columns).numpy(), residual.numpy(), bits)
+    naive = NaiveMomentum(unpack_levels(state.T_packed, columns).numpy(), residual.numpy(), bits)
     for step in range(50):
         lr = 0.3 * (1 - step / 50) if step % 5 else 0.0
         dW, key = random_gradient(rows, columns, 0.01), stream_key(7, step, 0, 1)
@@ -158,7 +158,7 @@ def test_momentum_update(rows, columns, bits):
         residual, codes = MomentumFormat(bits).split(accum)
         assert_same(f"exponents, step {step}", torch.from_numpy(naive.exponents), accum_exp.long())
         assert_same(f"codes, step {step}", torch.from_numpy(naive.codes), codes.long())
-        assert_same(f"trits, step {step}", torch.from_numpy(naive.T), unpack_trits(packed, columns).long())
+        assert_same(f"trits, step {step}", torch.from_numpy(naive.T), unpack_levels(packed, columns).long())
         assert_same(f"residuals, step {step}", torch.from_numpy(naive.residual), residual.long())
         assert flips.dtype == torch.int64 and flips.item() == expected_flips
 
@@ -196,10 +196,10 @@ def test_recovers_a_planted_matrix(bits):
     state = random_momentum_state(rows, columns, bits)
     for step in range(steps):
         x = torch.randn(32, columns)
-        error = unpack_trits(state[0], columns, torch.float32) - target
+        error = unpack_levels(state[0], columns, torch.float32) - target
         dW = (x @ error.T).T @ x / 32 + 0.5 * torch.randn(rows, columns)
         state, _ = naive_momentum_update(state, dW, stream_key(0, step), 0.05 * (1 - step / steps), BETA)
-    assert (unpack_trits(state[0], columns) == target).float().mean() > 0.95
+    assert (unpack_levels(state[0], columns) == target).float().mean() > 0.95
 
 
 @pytest.mark.parametrize("rows, columns", SHAPES)
@@ -303,7 +303,7 @@ def test_normalisation_does_not_depend_on_order(bits):
     rows, columns, cell = 47, 257, 2**bits
     row_order, column_order = torch.randperm(rows), torch.randperm(columns)
     packed, accum, _ = random_momentum_state(rows, columns, bits)
-    trits, (residual, _) = unpack_trits(packed, columns), MomentumFormat(bits).split(accum)
+    trits, (residual, _) = unpack_levels(packed, columns), MomentumFormat(bits).split(accum)
     direction, noise = random_gradient(rows, columns), torch.rand(rows, columns)
     plain = move_weights(trits, residual, normalise(direction), noise, 0.7, cell)
     trits_, residual_, direction_, noise_ = (a[row_order][:, column_order] for a in (trits, residual, direction, noise))
@@ -327,7 +327,7 @@ def test_small_rows_and_columns_move_like_large_ones(small, least_distance, bits
     state, form = random_momentum_state(*scale.shape, bits), MomentumFormat(bits)
 
     def latents():
-        return form.cell * unpack_trits(state[0], scale.shape[1]).int() + form.split(state[1])[0]
+        return form.cell * unpack_levels(state[0], scale.shape[1]).int() + form.split(state[1])[0]
 
     before = latents()
     for step in range(20):

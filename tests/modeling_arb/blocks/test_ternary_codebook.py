@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from arb_kernels.formats.packing import pack_trits
+from arb_kernels.formats.packing import pack_levels
 from configuration_arb import preset_config
 from modeling_arb import ArbForCausalLM
 from modeling_arb.blocks import ternary_codebook
@@ -43,7 +43,7 @@ def test_of_equally_near_rows_the_first_wins_however_many_inputs_come_together(r
     """Inputs of two equal halves are as far from a row as from the same row with its halves exchanged."""
     book, values = make_book(2 * rows, 2 * half), torch.randn(33, half).repeat(1, 2)
     trits = torch.randint(-1, 2, (rows, 2 * half), dtype=torch.int8)
-    book.table.T_packed.copy_(pack_trits(torch.cat([trits, trits.roll(half, 1)])))
+    book.table.T_packed.copy_(pack_levels(torch.cat([trits, trits.roll(half, 1)])))
     chosen = book(values).ids
     assert chosen.max() < rows
     assert torch.equal(torch.cat([book(value).ids for value in values.split(1)]), chosen)

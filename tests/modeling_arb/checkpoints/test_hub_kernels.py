@@ -104,9 +104,9 @@ def test_triton_kernels_of_the_file_agree_with_torch(tmp_path, monkeypatch):
     for name in ("torch", "triton"):
         with kernels.use_backend(name):
             assert kernels.uses_triton(trits) == (name == "triton")
-            packed = kernels.pack_trits(trits)
+            packed = kernels.pack_levels(trits)
             codes, scale = kernels.quantise_tokens(x)
-            product = kernels.int8_matmul(codes, kernels.unpack_trits(packed, 33), scale, trits=True)
+            product = kernels.int8_matmul(codes, kernels.unpack_levels(packed, 33), scale, trits=True)
             found[name] = (packed, codes, scale, product)
     for ref, out in zip(found["torch"], found["triton"], strict=True):
         assert_same("kernel", ref, out)

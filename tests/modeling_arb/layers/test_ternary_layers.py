@@ -33,7 +33,7 @@ def capture(layer):
 
 
 def naive_weight(layer):
-    weight = layer.trits().double()
+    weight = layer.levels().double()
     for column in range(layer.columns):
         weight[:, column] *= 2.0 ** (layer.E[:, column // layer.group_size].double() / 8)
     return weight.float()
@@ -105,7 +105,7 @@ def test_layer_state_is_integer_and_keeps_no_float(rule):
 
 def test_reset_draws_all_three_trits_evenly_and_zero_padding():
     layer = make_linear(500, 203)
-    shares = [(layer.trits() == value).float().mean().item() for value in (-1, 0, 1)]
+    shares = [(layer.levels() == value).float().mean().item() for value in (-1, 0, 1)]
     assert shares == pytest.approx([1 / 3] * 3, abs=0.01)
     residual = layer.accum.view(torch.int8)
     assert residual.min() == 0  # momentum nibble is zero, residual nibble uniform over 16 steps
@@ -155,7 +155,7 @@ def test_int8_linear_forward_and_every_gradient(rows, columns):
     layer = make_linear(rows, columns, compute="auto")
     x, grad_y = torch.randn(2, 9, columns), torch.randn(2, 9, rows)
     y, grad_x, dW = int8_run(layer, x, grad_y)
-    trits, scale = layer.trits().double(), layer.scale().flatten()
+    trits, scale = layer.levels().double(), layer.scale().flatten()
     codes, token_scale = naive_quantise_tokens(x.flatten(0, 1))
     decoded = codes.double() * token_scale.double()[:, None]
     by_token, by_token_scale, by_output, output_scale = naive_quantise_gradient(

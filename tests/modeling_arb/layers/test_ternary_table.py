@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from arb_kernels.formats.exponents import EIGHTHS, power_of_two
-from arb_kernels.formats.packing import unpack_trits
+from arb_kernels.formats.packing import unpack_levels
 from arb_kernels.formats.rule_states import CorrelationState, FlipState, MomentumState
 from arb_kernels.random_bits import stream_key
 from arb_kernels.rules.correlation import naive_correlation_update
@@ -162,7 +162,7 @@ def test_written_rows_stand_for_their_values(rule, group_size):
 def test_small_values_are_written_as_zeros():
     table = make_table()
     table.write_rows(torch.tensor([1]), torch.tensor([[1.0, -1.0, 0.1, -0.1] * 5]))
-    assert unpack_trits(table.T_packed[1:2], DIM).tolist() == [[1, -1, 0, 0] * 5]
+    assert unpack_levels(table.T_packed[1:2], DIM).tolist() == [[1, -1, 0, 0] * 5]
 
 
 def test_a_large_table_is_drawn_in_pieces(monkeypatch):

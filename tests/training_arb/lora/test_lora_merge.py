@@ -80,7 +80,7 @@ def test_passing_errors_on_keeps_a_layers_outputs(trained):
     with torch.no_grad():
         moments = input_moments(model, layers, CHATS, 16)
         for name, layer in layers.items():
-            wanted = layer.get_base_layer().trits() + weight_change(layer) / layer.get_base_layer().scale()
+            wanted = layer.get_base_layer().levels() + weight_change(layer) / layer.get_base_layer().scale()
             rounded = {"nearest": wanted.round().clamp(-1, 1), "compensated": round_compensated(wanted, moments[name])}
             for rounding, trits in rounded.items():
                 off = (trits - wanted) * layer.get_base_layer().scale()
@@ -93,7 +93,7 @@ def test_nearest_goes_by_trit_residual_and_change(trained, bits):
     model = tuned(trained, momentum_bits=bits)
     layer = next(iter(mergeable_layers(model).values()))
     matrix, form = layer.get_base_layer(), MomentumFormat(bits)
-    trits = matrix.trits().double()
+    trits = matrix.levels().double()
     residual, momentum = (part.clone() for part in form.split(matrix.accum))
     with torch.no_grad():
         latent = trits + residual / form.cell + weight_change(layer).double() / matrix.scale()
@@ -101,7 +101,7 @@ def test_nearest_goes_by_trit_residual_and_change(trained, bits):
     wanted = latent.round().clamp(-1, 1)
     left = ((latent - wanted) * form.cell).round().clamp(-form.cell // 2, form.cell // 2 - 1)
     new_residual, new_momentum = form.split(matrix.accum)
-    assert (matrix.trits() != wanted).sum() <= 1  # halves: float32 against float64
+    assert (matrix.levels() != wanted).sum() <= 1  # halves: float32 against float64
     assert (new_residual != left).float().mean() < 1e-3
     assert_same("momentum", momentum, new_momentum)
     assert flips == (wanted != trits).sum() > 0
@@ -126,11 +126,11 @@ def test_stochastic_rounding_is_right_in_the_mean(trained):
     packed = matrix.T_packed.clone()
     total = torch.zeros(matrix.rows, matrix.columns)
     with torch.no_grad():
-        wanted = (matrix.trits() + weight_change(layer) / matrix.scale()).clamp(-1, 1)
+        wanted = (matrix.levels() + weight_change(layer) / matrix.scale()).clamp(-1, 1)
         for key in range(400):
             matrix.T_packed.copy_(packed)
             _merge_layer(layer, "stochastic", None, key)
-            total += matrix.trits()
+            total += matrix.levels()
     assert (total / 400 - wanted).abs().max() < 0.15  # six standard deviations of a mean of 400
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from arb_kernels.formats.packing import pack_trits
-from arb_kernels.formats.two_bit_layout import decoding_bytes, decoding_form
+from arb_kernels.formats.decode_layout import decoding_bytes, decoding_form
+from arb_kernels.formats.packing import pack_levels
 from configuration_arb import PRESETS, preset_config
 from modeling_arb import ArbForCausalLM
 from support.scripting import run_script
@@ -220,7 +220,7 @@ def test_state_hash_sees_one_bit(model):
 
 
 def test_zero_share_counts_zeros(model):
-    trits = torch.cat([matrix.trits().flatten() for matrix in model.ternary_matrices().values()])
+    trits = torch.cat([matrix.levels().flatten() for matrix in model.ternary_matrices().values()])
     assert zero_share(model) == pytest.approx((trits == 0).float().mean().item())
 
 
@@ -300,6 +300,6 @@ def test_script_shows_the_caches_apart(folder, tmp_path, capsys):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_decoding_keeps_is_known_before(monkeypatch, backend):
     monkeypatch.setenv("ARB_BACKEND", backend)
-    packed = pack_trits(random_trits(33, 100))
+    packed = pack_levels(random_trits(33, 100))
     kept = decoding_form(packed, 100)
     assert decoding_bytes(33, 100, packed.device) == (0 if kept is packed else kept.nbytes)

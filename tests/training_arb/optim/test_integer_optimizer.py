@@ -42,7 +42,7 @@ def test_every_matrix_changes_and_stays_valid(rule, group_size):
     moving = {"momentum": "accum", "flip": "T_packed", "correlation": "corr_accum"}[rule]
     after = model.state_dict()
     for name, matrix in model.ternary_matrices().items():
-        assert set(matrix.trits().unique().tolist()) <= {-1, 0, 1}
+        assert set(matrix.levels().unique().tolist()) <= {-1, 0, 1}
         if not name.startswith("model.byte_embedding"):
             assert not torch.equal(before[f"{name}.{moving}"], after[f"{name}.{moving}"]), name
     fixed = before.keys() if rule == "correlation" else []
@@ -328,9 +328,9 @@ def test_detach_disarms():
 
 def test_flip_rate_is_the_share_of_changed_trits():
     model, optimizer = make(lr=0.2)
-    before = torch.cat([m.trits().flatten() for m in model.ternary_matrices().values()])
+    before = torch.cat([m.levels().flatten() for m in model.ternary_matrices().values()])
     training_step(model, optimizer, random_text(0))
-    after = torch.cat([m.trits().flatten() for m in model.ternary_matrices().values()])
+    after = torch.cat([m.levels().flatten() for m in model.ternary_matrices().values()])
     assert optimizer.take_flip_rate() == pytest.approx((before != after).float().mean().item())
     assert optimizer.take_flip_rate() == 0.0
 

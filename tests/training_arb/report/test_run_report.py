@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 
-from arb_kernels.formats.packing import pack_trits
+from arb_kernels.formats.packing import pack_levels
 from configuration_arb import preset_config
 from modeling_arb import ArbForCausalLM
 from support.pretraining import TEXT, arguments
@@ -53,7 +53,7 @@ def test_trits_are_read_as_they_are(tmp_path):
     for name, matrix in model.ternary_matrices().items():
         trits = read[f"{name}.T_packed"]
         assert trits.shape == (matrix.rows, matrix.columns)
-        assert torch.equal(pack_trits(trits), matrix.T_packed)
+        assert torch.equal(pack_levels(trits), matrix.T_packed)
 
 
 def test_a_run_that_goes_on(finished, tmp_path):
