@@ -44,14 +44,15 @@ class ArbConfig(PreTrainedConfig):
     Shape: `hidden_size`, `num_hidden_layers`, `num_attention_heads`, `intermediate_size` (0: four times the width),
     `qk_nope_head_dim` and `qk_rope_head_dim` (one head's query and key: without and with rotary position),
     `v_head_dim`, `kv_latent_dim` (what the cache keeps of keys and values; 0: half the width less the rotary key).
-    Ternary state: `trits_per_weight` (1: levels -1 to 1; 2: levels -4 to 4; or a dict by role: embedding, attention, mlp,
-    head, tables, experts, blocks, and 1 for those left out), `group_size` (weights sharing one scale exponent; 0: the whole row), `update_rule` (momentum, flip,
-    correlation), `table_rule` (what moves the touched rows of large tables under momentum: votes, which is flip's rule,
-    or momentum), `momentum_bits` (4 or 8), `training_state` (whether the model has the update rule's accumulators;
-    inference checkpoints do not). Arithmetic: `compute` (int8: matmuls on int8 activations and gradients, exact int32
-    sums; float: on S * T in the activations' dtype; auto: int8 with group_size 0, otherwise float). Head: `head_layers`
-    (residual MLPs before the 288-way projection), `head_intermediate_size` (theirs; 0: four times the width). Blocks:
-    each name in OPTIONAL_BLOCKS (optional_blocks.py) is a field, a dict of its settings or None for off.
+    Ternary state: `trits_per_weight` (1: levels -1 to 1; 2: levels -4 to 4; or a dict by role: embedding, attention,
+    mlp, head, tables, experts, blocks, and 1 for those left out), `group_size` (weights sharing one scale exponent; 0:
+    the whole row), `update_rule` (momentum, flip, correlation), `table_rule` (what moves the touched rows of large
+    tables under momentum: votes, which is flip's rule, or momentum), `momentum_bits` (4 or 8), `training_state`
+    (whether the model has the update rule's accumulators; inference checkpoints do not). Arithmetic: `compute` (int8:
+    matmuls on int8 activations and gradients, exact int32 sums; float: on S * T in the activations' dtype; auto: int8
+    with group_size 0, otherwise float). Head: `head_layers` (residual MLPs before the 288-way projection),
+    `head_intermediate_size` (theirs; 0: four times the width). Blocks: each name in OPTIONAL_BLOCKS
+    (optional_blocks.py) is a field, a dict of its settings or None for off.
 
     Raises ValueError naming the field and its value when they describe no model.
     """

@@ -25,8 +25,8 @@ HUGE_PAGE = 2 << 20  # bytes
 
 
 def decoding_form(packed: torch.Tensor, columns: int) -> torch.Tensor:
-    """packed uint8 (N, bytes) -> the form that `decode_linear` reads fastest, to be computed once: the decode layout for
-    the native kernels, the packed bytes themselves for Triton, levels int8 (N, K) for torch."""
+    """packed uint8 (N, bytes) -> the form that `decode_linear` reads fastest, to be computed once: the decode layout
+    for the native kernels, the packed bytes themselves for Triton, levels int8 (N, K) for torch."""
     if _takes_layout(packed.device):
         return to_decode_layout(unpack_levels(packed, columns), trits_per_weight(packed, columns))
     return packed if uses_triton(packed) else unpack_levels(packed, columns)

@@ -1,7 +1,7 @@
 """Planar base-3 packing: five trits a byte, and one, two or three trits a weight.
 
-A plane holds one trit of each of a row's K weights in nb = ceil(K / 5) bytes. Digit j of byte b is column j * nb + b, so
-unpacking writes five contiguous runs. A digit is the trit mod 3 (0 -> 0, +1 -> 1, -1 -> 2), so the zero byte is five
+A plane holds one trit of each of a row's K weights in nb = ceil(K / 5) bytes. Digit j of byte b is column j * nb + b,
+so unpacking writes five contiguous runs. A digit is the trit mod 3 (0 -> 0, +1 -> 1, -1 -> 2), so the zero byte is five
 zero weights and padding is harmless. Bytes above 242 are invalid.
 
 A weight's level is a number in balanced ternary: one trit gives -1 to 1, two trits 3 * a + b give -4 to 4. A packed row

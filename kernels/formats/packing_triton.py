@@ -95,8 +95,8 @@ def triton_unpack_levels(packed: torch.Tensor, columns: int, dtype: torch.dtype 
 def triton_effective_weight(
     packed: torch.Tensor, columns: int, scale: torch.Tensor, group_size: int, dtype: torch.dtype = torch.float32
 ) -> torch.Tensor:
-    """uint8 (N, bytes), scale float32 (N, groups) -> `dtype` (N, columns): scale * levels, rounded once. With one group a
-    row, group_size is ignored."""
+    """uint8 (N, bytes), scale float32 (N, groups) -> `dtype` (N, columns): scale * levels, rounded once. With one group
+    a row, group_size is ignored."""
     return _unpack(packed, None, columns, dtype, scale, group_size)
 
 

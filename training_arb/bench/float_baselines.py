@@ -60,8 +60,8 @@ class FloatLinear(nn.Module):
 class ArbFloatBaseline(ArbForCausalLM):
     """ArbForCausalLM with every ternary matrix replaced by a float one of the same shape and initial variance.
 
-    straight_through: rounded to levels in the forward. autocast: products in bfloat16, weights and sums of gradients in float32.
-    Raises ValueError for blocks that have integer state besides matrices.
+    straight_through: rounded to levels in the forward. autocast: products in bfloat16, weights and sums of gradients in
+    float32. Raises ValueError for blocks that have integer state besides matrices.
     """
 
     def __init__(self, config: ArbConfig, straight_through: bool = False, autocast: bool = False):
