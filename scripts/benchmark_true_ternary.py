@@ -79,7 +79,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--scale-update-interval", type=int, default=1, help="flip: vote on scales every so many steps; 0: never")
     add("--accum-threshold", type=int, default=32, help="flip: votes after which a trit moves")
     add("--print-every", type=int, default=100, help="steps between held-out losses of the curve")
-    add("--reuse-base", action="store_true", help="train TrueTernary and TwoTrit only; the rest from an earlier --json OUT")
+    add(
+        "--reuse-base",
+        action="store_true",
+        help="train the momentum rule only; the rest from an earlier --json",
+    )
     add("--json", metavar="OUT", help="write the results here, and a plot beside it")
     return parser
 
