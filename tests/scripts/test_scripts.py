@@ -94,7 +94,7 @@ def test_benchmark_writes_its_contract(corpus, tmp_path, capsys):
     assert {"configs", "data", "steps", "seed", "env"} <= result.keys()
     keys = ["val_loss", "val_bpb", "train_loss_final", "state_bytes", "state_bytes_per_weight", "logical_weights"]
     keys += ["trainable_float_params", "step_ms_median", "peak_mem_mb", "learning_rate"]
-    assert {*result["configs"]} == {"Adam_FP32", "Adam_STE", "SignSGD_Old", "TrueTernary", "Correlation"}
+    assert {*result["configs"]} == {*DEFAULT_CONFIGS}
     for name, row in result["configs"].items():
         assert {*keys} <= row.keys()
         assert row["val_bpb"] == pytest.approx(row["val_loss"] / math.log(2))
@@ -102,11 +102,12 @@ def test_benchmark_writes_its_contract(corpus, tmp_path, capsys):
         assert row["logical_weights"] == 171_008
         assert row["curve"][-1] == [6, row["val_loss"]]
     assert result["configs"]["TrueTernary"]["state_bytes_per_weight"] <= 1.25
+    assert 1.42 <= result["configs"]["TwoTrit"]["state_bytes_per_weight"] <= 1.45
     assert 12 <= result["configs"]["Adam_FP32"]["state_bytes_per_weight"] < 12.01
     assert result["configs"]["Adam_STE"]["rates_tried"].keys() == {"0.003", "0.01"}
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
-    assert run_script("benchmark_true_ternary", *settings, "--reuse-base", "--configs", "Adam_FP32,TrueTernary") == 0
+    assert run_script("benchmark_true_ternary", *settings, "--reuse-base", "--configs", "TrueTernary") == 0
     again = json.loads(out.read_text())["configs"]
     assert again["Adam_FP32"] == result["configs"]["Adam_FP32"]
     assert again["TrueTernary"]["val_loss"] == result["configs"]["TrueTernary"]["val_loss"]
