@@ -11,7 +11,7 @@ from modeling_arb import ArbForCausalLM
 from support.scripting import run_script
 from training_arb.bench.ablation import worst_spike
 from training_arb.bench.float_baselines import ArbFloatBaseline
-from training_arb.bench.quality_benchmark import rate_at
+from training_arb.bench.quality_benchmark import DEFAULT_CONFIGS, rate_at
 
 TEXT = b"The quick brown fox jumps over the lazy dog. " * 120
 
