@@ -8,7 +8,6 @@ examples:
   python scripts/audit_state.py runs/pretrain/checkpoint-1200 --tensors
   python scripts/audit_state.py --preset arb-3b --json audit.json
   python scripts/audit_state.py --preset arb-3b --update_rule correlation --allocate      # 0.9 GB, a minute
-  python scripts/audit_state.py --preset arb-14m --trits_per_weight embedding:2,head:2
   python scripts/audit_state.py --preset arb-14m --batch 8 --ctx 256       # and what a training step would need
   python scripts/audit_state.py --preset arb-14m --batch 8 --ctx 1024 --gradient_checkpointing
 """
@@ -24,7 +23,7 @@ from dataclasses import asdict
 from configuration_arb import PRESETS, ArbConfig, preset_config
 from modeling_arb import ArbForCausalLM
 from training_arb.checkpoints.checkpoint_files import check_finished
-from training_arb.cli.command_line import add_trits_option, check_least, run, script_parser, trits_field
+from training_arb.cli.command_line import check_least, run, script_parser
 from training_arb.common.atomic_files import write_json
 from training_arb.common.cpu_allocator import keep_freed_memory
 from training_arb.memory.live_memory import MEGABYTE, peak_memory_mb, resident_mb
@@ -74,7 +73,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("model_dir", nargs="?", help="a checkpoint folder")
     add("--preset", help=f"audit a shape without allocating it: {', '.join(PRESETS)}")
     add("--update_rule", default="momentum", help="update rule of the preset")
-    add_trits_option(parser)
     add("--allocate", action="store_true", help="build the preset's model and audit it")
     add("--batch", type=int, help="with --ctx: forecast the memory of a training step of the preset")
     add("--ctx", type=int, help="bytes per window of that step")
@@ -119,7 +117,7 @@ def main() -> int:
     memory = step = None
     base = training_base_mb() if args.batch else 0.0
     if args.preset:
-        config = preset_config(args.preset, update_rule=args.update_rule, **trits_field(args.trits_per_weight))
+        config = preset_config(args.preset, update_rule=args.update_rule)
         audit, memory = audit_built(config) if args.allocate else (audit_config(config), None)
     else:
         check_finished(args.model_dir)
