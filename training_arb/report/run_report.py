@@ -52,9 +52,9 @@ def _picture(record: RunRecord) -> bytes:
     for panel, curve in zip(upper.subplots(1, len(CURVES)), CURVES, strict=True):
         draw_curve(panel, record.history, *curve)
     flips, zeros, areas = lower.subplots(1, 3, width_ratios=[3, 2, 4])
-    between = " to ".join(record.flips_between or ("no two checkpoints",))
-    _draw_by_layer(flips, record.flips_by_layer, f"levels changed per step, {between}")
-    _draw_by_layer(zeros, record.zeros_by_layer, "weights of level 0")
+    _draw_by_layer(flips, record.flips_by_layer, "share of levels changed per step")
+    flips.set_xlabel(" to ".join(record.flips_between or ("no two checkpoints",)))
+    _draw_by_layer(zeros, record.zeros_by_layer, "share of zeros")
     zeros.set(yticks=[] if record.flips_by_layer else zeros.get_yticks())
     _draw_levels(areas, record)
     for panel in (*upper.axes, *lower.axes):
@@ -84,8 +84,10 @@ def _draw_levels(panel: Axes, record: RunRecord) -> None:
         panel.bar_label(bars, labels, label_type="center", fontsize=8)
         left = [start + share for start, share in zip(left, shares, strict=True)]
     if names:
-        panel.legend(frameon=False, ncols=len(used), loc="upper center", bbox_to_anchor=(0.5, -0.06))
-    panel.set(title="share of each level by area", xlim=(0, 1))
+        spacing = {"handlelength": 1, "handletextpad": 0.4, "columnspacing": 0.8, "fontsize": 8}
+        panel.legend(frameon=False, ncols=len(used), loc="upper center", bbox_to_anchor=(0.5, -0.06), **spacing)
+    panel.set_title("share of each level by area", fontsize=10)
+    panel.set_xlim(0, 1)
 
 
 def _page(record: RunRecord, picture: bytes) -> str:
