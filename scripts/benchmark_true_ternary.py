@@ -69,7 +69,7 @@ def build_parser() -> argparse.ArgumentParser:
         default="0.035,0.05",
         help="learning rates of the momentum rule to try, in thirds of the latent line per step",
     )
-    add("--compute", choices=COMPUTE, default="auto", help="TrueTernary's matmuls")
+    add("--compute", choices=COMPUTE, default="auto", help="matmuls of the momentum rule")
     add(
         "--update-backend",
         choices=["auto", *BACKENDS],
@@ -79,7 +79,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--scale-update-interval", type=int, default=1, help="flip: vote on scales every so many steps; 0: never")
     add("--accum-threshold", type=int, default=32, help="flip: votes after which a trit moves")
     add("--print-every", type=int, default=100, help="steps between held-out losses of the curve")
-    add("--reuse-base", action="store_true", help="train TrueTernary only; the rest from an earlier --json OUT")
+    add(
+        "--reuse-base",
+        action="store_true",
+        help="train the momentum rule only; the rest from an earlier --json",
+    )
     add("--json", metavar="OUT", help="write the results here, and a plot beside it")
     return parser
 
@@ -176,17 +180,18 @@ def table(results: dict[str, BenchmarkResult]) -> str:
 
 
 def reusable_rows(args: argparse.Namespace, settings: BenchmarkSettings, data: str) -> dict[str, BenchmarkResult]:
-    """All rows but TrueTernary's of an earlier run with the same settings and data."""
+    """All rows but the momentum rule's of an earlier run with the same settings and data."""
     if not args.json or not Path(args.json).is_file():
         raise ValueError(f"reuse_base: json={args.json!r} is not an earlier result to take rows from")
     earlier = json.loads(Path(args.json).read_text(encoding="utf-8"))
     wanted = {**vars(settings), "data": data}
-    del wanted["compute"]  # TrueTernary's alone
+    del wanted["compute"]  # the momentum rule's alone
     for key, value in wanted.items():
         found = earlier["data"] if key == "data" else {"micro_batches": 1, **earlier["settings"]}.get(key)
         if found != value:
             raise ValueError(f"reuse_base: {args.json} was measured with {key}={found!r}, not {value!r}")
-    return {name: BenchmarkResult(**row) for name, row in earlier["configs"].items() if name != "TrueTernary"}
+    rows = {name: BenchmarkResult(**row) for name, row in earlier["configs"].items()}
+    return {name: row for name, row in rows.items() if name not in MOMENTUM_CONFIGS}
 
 
 if __name__ == "__main__":
