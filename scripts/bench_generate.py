@@ -74,7 +74,11 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--preset", default="arb-14m,200m", help=f"comma-separated shapes: {', '.join([*PRESETS, *SHAPES])}")
     add("--models", default=",".join(MODELS), help="comma-separated models to time")
-    add("--trits_per_weight", nargs="+", default=["1"], help="one ternary model each: 1, 2, or ROLE:TRITS,ROLE:TRITS")
+    add(
+        "--trits_per_weight",
+        nargs="+",
+        help="a ternary model each: 1, 2, or ROLE:TRITS,ROLE:TRITS; default: the preset's",
+    )
     add("--device", default="cpu", help="cpu, cuda or cuda:N")
     add("--batch", default="1", help="comma-separated numbers of texts generated at once")
     add("--prompt-bytes", type=int, default=32, help="length of the prompt")
@@ -157,9 +161,9 @@ def main() -> None:
     check_least(args, {"prompt_bytes": 1, "new_bytes": 2, "repeats": 1, "limit_mb": 1})
     wanted = args.models.split(",")
     check_known("models", wanted, MODELS)
-    trits = [parse_trits(text) for text in args.trits_per_weight]
+    trits = [{"trits_per_weight": parse_trits(text)} for text in args.trits_per_weight or []]
     shapes = {
-        preset: [shape_config(preset, training_state=False, trits_per_weight=value) for value in trits]
+        preset: [shape_config(preset, training_state=False, **value) for value in trits or [{}]]
         for preset in args.preset.split(",")
     }
     device, batches = checked_device(args.device), parse_batches(args.batch)

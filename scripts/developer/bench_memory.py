@@ -28,7 +28,7 @@ import torch
 from tqdm.auto import tqdm
 
 from configuration_arb import PRESETS, preset_config
-from configuration_arb.trits_per_weight import parse_trits
+from configuration_arb.trits_per_weight import describe_trits, parse_trits
 from modeling_arb import ArbForCausalLM
 from training_arb.bench.bench_report import report
 from training_arb.bench.measurement import describe_environment
@@ -75,7 +75,7 @@ class Shape:
     trits_per_weight: str = "1"
 
     @classmethod
-    def parse(cls, text: str, trits_per_weight: str = "1") -> Shape:
+    def parse(cls, text: str, trits_per_weight: str | None = None) -> Shape:
         try:
             preset, _, size = text.removesuffix(CHECKPOINTING).partition(":")
             batch, ctx = map(int, size.split("x"))
@@ -83,11 +83,12 @@ class Shape:
             raise ValueError(
                 f"shapes: {text!r} must look like arb-small:8x256 or arb-small:8x256+checkpointing"
             ) from error
-        preset_config(preset, trits_per_weight=parse_trits(trits_per_weight))
+        chosen = {} if trits_per_weight is None else {"trits_per_weight": parse_trits(trits_per_weight)}
+        trits = describe_trits(preset_config(preset, **chosen).trits_per_weight)
         for field, value, least in (("batch", batch, 1), ("ctx", ctx, 8)):
             if value < least:
                 raise ValueError(f"shapes: {text!r} has {field}={value}, which must be at least {least}")
-        return cls(preset, batch, ctx, text.endswith(CHECKPOINTING), trits_per_weight)
+        return cls(preset, batch, ctx, text.endswith(CHECKPOINTING), trits)
 
     def __str__(self) -> str:
         return f"{self.preset}:{self.batch}x{self.ctx}{CHECKPOINTING if self.checkpointing else ''}"
@@ -148,7 +149,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = script_parser(__doc__)
     add = parser.add_argument
     add("--shapes", nargs="+", default=SHAPES, metavar="PRESET:BATCHxCTX", help=f"presets: {', '.join(PRESETS)}")
-    add("--trits_per_weight", default="1", help="of all shapes: 1, 2, or ROLE:TRITS,ROLE:TRITS")
+    add("--trits_per_weight", help="of all shapes: 1, 2, or ROLE:TRITS,ROLE:TRITS; default: the presets'")
     add("--steps", type=int, default=3, help="steps of each run")
     add("--measure", metavar="SHAPE", help="train this shape in this process, print its memory, and exit")
     add("--json", metavar="OUT", help="write the rows here")

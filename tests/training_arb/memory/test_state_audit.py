@@ -52,8 +52,8 @@ def test_clean_model_and_optimizer(model):
     ("rule", "group_size", "most"),
     [("momentum", 0, 1.25), ("momentum", 32, 1.27), ("flip", 32, 1.29), ("correlation", 32, 0.6)],
 )
-def test_bytes_per_weight(preset, rule, group_size, most):
-    audit = audit_config(preset_config(preset, update_rule=rule, group_size=group_size))
+def test_bytes_per_weight_of_one_trit(preset, rule, group_size, most):
+    audit = audit_config(preset_config(preset, update_rule=rule, group_size=group_size, trits_per_weight=1))
     assert audit.clean
     if preset != "arb-tiny-full":  # rows of 16 weights carry their scale and their use for few weights
         assert audit.to_dict()["state_bytes_per_weight"] <= most
@@ -70,7 +70,7 @@ def test_bytes_per_weight(preset, rule, group_size, most):
 )
 def test_two_trits_are_counted(preset, trits, most, most_inference, mean):
     config = preset_config(preset, trits_per_weight=trits)
-    audit, one = audit_config(config), audit_config(preset_config(preset))
+    audit, one = audit_config(config), audit_config(preset_config(preset, trits_per_weight=1))
     assert audit.clean and audit.areas == one.areas
     planes = sum(row.bytes for row in audit.tensors if row.role == "packed trits")
     extra = planes - sum(row.bytes for row in one.tensors if row.role == "packed trits")
