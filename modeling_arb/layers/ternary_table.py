@@ -45,18 +45,23 @@ class TernaryTable(TernaryEmbedding):
 
     @torch.no_grad()
     def write_rows(self, ids: torch.Tensor, values: torch.Tensor) -> None:
-        """Set rows ids (R,), each named once, to the nearest ternary values (R, columns), their accumulators to zero.
+        """Set rows ids (R,), each named once, to the levels near values (R, columns), their accumulators to zero.
 
-        Trits by the threshold of Ternary Weight Networks (Li & Liu 2016, eq. 6): 0.7 of a group's mean magnitude.
+        One trit: by the threshold of Ternary Weight Networks (Li & Liu 2016, eq. 6), 0.7 of a group's mean magnitude.
+        Two: the largest value of a group has the largest level.
         """
         groups = split_groups(values, self.group_size)  # (R, groups, group_size)
         magnitude = groups.abs()
-        lengths = group_lengths(self.columns, self.group_size, values.device)
-        kept = magnitude > THRESHOLD * (magnitude.sum(-1) / lengths).unsqueeze(-1)
-        scale = (magnitude * kept).sum(-1) / kept.sum(-1).clamp(min=1)
-        exponent = torch.log2(scale.clamp(min=SMALLEST_SCALE)) * EIGHTHS
-        trits = (groups.sign() * kept).flatten(1)[:, : self.columns]
-        self.T_packed[ids] = pack_levels(trits.to(torch.int8))
+        if self.trits == 1:
+            lengths = group_lengths(self.columns, self.group_size, values.device)
+            kept = magnitude > THRESHOLD * (magnitude.sum(-1) / lengths).unsqueeze(-1)
+            scale = ((magnitude * kept).sum(-1) / kept.sum(-1).clamp(min=1)).clamp(min=SMALLEST_SCALE)
+            levels = groups.sign() * kept
+        else:
+            scale = (magnitude.amax(-1) / self.largest_level).clamp(min=SMALLEST_SCALE)
+            levels = (groups / scale.unsqueeze(-1)).round()
+        exponent = torch.log2(scale) * EIGHTHS
+        self.T_packed[ids] = pack_levels(levels.flatten(1)[:, : self.columns].to(torch.int8), self.trits)
         self.E[ids] = exponent.round().clamp(-128, 127).to(torch.int8)
         for name, spec in self.layout().items():
             if name not in ("T_packed", "E"):

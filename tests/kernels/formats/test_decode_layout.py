@@ -21,9 +21,15 @@ from arb_kernels.matmul.int8_matmul import naive_int8_matmul
 from arb_kernels.matmul.quantise import naive_quantise_tokens
 from configuration_arb import preset_config
 from modeling_arb.layers.ternary_linear import TernaryLinear
-from support.tensors import BACKENDS, NOT_BUILT, random_levels, random_trits, shapes
+from support.tensors import BACKENDS, NO_TRITON, NOT_BUILT, random_levels, random_trits, shapes
 from training_arb.optim.integer_rules import MomentumRule, UpdateContext
 
+BACKENDS_AND_INSTRUCTIONS = [
+    ("torch", "best"),
+    pytest.param("native", "best", marks=NOT_BUILT),
+    pytest.param("native", "avx2", marks=NOT_BUILT),
+    pytest.param("triton", "best", marks=NO_TRITON),
+]
 SIZES = (1, 1), (16, 16), (17, 33), (40, 100), (100, 51)
 SHAPES, TRITS = shapes(*SIZES), pytest.mark.parametrize("trits", [1, 2])
 
@@ -53,10 +59,9 @@ def test_bytes_of_two_trits_are_where_the_kernels_look():
     assert (chunk == 0x44).all()
 
 
-@pytest.mark.parametrize("instructions", ["best", "avx2"])
 @pytest.mark.parametrize("tokens", range(1, 21))
 @pytest.mark.parametrize("trits", [1, 2, 3])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend, instructions", BACKENDS_AND_INSTRUCTIONS)
 def test_decode_linear(monkeypatch, backend, trits, tokens, instructions):
     """Every number of tokens that a kernel takes, and more, with levels in the form that the backend reads fastest."""
     monkeypatch.setenv("ARB_ISA", instructions)

@@ -17,7 +17,7 @@ from modeling_arb import ArbForCausalLM
 from modeling_arb.layers import ternary_matrix
 from modeling_arb.layers.ternary_table import TernaryTable
 from support.gradients import Sink
-from support.tensors import assert_same
+from support.tensors import assert_same, random_levels
 from training_arb.optim.integer_optimizer import IntegerOptimizer
 from training_arb.optim.integer_rules import TABLE_RATE
 
@@ -30,18 +30,22 @@ DENSE = {
 }
 
 
-def make_table(rule="momentum", group_size=0):
-    table = TernaryTable(ROWS, DIM, preset_config("arb-tiny", update_rule=rule, group_size=group_size))
+def make_table(rule="momentum", group_size=0, trits=1):
+    settings = {"update_rule": rule, "group_size": group_size, "trits_per_weight": trits}
+    if trits > 1:
+        settings["table_rule"] = "momentum"
+    table = TernaryTable(ROWS, DIM, preset_config("arb-tiny", **settings))
     table.reset_state()
     return table
 
 
-def with_memory(rule, table_rule="votes", **settings):
+def with_memory(rule, table_rule="votes", trits=1, **settings):
     torch.manual_seed(0)
     config = preset_config(
         "arb-tiny",
         update_rule=rule,
         table_rule=table_rule,
+        trits_per_weight={"tables": trits},
         memgram={"slots": 4096, "dim": DIM_OF_MEMORY, "orders": [3]},
     )
     model = ArbForCausalLM(config)
@@ -104,9 +108,9 @@ def test_a_step_is_the_dense_rule_on_the_touched_rows(rule):
             assert_same(f"{name} after step {step}", before[name], tensor)
 
 
-@pytest.mark.parametrize("table_rule", ["votes", "momentum"])
-def test_a_step_moves_trits_in_the_end(table_rule):
-    model, optimizer, table = with_memory("momentum", table_rule)
+@pytest.mark.parametrize("table_rule, trits", [("votes", 1), ("momentum", 1), ("momentum", 2)])
+def test_a_step_moves_levels_in_the_end(table_rule, trits):
+    model, optimizer, table = with_memory("momentum", table_rule, trits)
     first = state_of(table)
     ids = torch.randint(97, 100, (4, 32))
     for _ in range(6):
@@ -116,9 +120,10 @@ def test_a_step_moves_trits_in_the_end(table_rule):
     assert 0 < changed <= 27 + 9 + 3  # trigrams of three letters, and those that begin before the text
 
 
-def test_momentum_of_touched_rows():
+@pytest.mark.parametrize("trits", [1, 2])
+def test_momentum_of_touched_rows(trits):
     """The step's key and rate reach the sparse rule, with micro-batches summed before it."""
-    model, optimizer, table = with_memory("momentum", "momentum")
+    model, optimizer, table = with_memory("momentum", "momentum", trits)
     before, handed = state_of(table), []
     table.gradient_sink = Sink(lambda *given: handed.append(given[1:]), then=optimizer)
     ids = torch.randint(97, 103, (2, 12))
@@ -143,13 +148,13 @@ def test_an_error_names_the_table_and_the_step():
 
 
 @pytest.mark.parametrize("group_size", [0, 8], ids=["row", "G8"])
-@pytest.mark.parametrize("rule", RULES)
-def test_written_rows_stand_for_their_values(rule, group_size):
-    table = make_table(rule, group_size)
+@pytest.mark.parametrize("rule, trits", [*((rule, 1) for rule in RULES), ("momentum", 2)])
+def test_written_rows_stand_for_their_values(rule, group_size, trits):
+    table = make_table(rule, group_size, trits)
     before = state_of(table)
     ids, scale = torch.tensor([4, 0, 33]), 2.0 ** (torch.tensor([-5, 0, 9]) / 8)
-    values = scale[:, None] * torch.randint(-1, 2, (3, DIM))
-    values[:, ::8] = scale[:, None]  # no group is all zero
+    values = scale[:, None] * random_levels(3, DIM, trits=trits)
+    values[:, ::8] = scale[:, None] * table.largest_level  # in every group
     table.write_rows(ids, values)
     assert_same("values", values, table.rows_of(ids))
     others = [row for row in range(ROWS) if row not in ids]
