@@ -5,6 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .configuration_arb import ArbConfig
+from .trits_per_weight import ROLES, TritsPerWeight
+
+
+def _two_trits(overrides: dict) -> TritsPerWeight:
+    """Two trits a weight where the update rules can move them: the loss at equal time is lower (docs/results.md)."""
+    if overrides.get("update_rule", "momentum") != "momentum":
+        return 1
+    votes = overrides.get("table_rule", "momentum") == "votes"
+    return dict.fromkeys((role for role in ROLES if role != "tables"), 2) if votes else 2
 
 
 def arb_tiny(**overrides) -> ArbConfig:
@@ -16,7 +25,7 @@ def arb_tiny(**overrides) -> ArbConfig:
 def arb_bench(**overrides) -> ArbConfig:
     """1.1M weights: the quality benchmark's default shape, two minutes a configuration on two CPU cores."""
     shape = {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 1024}
-    return ArbConfig(**{**shape, **overrides})
+    return ArbConfig(**{**shape, "trits_per_weight": _two_trits(overrides), **overrides})
 
 
 def arb_small(**overrides) -> ArbConfig:
@@ -29,6 +38,7 @@ def arb_small(**overrides) -> ArbConfig:
         "intermediate_size": 1152,
         "memgram": {"slots": 1 << 15, "dim": 32},
         "table_rule": "momentum",
+        "trits_per_weight": _two_trits(overrides),
     }
     return ArbConfig(**{**shape, **overrides})
 
@@ -43,6 +53,7 @@ def arb_14m(**overrides) -> ArbConfig:
         "qk_nope_head_dim": 32,
         "qk_rope_head_dim": 32,
         "v_head_dim": 64,
+        "trits_per_weight": _two_trits(overrides),
     }
     return ArbConfig(**{**shape, **overrides})
 

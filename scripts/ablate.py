@@ -1,4 +1,5 @@
-"""Measure what each block gains in bits per byte: backbone against backbone plus block, at equal steps and equal time.
+"""Measure what each block, and a second trit for some of the weights, gains in bits per byte: backbone against variant,
+at equal steps and at equal time.
 
 Step times are measured first, all variants in the same rounds. Each variant then trains for --steps, and again for as
 many steps as the backbone's time allows it, with a learning-rate schedule of that length.
@@ -6,6 +7,7 @@ many steps as the backbone's time allows it, with a learning-rate schedule of th
 examples:
   python scripts/ablate.py --preset arb-tiny --variants memgram codebook --steps 60 --ctx 64 --batch 4
   python scripts/ablate.py --steps 600 --data corpus.txt --json ablation.json
+  python scripts/ablate.py --preset arb-bench --variants 'two trits' 'two trits: mlp' 'wider, one trit'
 """
 
 from __future__ import annotations
@@ -15,7 +17,15 @@ import training_arb.common.thread_waiting  # noqa: F401
 import argparse
 from pathlib import Path
 
-from training_arb.bench.ablation import BACKBONE, VARIANTS, AblationRow, ablate, step_times, variant_config
+from training_arb.bench.ablation import (
+    BACKBONE,
+    BLOCK_VARIANTS,
+    VARIANTS,
+    AblationRow,
+    ablate,
+    step_times,
+    variant_config,
+)
 from training_arb.bench.measurement import describe_environment
 from training_arb.bench.quality_benchmark import BenchmarkSettings
 from training_arb.cli.command_line import check_known, check_least, run, script_parser
@@ -25,6 +35,7 @@ from training_arb.common.text_table import format_table
 from training_arb.data.byte_data import load_corpus
 from training_arb.report.training_plots import plot_ablation
 
+OTHERS = [name for name in VARIANTS if name not in BLOCK_VARIANTS]
 COLUMNS = {
     "variant": "",
     "equal steps": ".4f",
@@ -43,14 +54,14 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--variants",
         nargs="+",
-        default=list(VARIANTS),
-        help="variants to train; the backbone is always included",
+        default=list(BLOCK_VARIANTS),
+        help=f"variants to train; the backbone is always included. Besides the default: {', '.join(OTHERS)}",
     )
     add("--preset", default="arb-small", help="preset whose backbone is used")
     add("--steps", type=int, default=600, help="training steps")
     add("--batch", type=int, default=16, help="windows per step")
     add("--ctx", type=int, default=128, help="bytes per window")
-    add("--rate", type=float, default=0.035, help="learning rate, in cells per step")
+    add("--rate", type=float, default=0.035, help="learning rate, in thirds of the latent line per step")
     add("--data", nargs="+", help="files, folders, globs; default: the running Python's standard library")
     add("--seed", type=int, default=0, help="seed of initial weights, data order and rounding")
     add("--json", metavar="OUT", help="write the results here, and a plot beside it")

@@ -1,4 +1,4 @@
-"""Audit a model's persistent state: every tensor by role, dtype and bytes, and the weights by area.
+"""Audit a model's persistent state: every tensor by role, dtype and bytes, and the weights and their trits by area.
 
 Caches, which generation keeps in memory besides the state and never saves, are shown separately. Exit code 1 when
 there is a float tensor, an unlisted one, or a byte that does not hold trits; 2 when the model cannot be read.
@@ -7,6 +7,8 @@ examples:
   python scripts/audit_state.py runs/pretrain/final
   python scripts/audit_state.py runs/pretrain/checkpoint-1200 --tensors
   python scripts/audit_state.py --preset arb-3b --json audit.json
+  python scripts/audit_state.py --preset arb-14m --trits_per_weight 2
+  python scripts/audit_state.py --preset arb-3b --trits_per_weight 2 --table_rule momentum
   python scripts/audit_state.py --preset arb-3b --update_rule correlation --allocate      # 0.9 GB, a minute
   python scripts/audit_state.py --preset arb-14m --batch 8 --ctx 256       # and what a training step would need
   python scripts/audit_state.py --preset arb-14m --batch 8 --ctx 1024 --gradient_checkpointing
@@ -19,8 +21,11 @@ import training_arb.common.thread_waiting  # noqa: F401
 import argparse
 import time
 from dataclasses import asdict
+from typing import Any
 
 from configuration_arb import PRESETS, ArbConfig, preset_config
+from configuration_arb.configuration_arb import TABLE_RULES
+from configuration_arb.trits_per_weight import parse_trits
 from modeling_arb import ArbForCausalLM
 from training_arb.checkpoints.checkpoint_files import check_finished
 from training_arb.cli.command_line import check_least, run, script_parser
@@ -73,6 +78,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("model_dir", nargs="?", help="a checkpoint folder")
     add("--preset", help=f"audit a shape without allocating it: {', '.join(PRESETS)}")
     add("--update_rule", default="momentum", help="update rule of the preset")
+    add("--table_rule", help=f"what moves the preset's tables: {', '.join(TABLE_RULES)}; default: the preset's")
+    add(
+        "--trits_per_weight", help="trits a weight of the preset: 1, 2, or ROLE:TRITS,ROLE:TRITS; default: the preset's"
+    )
     add("--allocate", action="store_true", help="build the preset's model and audit it")
     add("--batch", type=int, help="with --ctx: forecast the memory of a training step of the preset")
     add("--ctx", type=int, help="bytes per window of that step")
@@ -91,10 +100,20 @@ def check(args: argparse.Namespace) -> None:
     if (args.batch is None) != (args.ctx is None):
         raise ValueError(f"batch={args.batch}, ctx={args.ctx}: give both to forecast a training step")
     if args.batch is not None and not args.preset:
-        raise ValueError("batch={args.batch}: needs --preset NAME; the forecast is for presets only")
+        raise ValueError(f"batch={args.batch}: needs --preset NAME; the forecast is for presets only")
+    for name in ("table_rule", "trits_per_weight"):
+        if getattr(args, name) is not None and not args.preset:
+            raise ValueError(f"{name}={getattr(args, name)!r}: needs --preset NAME; a checkpoint's config says it")
     if args.gradient_checkpointing and args.batch is None:
         raise ValueError("gradient_checkpointing=True: needs --batch and --ctx of a training step")
     check_least(args, {"batch": 1, "ctx": 8})
+
+
+def chosen_fields(args: argparse.Namespace) -> dict[str, Any]:
+    """Fields of the preset that an option sets. Raises ValueError if their text cannot be read."""
+    trits = None if args.trits_per_weight is None else parse_trits(args.trits_per_weight)
+    fields = {"table_rule": args.table_rule, "trits_per_weight": trits}
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def show(audit: StateAudit, tensors: bool) -> None:
@@ -117,7 +136,7 @@ def main() -> int:
     memory = step = None
     base = training_base_mb() if args.batch else 0.0
     if args.preset:
-        config = preset_config(args.preset, update_rule=args.update_rule)
+        config = preset_config(args.preset, update_rule=args.update_rule, **chosen_fields(args))
         audit, memory = audit_built(config) if args.allocate else (audit_config(config), None)
     else:
         check_finished(args.model_dir)

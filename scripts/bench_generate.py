@@ -1,6 +1,7 @@
 """Time greedy generation with a cache: the ternary model against a float model of the same shape.
 
-ternary  the model as it generates: decode kernels on 2 bits a weight       fp32, bf16  the same blocks with F.linear
+ternary     the model as it generates: decode kernels on 2 bits a weight, 4 with two trits
+fp32, bf16  the same blocks with F.linear
 
 tokens_per_s: new bytes divided by the time of generate(), prompt included. token_ms: time between new bytes.
 limit_tokens_per_s: DRAM bandwidth, measured in the same rounds, divided by the bytes of the weights that a step
@@ -11,6 +12,7 @@ time of the layer.
 examples:
   python scripts/bench_generate.py --preset arb-tiny --prompt-bytes 8 --new-bytes 8 --repeats 2
   python scripts/bench_generate.py --preset arb-14m,200m --prompt-bytes 32 --new-bytes 64 --json generate.json
+  python scripts/bench_generate.py --preset 200m --models ternary --trits_per_weight 1 2 embedding:2,head:2
   python scripts/bench_generate.py --preset 200m --models ternary --profile
   python scripts/bench_generate.py --preset 100m --device cuda --batch 1,32 --models ternary,bf16
 """
@@ -22,6 +24,7 @@ import training_arb.common.thread_waiting  # noqa: F401
 import argparse
 import copy
 import time
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -30,6 +33,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from transformers.generation.streamers import BaseStreamer
 
 from configuration_arb import PRESETS, ArbConfig
+from configuration_arb.trits_per_weight import describe_trits, parse_trits
 from modeling_arb import ArbForCausalLM
 from modeling_arb.layers.ternary_linear import TernaryLinear
 from training_arb.bench.bench_report import report
@@ -47,10 +51,12 @@ from training_arb.bench.measurement import (
 from training_arb.cli.command_line import check_known, check_least, run, script_parser
 from training_arb.common.device_names import checked_device
 
-MODELS = ("ternary", "fp32", "bf16")
+TERNARY = "ternary"
+MODELS = (TERNARY, "fp32", "bf16")
 COLUMNS = {
     "preset": "",
     "model": "",
+    "trits_per_weight": "",
     "batch": "",
     "tokens_per_s": ".1f",
     "prompt_ms_p50": ".1f",
@@ -68,6 +74,11 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--preset", default="arb-14m,200m", help=f"comma-separated shapes: {', '.join([*PRESETS, *SHAPES])}")
     add("--models", default=",".join(MODELS), help="comma-separated models to time")
+    add(
+        "--trits_per_weight",
+        nargs="+",
+        help="a ternary model each: 1, 2, or ROLE:TRITS,ROLE:TRITS; default: the preset's",
+    )
     add("--device", default="cpu", help="cpu, cuda or cuda:N")
     add("--batch", default="1", help="comma-separated numbers of texts generated at once")
     add("--prompt-bytes", type=int, default=32, help="length of the prompt")
@@ -126,6 +137,9 @@ class Generator:
         bandwidth = limits.dram_gb_per_s
         limit = None if bandwidth is None else 1e9 * bandwidth / self.weight_bytes()
         return {
+            "trits_per_weight": None
+            if isinstance(self.model, ArbFloatBaseline)
+            else describe_trits(self.model.config.trits_per_weight),
             "batch": len(self.prompt),
             "tokens_per_s": len(self.prompt) * self.new_bytes / timing.p50,
             "prompt_ms_p50": float(np.median([call[0] for call in calls])) * MILLISECONDS,
@@ -147,9 +161,13 @@ def main() -> None:
     check_least(args, {"prompt_bytes": 1, "new_bytes": 2, "repeats": 1, "limit_mb": 1})
     wanted = args.models.split(",")
     check_known("models", wanted, MODELS)
-    configs = {preset: shape_config(preset, training_state=False) for preset in args.preset.split(",")}
+    trits = [{"trits_per_weight": parse_trits(text)} for text in args.trits_per_weight or []]
+    shapes = {
+        preset: [shape_config(preset, training_state=False, **value) for value in trits or [{}]]
+        for preset in args.preset.split(",")
+    }
     device, batches = checked_device(args.device), parse_batches(args.batch)
-    for preset, config in configs.items():
+    for preset, (config, *_) in shapes.items():
         if args.prompt_bytes + args.new_bytes > config.max_position_embeddings:
             raise ValueError(f"new_bytes={args.new_bytes}: {preset} has {config.max_position_embeddings} positions")
     set_threads(args.threads)
@@ -157,31 +175,36 @@ def main() -> None:
     limited = limit_jobs.jobs if device.type == "cpu" else {}
     draw = torch.Generator().manual_seed(args.seed)
     prompts = [torch.randint(32, 127, (batch, args.prompt_bytes), generator=draw).to(device) for batch in batches]
-    for preset, config in configs.items():
-        torch.manual_seed(args.seed)
-        models = build(config, wanted, device)
+    for preset, configs in shapes.items():
+        models = build(configs, wanted, args.seed, device)
         for prompt in prompts:
-            generators = {name: Generator(model, prompt, args.new_bytes) for name, model in models.items()}
+            generators = {label: Generator(model, prompt, args.new_bytes) for label, model in models.items()}
             timings = interleaved({**generators, **limited}, args.repeats, label=f"{preset}, batch {len(prompt)}")
             limits = limit_jobs.limits(timings) if limited else Limits()
-            for name, generator in generators.items():
-                rows.append({"preset": preset, "model": name, **generator.row(timings[name], args.repeats, limits)})
-        if args.profile and "ternary" in models:
-            print(f"{preset}, {args.new_bytes} steps:\n{profile_table(generators['ternary'])}", flush=True)
+            for label, generator in generators.items():
+                named = {"preset": preset, "model": label.split()[0]}
+                rows.append({**named, **generator.row(timings[label], args.repeats, limits)})
+        if args.profile:
+            for label in (label for label in models if label.startswith(TERNARY)):
+                print(f"{preset}, {label}, {args.new_bytes} steps:\n{profile_table(generators[label])}", flush=True)
     settings = {key: getattr(args, key) for key in ("prompt_bytes", "new_bytes", "repeats", "seed")}
     report({"rows": rows, **settings, "env": describe_environment(args.device)}, COLUMNS, args.json)
 
 
-def build(config: ArbConfig, wanted: list[str], device: torch.device) -> dict[str, ArbForCausalLM]:
+def build(
+    configs: Sequence[ArbConfig], wanted: Sequence[str], seed: int, device: torch.device
+) -> dict[str, ArbForCausalLM]:
+    """The wanted models by label, which begins with the model's name: a ternary one for every config, float ones of
+    the first config's shape."""
     models: dict[str, ArbForCausalLM] = {}
-    if "ternary" in wanted:
-        models["ternary"] = ArbForCausalLM(config)
-    if {"fp32", "bf16"} & {*wanted}:
-        models["fp32"] = ArbFloatBaseline(copy.deepcopy(config))
-    if "bf16" in wanted:
-        models["bf16"] = copy.deepcopy(models["fp32"]).to(torch.bfloat16)
-        models["bf16"].config.dtype = "bfloat16"
-    return {name: models[name].to(device) for name in wanted}
+    for name in wanted:
+        for config in configs if name == TERNARY else configs[:1]:
+            torch.manual_seed(seed)
+            label = f"{name} {describe_trits(config.trits_per_weight)}" if name == TERNARY else name
+            models[label] = (ArbForCausalLM if name == TERNARY else ArbFloatBaseline)(copy.deepcopy(config))
+            if name == "bf16":
+                models[label].to(torch.bfloat16).config.dtype = "bfloat16"
+    return {label: model.to(device) for label, model in models.items()}
 
 
 def profile_table(generator: Generator) -> str:

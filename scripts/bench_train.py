@@ -2,7 +2,8 @@
 
 Adam_FP32    float weights and fused AdamW               Adam_STE     the same with straight-through ternary weights
 Adam_BF16    the same in bfloat16 autocast
-TrueTernary  the momentum rule, the default              SignSGD_Old, Correlation  the other two rules, groups of 32
+TrueTernary  the momentum rule, the default              TwoTrit      the same with two trits a weight
+TwoTrit_Edges  two trits in embedding and head           SignSGD_Old, Correlation  the other two rules, groups of 32
 
 step_ms: forward, backward and update. update_ms: the part inside the update, which TrueTernary runs during backward,
 matrix by matrix, and AdamW after it; on a GPU it is not measured separately. --compute selects the matmuls of ternary
@@ -12,7 +13,7 @@ measured in a separate process per row; on a GPU it is that of the device before
 examples:
   python scripts/bench_train.py --preset arb-tiny --batch 2 --ctx 32 --configs Adam_FP32,TrueTernary --steps 3
   python scripts/bench_train.py --preset arb-14m --batch 8 --ctx 256 --steps 20 --json train.json
-  python scripts/bench_train.py --configs TrueTernary --compute int8 --threads 1 --steps 10
+  python scripts/bench_train.py --configs TrueTernary,TwoTrit --compute int8 --threads 1 --steps 10
   python scripts/bench_train.py --preset 100m --device cuda --compute int8,bf16 --configs Adam_BF16,TrueTernary
 """
 
@@ -38,7 +39,7 @@ from modeling_arb import ArbForCausalLM
 from training_arb.bench.bench_report import report
 from training_arb.bench.bench_shapes import SHAPES, shape_config
 from training_arb.bench.measurement import MILLISECONDS, describe_environment, interleaved, set_threads
-from training_arb.bench.quality_benchmark import ADAM_CONFIGS, CONFIGS, GROUP_SIZES, UPDATE_RULES, float_baseline
+from training_arb.bench.quality_benchmark import ADAM_CONFIGS, CONFIGS, GROUP_SIZES, float_baseline, state_fields
 from training_arb.cli.command_line import check_known, check_least, run, script_parser
 from training_arb.common.cpu_allocator import keep_freed_memory
 from training_arb.common.device_names import checked_device
@@ -119,10 +120,9 @@ class TimedRule:
 
 def build(name: str, compute: str, args: argparse.Namespace) -> Trainee:
     torch.manual_seed(args.seed)
-    rule, group_size = UPDATE_RULES.get(name, "momentum"), GROUP_SIZES.get(name, 0)
     device, dtype = torch.device(args.device), "bfloat16" if compute == "bf16" else "float32"
     compute = "float" if compute == "bf16" else compute
-    config = shape_config(args.preset, update_rule=rule, group_size=group_size, compute=compute, dtype=dtype)
+    config = shape_config(args.preset, **state_fields(name), compute=compute, dtype=dtype)
     block = torch.randint(0, 256, (args.batch, args.ctx), generator=torch.Generator().manual_seed(args.seed)).to(device)
     if name in ADAM_CONFIGS:
         model = float_baseline(name, config).to(device)

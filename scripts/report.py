@@ -1,7 +1,7 @@
 """Report on a run, finished or in progress, from its folder.
 
-Curves of loss and bits per byte, flip rates per step and per layer, the trits of each area, the state table, samples
-and settings: one HTML file with its plots inside, or the plots as a PNG.
+Curves of loss and bits per byte, flip rates per step and per layer, zeros per layer, the levels of each area, the
+state table, samples and settings: one HTML file with its plots inside, or the plots as a PNG.
 
 examples:
   python scripts/report.py runs/pretrain                          # runs/pretrain/report.html

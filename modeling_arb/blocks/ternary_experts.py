@@ -29,7 +29,8 @@ class GroupedLinearFunction(torch.autograd.Function):
     """Multiplies each segment of rows by its own layer's weights: one grouped product in forward and two in backward.
 
     Codes and levels are small integers, whose float32 sums are exact over as many columns as `_is_grouped` allows, in
-    TF32 too: forward equals Int8LinearFunction bit for bit. Backward multiplies float32 gradients without rounding them to int8.
+    TF32 too: forward equals Int8LinearFunction bit for bit. Backward multiplies float32 gradients without rounding them
+    to int8.
     x (M, K), expert int64 (M,), ascending, ends int32 (E,), one past each segment -> (M, N).
     """
 

@@ -171,13 +171,24 @@ def check_headers(
             raise ValueError(f"{source}: tensor {name} has dtype {found.dtype}, {asking} requires {tensor.dtype}")
         if found is not None and found.shape != tensor.shape and not sizes_may_differ:
             raise ValueError(
-                f"{source}: tensor {name} has shape {tuple(found.shape)}, {asking} requires {tuple(tensor.shape)}"
+                f"{source}: tensor {name} has shape {tuple(found.shape)}, {asking} requires"
+                f" {tuple(tensor.shape)}{_other_trits(name, found, tensor)}"
             )
         asked += tensor.nbytes
     if asked > MOST_GROWTH * held:
         raise ValueError(f"{source}: {asking} requires {asked:,} bytes of state, but {held:,} are stored")
     if fresh:
         logger.warning(f"{source} does not have {', '.join(sorted(fresh))}: freshly initialised, to be trained")
+
+
+def _other_trits(name: str, found: torch.Tensor, expected: torch.Tensor) -> str:
+    """An addition to the message where packed rows differ in length as one trit a weight and two do."""
+    if name.endswith("T_packed") and found.shape[:-1] == expected.shape[:-1]:
+        if 2 * found.shape[-1] == expected.shape[-1]:
+            return ": one trit a weight instead of two (trits_per_weight)"
+        if found.shape[-1] == 2 * expected.shape[-1]:
+            return ": two trits a weight instead of one (trits_per_weight)"
+    return ""
 
 
 def _stands_in(name: str, part: str) -> bool:

@@ -8,6 +8,7 @@ elsewhere a peak cannot be read.
 
 examples:
   python scripts/developer/bench_memory.py --shapes arb-tiny:4x64 arb-tiny:4x64+checkpointing
+  python scripts/developer/bench_memory.py --shapes arb-14m:8x256 --trits_per_weight 2
   python scripts/developer/bench_memory.py --json memory.json
 """
 
@@ -27,6 +28,7 @@ import torch
 from tqdm.auto import tqdm
 
 from configuration_arb import PRESETS, preset_config
+from configuration_arb.trits_per_weight import describe_trits, parse_trits
 from modeling_arb import ArbForCausalLM
 from training_arb.bench.bench_report import report
 from training_arb.bench.measurement import describe_environment
@@ -51,7 +53,14 @@ LARGE = ["arb-14m:1x128", "arb-14m:32x128", "arb-14m:8x256", "arb-14m:1x1024", "
 CHECKPOINTED = ["arb-small:32x256", "arb-14m:8x256", "arb-14m:32x256", "arb-14m:8x1024"]
 SHAPES = [*SMALL, *LARGE, *(f"{shape}{CHECKPOINTING}" for shape in CHECKPOINTED)]
 MEGABYTES = ("state_mb", "saved_mb", "tensors_mb", "base_mb", "forecast_mb", "peak_mb")
-COLUMNS = {"preset": "", "batch": "", "ctx": "", "checkpointing": "", **dict.fromkeys(MEGABYTES, ".0f")}
+COLUMNS = {
+    "preset": "",
+    "batch": "",
+    "ctx": "",
+    "checkpointing": "",
+    "trits_per_weight": "",
+    **dict.fromkeys(MEGABYTES, ".0f"),
+}
 COLUMNS |= {"over_tensors": ".2f", "margin": ".2f", "step_s": ".2f"}
 
 
@@ -63,9 +72,10 @@ class Shape:
     batch: int
     ctx: int
     checkpointing: bool = False
+    trits_per_weight: str = "1"
 
     @classmethod
-    def parse(cls, text: str) -> Shape:
+    def parse(cls, text: str, trits_per_weight: str | None = None) -> Shape:
         try:
             preset, _, size = text.removesuffix(CHECKPOINTING).partition(":")
             batch, ctx = map(int, size.split("x"))
@@ -73,18 +83,21 @@ class Shape:
             raise ValueError(
                 f"shapes: {text!r} must look like arb-small:8x256 or arb-small:8x256+checkpointing"
             ) from error
-        preset_config(preset)
+        chosen = {} if trits_per_weight is None else {"trits_per_weight": parse_trits(trits_per_weight)}
+        trits = describe_trits(preset_config(preset, **chosen).trits_per_weight)
         for field, value, least in (("batch", batch, 1), ("ctx", ctx, 8)):
             if value < least:
                 raise ValueError(f"shapes: {text!r} has {field}={value}, which must be at least {least}")
-        return cls(preset, batch, ctx, text.endswith(CHECKPOINTING))
+        return cls(preset, batch, ctx, text.endswith(CHECKPOINTING), trits)
 
     def __str__(self) -> str:
         return f"{self.preset}:{self.batch}x{self.ctx}{CHECKPOINTING if self.checkpointing else ''}"
 
     def model(self) -> ArbForCausalLM:
         torch.manual_seed(0)
-        return ArbForCausalLM(preset_config(self.preset, max_position_embeddings=max(self.ctx, 4096)))
+        trits = parse_trits(self.trits_per_weight)
+        positions = max(self.ctx, 4096)
+        return ArbForCausalLM(preset_config(self.preset, trits_per_weight=trits, max_position_embeddings=positions))
 
 
 def train(shape: Shape, steps: int) -> dict[str, float]:
@@ -115,6 +128,7 @@ def train(shape: Shape, steps: int) -> dict[str, float]:
 def measure(shape: Shape, steps: int) -> dict[str, float]:
     """`train` in a separate process. Raises RuntimeError with its error output if it fails."""
     command = [sys.executable, __file__, "--measure", str(shape), "--steps", str(steps)]
+    command += ["--trits_per_weight", shape.trits_per_weight]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{shape}: {done.stderr.strip()}")
@@ -135,6 +149,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = script_parser(__doc__)
     add = parser.add_argument
     add("--shapes", nargs="+", default=SHAPES, metavar="PRESET:BATCHxCTX", help=f"presets: {', '.join(PRESETS)}")
+    add("--trits_per_weight", help="of all shapes: 1, 2, or ROLE:TRITS,ROLE:TRITS; default: the presets'")
     add("--steps", type=int, default=3, help="steps of each run")
     add("--measure", metavar="SHAPE", help="train this shape in this process, print its memory, and exit")
     add("--json", metavar="OUT", help="write the rows here")
@@ -145,10 +160,10 @@ def main() -> None:
     args = build_parser().parse_args()
     check_least(args, {"steps": 1})
     if args.measure:
-        print(json.dumps(train(Shape.parse(args.measure), args.steps)))
+        print(json.dumps(train(Shape.parse(args.measure, args.trits_per_weight), args.steps)))
         return
     base, rows = resident_mb(), []
-    shapes = [Shape.parse(text) for text in args.shapes]
+    shapes = [Shape.parse(text, args.trits_per_weight) for text in args.shapes]
     for shape in tqdm(shapes, desc="shapes", leave=False):
         measured, expected = measure(shape, args.steps), forecast(shape, base)
         above = measured["peak_mb"] - measured["base_mb"] - FIRST_STEP_MB

@@ -1,4 +1,5 @@
-"""Ablation: the backbone with one block switched on at a time, at equal steps and at equal time."""
+"""Ablation: the backbone with one block switched on at a time, or two trits for some of its weights, at equal steps and
+at equal time."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ import torch
 from configuration_arb import ArbConfig, preset_config
 from configuration_arb.optional_blocks import OPTIONAL_BLOCKS
 from modeling_arb import ArbForCausalLM
+from training_arb.memory.state_audit import audit_config
 from training_arb.optim.integer_optimizer import IntegerOptimizer
 
 from .measurement import MILLISECONDS, Timing, interleaved
@@ -23,7 +25,7 @@ CODEBOOK = {"size": 512, "dim": 64}
 EXPERTS = {"num_experts": 4, "expert_size": 0}
 GRAPH = {**EXPERTS, "active_edges": 4096}
 # Overrides of a preset; sizes that suit a width of one to three hundred.
-VARIANTS: dict[str, dict[str, Any]] = {
+BLOCK_VARIANTS: dict[str, dict[str, Any]] = {
     BACKBONE: {},
     "text_sequencer": {"text_sequencer": {}},
     "memgram": {"memgram": MEMORY},
@@ -45,8 +47,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "head_layers": 1,
     },
 }
-NOTHING = {**dict.fromkeys(OPTIONAL_BLOCKS), "head_layers": 0, "table_rule": "votes"}
+TABLE = {"memgram": MEMORY, "table_rule": "momentum"}
+TRIT_VARIANTS: dict[str, dict[str, Any]] = {
+    "two trits": {"trits_per_weight": 2},
+    "two trits: embedding, head": {"trits_per_weight": {"embedding": 2, "head": 2}},
+    "two trits: attention": {"trits_per_weight": {"attention": 2}},
+    "two trits: mlp": {"trits_per_weight": {"mlp": 2}},
+    "memgram, two trits: tables": {**TABLE, "trits_per_weight": {"tables": 2}},
+    "memgram, two trits": {**TABLE, "trits_per_weight": 2},
+}
+WIDER = "wider, one trit"  # the MLPs widened until the state has the bytes of "two trits"
+VARIANTS = {**BLOCK_VARIANTS, **TRIT_VARIANTS, WIDER: {}}
+NOTHING = {**dict.fromkeys(OPTIONAL_BLOCKS), "head_layers": 0, "table_rule": "votes", "trits_per_weight": 1}
 TIMED_ROUNDS = 8
+PROBE = 320  # of intermediate_size, to see how many bytes a width takes
 
 
 @dataclass
@@ -66,7 +80,19 @@ class AblationRow:
 
 def variant_config(preset: str, name: str) -> ArbConfig:
     """The preset's backbone with the variant's blocks and no others."""
-    return preset_config(preset, **{**NOTHING, **VARIANTS[name]})
+    return _widened(preset) if name == WIDER else preset_config(preset, **{**NOTHING, **VARIANTS[name]})
+
+
+def _widened(preset: str) -> ArbConfig:
+    """One trit a weight, with MLPs so wide that the state takes as many bytes as with two."""
+
+    def of_width(width: int) -> ArbConfig:
+        return preset_config(preset, **{**NOTHING, "intermediate_size": width})
+
+    width = preset_config(preset).intermediate_size
+    narrow, wide = (audit_config(of_width(size)).state_bytes for size in (width, width + PROBE))
+    wanted = audit_config(variant_config(preset, "two trits")).state_bytes
+    return of_width(width + round(PROBE * (wanted - narrow) / (wide - narrow)))
 
 
 def build_variant(preset: str, name: str, settings: BenchmarkSettings, rate: float):

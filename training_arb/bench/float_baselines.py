@@ -19,7 +19,7 @@ from modeling_arb import ArbForCausalLM
 INTEGER_ONLY = ("codebook", "moe_graph")
 
 
-STEPS = {1: 1.0, 2: 0.55}  # of mean|W| between levels, by trits; for two, about the least squares of a normal W
+STEPS = {1: 1.0, 2: 0.675}  # of mean|W| between levels, by trits: BitNet's, and the least squares of a normal W
 
 
 class AbsmeanLevels(nn.Module):

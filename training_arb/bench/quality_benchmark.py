@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -107,13 +108,16 @@ def float_baseline(name: str, config: ArbConfig) -> ArbFloatBaseline:
 
 
 def _config(name: str, settings: BenchmarkSettings) -> ArbConfig:
-    return preset_config(
-        settings.preset,
-        update_rule=UPDATE_RULES.get(name, "momentum"),
-        group_size=GROUP_SIZES.get(name, 0),
-        trits_per_weight=TRITS.get(name.removeprefix("Adam_STE_"), 1),
-        compute=settings.compute,
-    )
+    return preset_config(settings.preset, **state_fields(name), compute=settings.compute)
+
+
+def state_fields(name: str) -> dict[str, Any]:
+    """The fields of ArbConfig by which a configuration differs from the others."""
+    return {
+        "update_rule": UPDATE_RULES.get(name, "momentum"),
+        "group_size": GROUP_SIZES.get(name, 0),
+        "trits_per_weight": TRITS.get(name.removeprefix("Adam_STE_"), 1),
+    }
 
 
 def rate_at(step: int, steps: int) -> float:

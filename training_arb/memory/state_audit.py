@@ -40,6 +40,7 @@ class TensorRow:
     shape: tuple[int, ...]
     bytes: int
     area: str
+    inference: bool = False  # whether inference needs it
 
 
 @dataclass(frozen=True)
@@ -54,13 +55,16 @@ class CacheRow:
 
 @dataclass
 class StateAudit:
-    """The result of an audit. `areas` counts logical ternary weights.
+    """The result of an audit. `areas` counts logical weights, `trits` their trits, both by area; `trits_by_role` is the
+    number of trits that a weight has in the matrices of each role.
 
     caches: data that a live model holds beside its state; for a shape or a checkpoint (caches_are_held False), the most
     that generation on the CPU will create. They are not part of state_bytes.
     """
 
     areas: dict[str, int] = field(default_factory=dict)
+    trits: dict[str, int] = field(default_factory=dict)
+    trits_by_role: dict[str, int] = field(default_factory=dict)
     tensors: list[TensorRow] = field(default_factory=list)
     float_tensors: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
@@ -80,6 +84,16 @@ class StateAudit:
         return sum(row.bytes for row in self.tensors)
 
     @property
+    def trits_per_weight(self) -> float:
+        """The mean over all weights."""
+        return sum(self.trits.values()) / self.logical_weights
+
+    @property
+    def inference_bytes(self) -> int:
+        """Bytes of the tensors that inference needs: what an inference checkpoint holds."""
+        return sum(row.bytes for row in self.tensors if row.inference)
+
+    @property
     def clean(self) -> bool:
         return not self.float_tensors and not self.faults
 
@@ -89,6 +103,11 @@ class StateAudit:
             "logical_weights": self.logical_weights,
             "state_bytes": self.state_bytes,
             "state_bytes_per_weight": self.state_bytes / self.logical_weights,
+            "inference_bytes": self.inference_bytes,
+            "inference_bytes_per_weight": self.inference_bytes / self.logical_weights,
+            "trits_per_weight": self.trits_per_weight,
+            "trits_by_area": {area: trits / self.areas[area] for area, trits in self.trits.items()},
+            "trits_by_role": self.trits_by_role,
             "float_tensors": self.float_tensors,
             "faults": self.faults,
             "caches": [asdict(row) for row in self.caches],
@@ -99,16 +118,17 @@ class StateAudit:
 
     def table(self) -> str:
         """The audit as text: areas, roles, verdict."""
-        areas = [f"{'area':<24}{'weights':>14}{'bytes':>14}{'bytes/weight':>14}"]
+        areas = [f"{'area':<24}{'weights':>14}{'trits/weight':>14}{'bytes':>14}{'bytes/weight':>14}"]
         for area, weights in self.areas.items():
             size = sum(row.bytes for row in self.tensors if row.area == area)
-            areas.append(f"{area:<24}{weights:>14,}{size:>14,}{size / weights:>14.3f}")
-        per_weight = self.state_bytes / self.logical_weights
-        areas.append(f"{'total':<24}{self.logical_weights:>14,}{self.state_bytes:>14,}{per_weight:>14.3f}")
+            areas.append(_area_line(area, weights, self.trits[area], size))
+        areas.append(_area_line("total", self.logical_weights, sum(self.trits.values()), self.state_bytes))
         roles = [f"{'role':<24}{'dtype':>14}{'bytes':>14}{'bytes/weight':>14}"]
         for role, dtype in sorted({(row.role, row.dtype) for row in self.tensors}):
             size = sum(row.bytes for row in self.tensors if (row.role, row.dtype) == (role, dtype))
             roles.append(f"{role:<24}{dtype:>14}{size:>14,}{size / self.logical_weights:>14.3f}")
+        size = self.inference_bytes
+        roles.append(f"{'of it for inference':<38}{size:>14,}{size / self.logical_weights:>14.3f}")
         held = "held beside the state" if self.caches_are_held else "generation will hold"
         caches = [f"{'cache, ' + held:<38}{'bytes':>14}{'bytes/weight':>14}"]
         for kind in [*sorted({row.kind for row in self.caches}), None]:
@@ -117,6 +137,10 @@ class StateAudit:
         verdict = [f"float tensors: {len(self.float_tensors)}"]
         verdict += [f"  float: {name}" for name in self.float_tensors] + [f"  fault: {fault}" for fault in self.faults]
         return "\n".join([*areas, "", *roles, "", *caches, "", *verdict])
+
+
+def _area_line(area: str, weights: int, trits: int, size: int) -> str:
+    return f"{area:<24}{weights:>14,}{trits / weights:>14.3g}{size:>14,}{size / weights:>14.3f}"
 
 
 def area_of(name: str) -> str:
@@ -130,7 +154,10 @@ def _audit_tensors(model: ArbForCausalLM, tensors: dict[str, torch.Tensor]) -> S
     listed = {}
     for name, module in model.integer_states().items():
         if isinstance(module, TernaryMatrix):
-            audit.areas[area_of(name)] = audit.areas.get(area_of(name), 0) + module.logical_weights
+            area, weights = area_of(name), module.logical_weights
+            audit.areas[area] = audit.areas.get(area, 0) + weights
+            audit.trits[area] = audit.trits.get(area, 0) + weights * module.trits
+            audit.trits_by_role[module.role] = module.trits
         for key, spec in module.layout().items():
             if spec.inference or model.config.training_state:
                 listed[f"{name}.{key}"] = spec
@@ -139,7 +166,8 @@ def _audit_tensors(model: ArbForCausalLM, tensors: dict[str, torch.Tensor]) -> S
         role = spec.role if spec else "unlisted"
         size = tensor.numel() * tensor.element_size()
         dtype = str(tensor.dtype).removeprefix("torch.")
-        audit.tensors.append(TensorRow(name, role, dtype, tuple(tensor.shape), size, area_of(name)))
+        needed = spec is not None and spec.inference
+        audit.tensors.append(TensorRow(name, role, dtype, tuple(tensor.shape), size, area_of(name), needed))
         if tensor.is_floating_point() or tensor.is_complex():
             audit.float_tensors.append(name)
         if spec is None:

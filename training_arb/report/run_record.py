@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
-from arb_kernels.formats.packing import unpack_levels
+from arb_kernels.formats.packing import largest_level, unpack_levels
 from configuration_arb import ArbConfig
+from configuration_arb.trits_per_weight import CHOICES
 from modeling_arb import ArbForCausalLM
 from modeling_arb.checkpoints.integrity import open_tensor_file, read_json_object
 from training_arb.checkpoints.checkpoint_files import RUN_FILE, STATE_FILE, check_tensor_files
@@ -17,13 +18,18 @@ from training_arb.checkpoints.run_checkpoints import numbered_checkpoints, step_
 from training_arb.common.error_lines import first_line
 from training_arb.memory.state_audit import StateAudit, audit_folder
 
+LEVELS = range(-largest_level(max(CHOICES)), largest_level(max(CHOICES)) + 1)
 COUNTED_WEIGHTS = 1 << 22  # of a matrix: the first rows of a large table stand for all
 SHOWN_STATE = ("global_step", "max_steps", "train_batch_size", "eval_steps", "save_steps", "logging_steps")
 
 
 @dataclass
 class RunRecord:
-    """`missing` lists what could not be read. Trit counts are of (-1, 0, +1)."""
+    """`missing` lists what could not be read.
+
+    levels_by_area: how many weights have each level of LEVELS, int64; one trit a weight gives -1, 0 and 1 only.
+    flips_by_layer: share of the weights whose level differs, per step.
+    """
 
     run_dir: Path
     history: list[dict] = field(default_factory=list)
@@ -31,8 +37,9 @@ class RunRecord:
     results: dict[str, object] = field(default_factory=dict)
     sample: str | None = None
     audit: StateAudit | None = None
-    trits_by_area: dict[str, torch.Tensor] = field(default_factory=dict)  # each int64 (3,)
-    flips_by_layer: dict[str, float] = field(default_factory=dict)  # share of trits that differ, per step
+    levels_by_area: dict[str, torch.Tensor] = field(default_factory=dict)
+    zeros_by_layer: dict[str, float] = field(default_factory=dict)  # share of weights whose level is 0
+    flips_by_layer: dict[str, float] = field(default_factory=dict)
     flips_between: tuple[str, str] | None = None
     missing: list[str] = field(default_factory=list)
 
@@ -93,13 +100,15 @@ def _read_weights(record: RunRecord, folders: list[Path]) -> None:
             config = ArbConfig.from_pretrained(folder)
             areas = {row.name: row.area for row in audit.tensors}
             counts: dict[str, torch.Tensor] = {}
-            for name, trits in read_trits(folder):
-                count = torch.stack([(trits == value).sum() for value in (-1, 0, 1)])
+            zeros: dict[str, float] = {}
+            for name, levels in read_levels(folder):
+                count = torch.bincount(levels.flatten().int() - LEVELS[0], minlength=len(LEVELS))
+                zeros[name.removesuffix(".T_packed")] = (count[LEVELS.index(0)] / count.sum()).item()
                 counts[areas[name]] = counts.get(areas[name], 0) + count
         except (ValueError, OSError, RuntimeError) as error:
             record.missing.append(f"weights of {folder.name}: {first_line(error)}")
             continue
-        record.audit, record.trits_by_area = audit, counts
+        record.audit, record.levels_by_area, record.zeros_by_layer = audit, counts, zeros
         record.settings |= {f"config.{key}": value for key, value in config.to_diff_dict().items()}
         return
     record.missing.append("no weights: neither a checkpoint nor final/")
@@ -112,7 +121,7 @@ def _read_flips(record: RunRecord, checkpoints: list[Path]) -> None:
     before, after = checkpoints[-2:]
     steps = step_of(after) - step_of(before)
     try:
-        pairs = zip(read_trits(before), read_trits(after), strict=True)
+        pairs = zip(read_levels(before), read_levels(after), strict=True)
         flips = {name: (old != new).float().mean().item() / steps for (name, old), (_, new) in pairs}
     except (ValueError, OSError, RuntimeError) as error:
         record.missing.append(f"flips per layer: {first_line(error)}")
@@ -121,7 +130,7 @@ def _read_flips(record: RunRecord, checkpoints: list[Path]) -> None:
     record.flips_between = (before.name, after.name)
 
 
-def read_trits(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+def read_levels(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """(tensor name, int8 (rows, columns)) of each ternary matrix on disk, by name; for large ones only the first
     rows."""
     with torch.device("meta"):

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from html import escape
 from pathlib import Path
 
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 from training_arb.common.atomic_files import write_bytes
 
-from .run_record import RunRecord, read_run
+from .run_record import LEVELS, RunRecord, read_run
 from .training_plots import COLOURS, CURVES, draw_curve
 
-TRITS = ("-1", "0", "+1")
+LEVEL_COLOURS = LinearSegmentedColormap.from_list("levels", [COLOURS[1], "#dddddd", COLOURS[0]])
+LEAST_LABELLED = 0.04  # share of a bar that has room for its figure
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
 body {{ font: 15px/1.5 sans-serif; max-width: 72em; margin: 2em auto; padding: 0 1em; color: #222 }}
@@ -44,14 +46,17 @@ def write_report(run_dir: str | Path, html: str | Path | None = None, png: str |
 
 
 def _picture(record: RunRecord) -> bytes:
-    height = 4 + max(3.5, 0.16 * len(record.flips_by_layer))
+    height = 4 + max(3.5, 0.16 * len(record.zeros_by_layer))
     figure = Figure(figsize=(13, height), constrained_layout=True)
     upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=[4, height - 4])[:, 0]
     for panel, curve in zip(upper.subplots(1, len(CURVES)), CURVES, strict=True):
         draw_curve(panel, record.history, *curve)
-    layers, areas = lower.subplots(1, 2)
-    _draw_flips(layers, record)
-    _draw_trits(areas, record)
+    flips, zeros, areas = lower.subplots(1, 3, width_ratios=[3, 2, 4])
+    _draw_by_layer(flips, record.flips_by_layer, "share of levels changed per step")
+    flips.set_xlabel(" to ".join(record.flips_between or ("no two checkpoints",)))
+    _draw_by_layer(zeros, record.zeros_by_layer, "share of zeros")
+    zeros.set(yticks=[] if record.flips_by_layer else zeros.get_yticks())
+    _draw_levels(areas, record)
     for panel in (*upper.axes, *lower.axes):
         panel.spines[["top", "right"]].set_visible(False)
     file = io.BytesIO()
@@ -59,30 +64,36 @@ def _picture(record: RunRecord) -> bytes:
     return file.getvalue()
 
 
-def _draw_flips(panel: Axes, record: RunRecord) -> None:
-    names = list(record.flips_by_layer)[::-1]
-    panel.barh(names, [record.flips_by_layer[name] for name in names], color=COLOURS[0])
+def _draw_by_layer(panel: Axes, shares: Mapping[str, float], title: str) -> None:
+    names = list(shares)[::-1]
+    panel.barh(names, [shares[name] for name in names], color=COLOURS[0])
     panel.tick_params(axis="y", labelsize=7)
-    between = " to ".join(record.flips_between or ("no two checkpoints",))
-    panel.set(title=f"trits changed per step, {between}")
+    panel.set_title(title, fontsize=10)
 
 
-def _draw_trits(panel: Axes, record: RunRecord) -> None:
-    names, left = list(record.trits_by_area)[::-1], [0.0] * len(record.trits_by_area)
-    for i, trit in enumerate(TRITS):
-        shares = [(record.trits_by_area[name][i] / record.trits_by_area[name].sum()).item() for name in names]
-        bars = panel.barh(names, shares, left=left, label=trit, color=(COLOURS[1], "#cccccc", COLOURS[0])[i])
-        panel.bar_label(bars, [f"{share:.0%}" for share in shares], label_type="center", fontsize=8)
+def _draw_levels(panel: Axes, record: RunRecord) -> None:
+    names, left = list(record.levels_by_area)[::-1], [0.0] * len(record.levels_by_area)
+    used = [level for level in LEVELS if any(counts[level - LEVELS[0]] for counts in record.levels_by_area.values())]
+    largest = max(map(abs, used), default=0) or 1
+    for level in used:
+        counts = [record.levels_by_area[name] for name in names]
+        shares = [(count[level - LEVELS[0]] / count.sum()).item() for count in counts]
+        colour = LEVEL_COLOURS((level / largest + 1) / 2)
+        bars = panel.barh(names, shares, left=left, label=f"{level:+d}" if level else "0", color=colour)
+        labels = [f"{share:.0%}" if share >= LEAST_LABELLED else "" for share in shares]
+        panel.bar_label(bars, labels, label_type="center", fontsize=8)
         left = [start + share for start, share in zip(left, shares, strict=True)]
     if names:
-        panel.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.06))
-    panel.set(title="share of each trit by area", xlim=(0, 1))
+        spacing = {"handlelength": 1, "handletextpad": 0.4, "columnspacing": 0.8, "fontsize": 8}
+        panel.legend(frameon=False, ncols=len(used), loc="upper center", bbox_to_anchor=(0.5, -0.06), **spacing)
+    panel.set_title("share of each level by area", fontsize=10)
+    panel.set_xlim(0, 1)
 
 
 def _page(record: RunRecord, picture: bytes) -> str:
     image = base64.b64encode(picture).decode()
     parts = [f'<p class="missing">{escape(line)}</p>' for line in record.missing]
-    parts += [f'<img alt="curves, flips per layer, trits by area" src="data:image/png;base64,{image}">']
+    parts += [f'<img alt="curves, flips and zeros per layer, levels by area" src="data:image/png;base64,{image}">']
     parts += _section("Results", _table(record.results.items()) if record.results else None)
     parts += _section("Sample", _text(record.sample))
     parts += _section("State", _text(record.audit.table() if record.audit else None))

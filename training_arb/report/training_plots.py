@@ -17,7 +17,7 @@ COLOURS = ("#1b6ca8", "#d1495b", "#2e933c", "#8d5a97", "#e08e45", "#555555")
 CURVES = [  # logged in training, on held-out text, title
     ("loss", "eval_loss", "loss, nats per byte"),
     ("bits_per_byte", "eval_bits_per_byte", "bits per byte"),
-    ("flip_rate", None, "share of trits flipped per step"),
+    ("flip_rate", None, "share of levels changed per step"),
 ]
 
 

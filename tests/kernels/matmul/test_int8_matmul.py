@@ -71,8 +71,7 @@ def test_full_scale_codes(monkeypatch, backend, largest, instructions):
         R, C, K = shapes[seed % len(shapes)]
         rows, columns = (torch.rand(size, K) < (0.5 if seed % 3 else 1.0) for size in (R, C))
         rows, columns = (
-            torch.where(sign, most, -most).to(torch.int8)
-            for sign, most in ((rows, 127), (columns, min(largest, 127)))
+            torch.where(sign, most, -most).to(torch.int8) for sign, most in ((rows, 127), (columns, min(largest, 127)))
         )
         sums = (rows.double() @ columns.double().T).float()
         with use_backend(backend):

@@ -111,6 +111,24 @@ def test_an_odd_tensor_is_refused_at_every_door(graph_model, hub, tmp_path, door
     assert name in str(refusal.value) and said in str(refusal.value) and "\n" not in str(refusal.value)
 
 
+@pytest.mark.parametrize("door", ["folder", "hub", "pickle-shards", "state-dict"])
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        pytest.param(2, "one trit a weight instead of two", id="two-asked"),
+        pytest.param(1, "two trits a weight instead of one", id="one-asked"),
+        pytest.param({"head": 1, "mlp": 2}, "T_packed has shape", id="by-role"),
+    ],
+)
+def test_a_config_of_other_trits_than_the_tensors_is_refused(hub, tmp_path, door, asked, said):
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "kv_latent_dim": 8}
+    stored = ArbForCausalLM(preset_config("arb-tiny", **shape, trits_per_weight=1 if asked == 2 else 2))
+    config = {**stored.config.to_dict(), "trits_per_weight": asked}
+    with pytest.raises(ValueError) as refusal:
+        open_door(door, tmp_path / "model", hub, config, dict(stored.state_dict()))
+    assert said in str(refusal.value) and "trits_per_weight" in str(refusal.value) and "\n" not in str(refusal.value)
+
+
 @pytest.mark.parametrize("door", DOORS)
 def test_every_door_lets_in_what_was_saved(graph_model, hub, tmp_path, door):
     loaded = open_door(door, tmp_path / "model", hub, graph_model.config.to_dict(), dict(graph_model.state_dict()))

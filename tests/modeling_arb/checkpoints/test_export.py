@@ -51,10 +51,12 @@ print("LOADED")
 
 
 @pytest.mark.parametrize(
-    ("preset", "rule"), [("arb-tiny", "momentum"), ("arb-tiny", "correlation"), ("arb-tiny-full", "correlation")]
+    ("preset", "rule", "trits"),
+    [("arb-tiny", "momentum", 2), ("arb-tiny", "correlation", 1), ("arb-tiny-full", "correlation", 1)],
 )
-def test_export_loads_without_the_repo(tmp_path, preset, rule):
-    model = ArbForCausalLM(preset_config(preset, update_rule=rule, group_size=32)).eval()
+def test_export_loads_without_the_repo(tmp_path, preset, rule, trits):
+    config = preset_config(preset, update_rule=rule, group_size=32, trits_per_weight=trits)
+    model = ArbForCausalLM(config).eval()
     if rule == "correlation":  # whose votes are part of the weights
         for matrix in model.ternary_matrices().values():
             matrix.corr_accum.copy_(torch.randint(-20, 20, matrix.corr_accum.shape))

@@ -38,10 +38,10 @@ print(kernels.describe_backend(torch.device("cpu")))
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A saved model's folder, and beside it the file of its logits."""
+    """The folder of a saved model with weights of one trit and of two, and beside it the file of its logits."""
     folder = tmp_path_factory.mktemp("saved") / "model"
     torch.manual_seed(0)
-    model = ArbForCausalLM(preset_config("arb-tiny")).eval()
+    model = ArbForCausalLM(preset_config("arb-tiny", trits_per_weight={"embedding": 2, "mlp": 2, "head": 2})).eval()
     model.save_pretrained(folder)
     torch.save(model(torch.tensor([list(b"def f(x):")])).logits.detach(), folder.parent / "logits.pt")
     return folder
@@ -99,14 +99,15 @@ def test_triton_kernels_of_the_file_agree_with_torch(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, spec.name, kernels)
     spec.loader.exec_module(kernels)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    trits, x = random_trits(7, 33).to(device), torch.randn(3, 33, device=device)
+    levels = (3 * random_trits(7, 33) + random_trits(7, 33)).to(device)
+    x = torch.randn(3, 33, device=device)
     found = {}
     for name in ("torch", "triton"):
         with kernels.use_backend(name):
-            assert kernels.uses_triton(trits) == (name == "triton")
-            packed = kernels.pack_levels(trits)
+            assert kernels.uses_triton(levels) == (name == "triton")
+            packed = kernels.pack_levels(levels, 2)
             codes, scale = kernels.quantise_tokens(x)
-            product = kernels.int8_matmul(codes, kernels.unpack_levels(packed, 33), scale, trits=True)
+            product = kernels.int8_matmul(codes, kernels.unpack_levels(packed, 33), scale, largest=4)
             found[name] = (packed, codes, scale, product)
     for ref, out in zip(found["torch"], found["triton"], strict=True):
         assert_same("kernel", ref, out)

@@ -81,12 +81,12 @@ def test_ggml_multiplies(quantisation, tokens):
 def test_training_rows(tmp_path, capsys):
     out = tmp_path / "train.json"
     shape = ["--preset", "arb-tiny", "--batch", 2, "--ctx", 16, "--steps", 2, "--threads", 1]
-    runs = ["--configs", "TrueTernary,Adam_BF16", "--compute", "int8", "--json", out]
+    runs = ["--configs", "TrueTernary,TwoTrit,Adam_BF16", "--compute", "int8", "--json", out]
     assert run_script("bench_train", *shape, *runs) == 0
     result, _ = result_of(capsys, out)
     assert result["weights"] == 171_008
     runs = [(row["config"], row["compute"]) for row in result["rows"]]
-    assert runs == [("TrueTernary", "int8"), ("Adam_BF16", "float")]
+    assert runs == [("TrueTernary", "int8"), ("TwoTrit", "int8"), ("Adam_BF16", "float")]
     for row in result["rows"]:
         assert {f"step_ms_{key}" for key in PERCENTILES} <= row.keys()
         assert 0 < row["update_ms_p50"] < row["step_ms_p80"]
@@ -97,30 +97,35 @@ def test_training_rows(tmp_path, capsys):
 def test_generation_rows_and_profile(tmp_path, capsys):
     out = tmp_path / "generate.json"
     sizes = ["--prompt-bytes", 4, "--new-bytes", 4, "--repeats", 2, "--limit-mb", 1, "--threads", 1, "--batch", "1,3"]
-    assert run_script("bench_generate", "--preset", "arb-tiny", *sizes, "--profile", "--json", out) == 0
+    trits = ["--trits_per_weight", 1, "embedding:2,head:2", 2]
+    assert run_script("bench_generate", "--preset", "arb-tiny", *sizes, *trits, "--profile", "--json", out) == 0
     result, lines = result_of(capsys, out)
-    assert [row["model"] for row in result["rows"]] == 2 * ["ternary", "fp32", "bf16"]
-    assert [row["batch"] for row in result["rows"]] == [1, 1, 1, 3, 3, 3]
+    assert [row["model"] for row in result["rows"]] == 2 * ["ternary", "ternary", "ternary", "fp32", "bf16"]
+    assert [row["trits_per_weight"] for row in result["rows"]] == 2 * ["1", "embedding:2,head:2", "2", None, None]
+    assert [row["batch"] for row in result["rows"]] == 5 * [1] + 5 * [3]
     keys = {"tokens_per_s", "limit_tokens_per_s", "fraction_of_limit"} | {f"token_ms_{key}" for key in PERCENTILES}
     for row in result["rows"]:
         assert keys <= row.keys()
         assert row["preset"] == "arb-tiny" and row["weights"] == 171_008
-    ternary, fp32, bf16 = (row["weight_mb"] for row in result["rows"][:3])
+    one, edges, two, fp32, bf16 = (row["weight_mb"] for row in result["rows"][:5])
     assert fp32 == 2 * bf16
-    assert ternary < bf16
-    assert any("[TernaryLinear]" in line for line in lines)
+    assert one <= edges <= two < bf16  # equal where torch decodes from int8 levels
+    assert sum("[TernaryLinear]" in line for line in lines) == 3
 
 
 @pytest.mark.parametrize("rule", ["momentum", "flip", "correlation"])
 def test_smoke_trains(rule, tmp_path, capsys):
     out = tmp_path / "smoke.json"
     shape = ["--preset", "arb-tiny", "--ctx", 16, "--batch", 2, "--steps", 3, "--update-rule", rule]
+    trits = 2 if rule == "momentum" else 1
+    shape += ["--trits-per-weight", trits]
     assert run_script("smoke", *shape, "--backward", "--json", out) == 0
     result, _ = result_of(capsys, out)
     keys = ["state_bytes", "live_mb_by_step", "peak_rss_mb", "peak_device_mb", "loss", "first_call_ms", "warm_ms"]
     assert {*keys, "backend"} <= result.keys()
     assert len(result["loss"]) == len(result["live_mb_by_step"]) == 3
     assert max(result["live_mb_by_step"]) - min(result["live_mb_by_step"]) < 1
+    assert result["trits_per_weight"] == trits
     assert result["state_bytes"] > 0 and result["peak_rss_mb"] > 0 and result["peak_device_mb"] == 0
     if rule == "momentum":
         assert result["loss"][-1] < result["loss"][0]
@@ -155,12 +160,19 @@ def test_smoke_without_backward_changes_nothing(capsys):
         ("bench_generate", ["--preset", "arb-tiny,arb-9z"], "preset='arb-9z' is not one of arb-tiny"),
         ("bench_train", ["--device", "cuda:99"], "device='cuda:99'"),
         ("bench_generate", ["--models", "fp8"], "models='fp8'"),
+        ("bench_generate", ["--trits_per_weight", 1, 3], "trits_per_weight='3' must be 1, 2, or a dict"),
+        (
+            "bench_generate",
+            ["--preset", "arb-tiny-full", "--trits_per_weight", 2],
+            "trits_per_weight=2 must be 1 for tables",
+        ),
         ("bench_generate", ["--device", "cuda:99"], "device='cuda:99'"),
         ("bench_generate", ["--batch", "1,0"], "batch='0'"),
         ("bench_generate", ["--new-bytes", 1], "new_bytes=1"),
         ("bench_generate", ["--new-bytes", 5000], "new_bytes=5000"),
         ("smoke", ["--preset", "arb-9z"], "preset='arb-9z'"),
         ("smoke", ["--update-rule", "adam"], "update_rule='adam'"),
+        ("smoke", ["--trits-per-weight", "9"], "trits_per_weight='9' must be 1, 2, or a dict"),
         ("smoke", ["--max-moe-iters", 2], "max_moe_iters=2"),
         ("smoke", ["--device", "abacus"], "device='abacus'"),
         ("smoke", ["--device", "mps"], "device='mps'"),

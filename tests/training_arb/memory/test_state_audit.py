@@ -1,4 +1,4 @@
-"""The audit finds what it must: floats, unlisted tensors, wrong types, bytes that are no trits."""
+"""The audit finds what it must: floats, unlisted tensors, wrong types, bytes that do not encode trits."""
 
 import json
 from zipfile import ZIP_DEFLATED, ZipFile
@@ -52,11 +52,36 @@ def test_clean_model_and_optimizer(model):
     ("rule", "group_size", "most"),
     [("momentum", 0, 1.25), ("momentum", 32, 1.27), ("flip", 32, 1.29), ("correlation", 32, 0.6)],
 )
-def test_bytes_per_weight(preset, rule, group_size, most):
-    audit = audit_config(preset_config(preset, update_rule=rule, group_size=group_size))
+def test_bytes_per_weight_of_one_trit(preset, rule, group_size, most):
+    audit = audit_config(preset_config(preset, update_rule=rule, group_size=group_size, trits_per_weight=1))
     assert audit.clean
     if preset != "arb-tiny-full":  # rows of 16 weights carry their scale and their use for few weights
         assert audit.to_dict()["state_bytes_per_weight"] <= most
+
+
+@pytest.mark.parametrize(
+    ("preset", "trits", "most", "most_inference", "mean"),
+    [
+        ("arb-14m", 2, 1.42, 0.41, 2.0),
+        ("arb-bench", 2, 1.43, 0.42, 2.0),
+        ("arb-bench", {"embedding": 2, "head": 2}, 1.25, 0.24, 1.13),
+        ("arb-small", 2, 1.45, 0.43, 2.0),
+    ],
+)
+def test_two_trits_are_counted(preset, trits, most, most_inference, mean):
+    config = preset_config(preset, trits_per_weight=trits)
+    audit, one = audit_config(config), audit_config(preset_config(preset, trits_per_weight=1))
+    assert audit.clean and audit.areas == one.areas
+    planes = sum(row.bytes for row in audit.tensors if row.role == "packed trits")
+    extra = planes - sum(row.bytes for row in one.tensors if row.role == "packed trits")
+    assert audit.state_bytes == one.state_bytes + extra and extra > 0
+    told = audit.to_dict()
+    assert told["state_bytes_per_weight"] == pytest.approx(most, abs=0.005)
+    assert told["inference_bytes_per_weight"] == pytest.approx(most_inference, abs=0.01)
+    assert told["trits_per_weight"] == pytest.approx(mean, abs=0.005)
+    assert told["trits_by_role"] == {role: config.trits_of(role) for role in told["trits_by_role"]}
+    assert {"embedding", "attention", "mlp", "head"} <= told["trits_by_role"].keys()
+    assert told["trits_by_area"]["ByteHead"] == 2
 
 
 # DESIGN section 4: millions of logical weights
@@ -85,10 +110,11 @@ def test_state_of_arb_3b_in_gib(rule, most):
     assert audit_config(preset_config("arb-3b", update_rule=rule)).state_bytes <= most * 2**30
 
 
-def test_inference_checkpoint_of_arb_14m_is_small(tmp_path):
-    model = ArbForCausalLM(preset_config("arb-14m"))
+@pytest.mark.parametrize(("trits", "most"), [(1, 0.21), (2, 0.41)])
+def test_inference_checkpoint_of_arb_14m_is_small(tmp_path, trits, most):
+    model = ArbForCausalLM(preset_config("arb-14m", trits_per_weight=trits))
     model.save_pretrained(tmp_path, training_state=False)
-    assert (tmp_path / "model.safetensors").stat().st_size / model.num_parameters() <= 0.27
+    assert (tmp_path / "model.safetensors").stat().st_size / model.num_parameters() <= most
 
 
 @pytest.mark.parametrize("persistent", [True, False])
@@ -122,6 +148,7 @@ def test_script_passes_a_clean_folder(folder, tmp_path, capsys):
     assert {"areas", "logical_weights", "state_bytes", "state_bytes_per_weight", "float_tensors", "tensors"} <= {
         *written
     }
+    assert written["trits_by_area"] == dict.fromkeys(written["areas"], 1)
     assert sum(written["areas"].values()) == written["logical_weights"]
     assert "float tensors: 0" in capsys.readouterr().out
 
@@ -146,6 +173,13 @@ def test_script_fails_a_changed_folder(folder, capsys, change, said):
     rewrite(folder, change)
     assert run_script("audit_state", folder) == 1
     assert said in capsys.readouterr().out
+
+
+def test_a_folder_whose_config_names_other_trits_fails(folder, capsys):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "trits_per_weight": {"head": 2}}))
+    assert run_script("audit_state", folder) == 1
+    assert "byte_head.proj.T_packed is uint8 (288, 13), listed as torch.uint8 (288, 26)" in capsys.readouterr().out
 
 
 def test_script_finds_a_float_in_the_optimizer_file(folder, capsys):
@@ -202,8 +236,13 @@ def test_what_the_script_cannot_read_is_one_line(folder, capsys, name, how):
 def test_script_lists_a_preset_and_refuses_unreadable_input(folder, tmp_path, capsys):
     assert run_script("audit_state", "--preset", "arb-14m", "--tensors") == 0
     assert "MLA attention" in capsys.readouterr().out
+    assert run_script("audit_state", "--preset", "arb-bench", "--trits_per_weight", "embedding:2,head:2") == 0
+    total = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("total"))
+    assert total.split() == ["total", "1,133,568", "1.13", "1,417,152", "1.250"]
     (folder / "model.safetensors").write_bytes(b"nonsense")
-    for arguments in ([folder], [tmp_path / "nowhere"], ["--preset", "arb-9z"], []):
+    trits = ["--trits_per_weight", 2]
+    refused = ([folder], [tmp_path / "nowhere"], ["--preset", "arb-9z"], [], [folder, *trits])
+    for arguments in (*refused, ["--preset", "arb-3b", *trits]):
         assert run_script("audit_state", *arguments) == 2
         assert capsys.readouterr().err.startswith("error: ")
 
@@ -219,9 +258,12 @@ def test_state_hash_sees_one_bit(model):
     assert state_hash(model) != before
 
 
-def test_zero_share_counts_zeros(model):
-    trits = torch.cat([matrix.levels().flatten() for matrix in model.ternary_matrices().values()])
-    assert zero_share(model) == pytest.approx((trits == 0).float().mean().item())
+@pytest.mark.parametrize("trits", [1, 2])
+def test_zero_share_counts_levels_that_are_zero(trits):
+    model = ArbForCausalLM(preset_config("arb-tiny", trits_per_weight=trits))
+    levels = torch.cat([matrix.levels().flatten() for matrix in model.ternary_matrices().values()])
+    assert zero_share(model) == pytest.approx((levels == 0).float().mean().item())
+    assert zero_share(model) == pytest.approx(1 / 3**trits, rel=0.05)
 
 
 def test_a_preset_can_be_allocated(tmp_path, capsys):
@@ -249,11 +291,13 @@ def test_a_training_step_is_forecast(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("backend", BACKENDS[:2])
-@pytest.mark.parametrize("preset", ["arb-tiny", "arb-tiny-full"])
-def test_caches_are_beside_the_state_and_as_forecast(monkeypatch, preset, backend):
-    """float row scales in them are no float tensors of the state; before the first forward there are none."""
+@pytest.mark.parametrize(
+    ("preset", "trits"), [("arb-tiny", 1), ("arb-tiny", 2), ("arb-tiny-full", 1)], ids=lambda value: str(value)
+)
+def test_caches_are_beside_the_state_and_as_forecast(monkeypatch, preset, trits, backend):
+    """Their float row scales do not count as float tensors of the state; before the first forward they are absent."""
     monkeypatch.setenv("ARB_BACKEND", backend)
-    config = preset_config(preset)
+    config = preset_config(preset, trits_per_weight=trits)
     forecast, model = audit_config(config), ArbForCausalLM(config).eval()
     fresh = audit_model(model)
     assert fresh.caches == [] and fresh.caches_are_held and not forecast.caches_are_held
@@ -271,19 +315,20 @@ def test_caches_are_beside_the_state_and_as_forecast(monkeypatch, preset, backen
     ]
     assert held.cache_bytes == sum(tensor.nbytes for tensor in kept)
     if backend == "native":
-        assert 0.25 <= held.cache_bytes / sum(matrix.logical_weights for matrix in linear(model)) <= 0.5
+        per_weight = held.cache_bytes / sum(matrix.logical_weights for matrix in linear(model))
+        assert 0.25 * trits <= per_weight <= 0.5 * trits
 
 
 def linear(model):
     return [matrix for matrix in model.ternary_matrices().values() if isinstance(matrix, torch.nn.Linear)]
 
 
-def test_trits_kept_in_training_are_a_cache():
+def test_weights_kept_unpacked_in_training_are_a_cache():
     model = ArbForCausalLM(preset_config("arb-tiny", text_sequencer={"hidden_size": 48})).train()
     ids = torch.randint(0, 256, (2, 16))
     model(ids, labels=ids).loss.backward()
     (row,) = audit_model(model).caches
-    assert (row.kind, row.bytes) == ("unpacked trits", 4 * 48 * 48) and "recurrent_proj" in row.name
+    assert (row.kind, row.bytes) == ("unpacked weights", 4 * 48 * 48) and "recurrent_proj" in row.name
 
 
 def test_script_shows_the_caches_apart(folder, tmp_path, capsys):
@@ -298,8 +343,9 @@ def test_script_shows_the_caches_apart(folder, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_what_decoding_keeps_is_known_before(monkeypatch, backend):
+@pytest.mark.parametrize("trits", [1, 2])
+def test_what_decoding_keeps_is_known_before(monkeypatch, backend, trits):
     monkeypatch.setenv("ARB_BACKEND", backend)
-    packed = pack_levels(random_trits(33, 100))
+    packed = pack_levels(random_trits(33, 100), trits)
     kept = decoding_form(packed, 100)
-    assert decoding_bytes(33, 100, packed.device) == (0 if kept is packed else kept.nbytes)
+    assert decoding_bytes(33, 100, trits, packed.device) == (0 if kept is packed else kept.nbytes)

@@ -13,7 +13,8 @@ from configuration_arb import preset_config
 from modeling_arb import ArbForCausalLM
 from support.pretraining import TEXT, arguments
 from support.scripting import run_script
-from training_arb.report.run_record import read_run, read_trits
+from training_arb.checkpoints.checkpoint_files import write_checksums
+from training_arb.report.run_record import read_levels, read_run
 from training_arb.report.run_report import write_report
 
 
@@ -42,18 +43,46 @@ def test_the_record_of_a_finished_run(finished):
     assert record.flips_between == ("checkpoint-6", "checkpoint-8")
     assert record.flips_by_layer.keys() == ArbForCausalLM(preset_config("arb-tiny")).ternary_matrices().keys()
     assert 0 < max(record.flips_by_layer.values()) < 0.1
-    assert {name: count.sum().item() for name, count in record.trits_by_area.items()} == record.audit.areas
+    assert {name: count.sum().item() for name, count in record.levels_by_area.items()} == record.audit.areas
 
 
-def test_trits_are_read_as_they_are(tmp_path):
-    model = ArbForCausalLM(preset_config("arb-tiny"))
-    model.save_pretrained(tmp_path)
-    read = dict(read_trits(tmp_path))
+@pytest.fixture
+def mixed(tmp_path):
+    """The model of a checkpoint with two trits in embedding and head, and its folder."""
+    model = ArbForCausalLM(preset_config("arb-tiny", trits_per_weight={"embedding": 2, "head": 2}))
+    folder = tmp_path / "run" / "checkpoint-2"
+    model.save_pretrained(folder)
+    write_checksums(folder)
+    return model, folder
+
+
+def test_levels_are_read_as_they_are(mixed):
+    model, folder = mixed
+    read = dict(read_levels(folder))
     assert read.keys() == {f"{name}.T_packed" for name in model.ternary_matrices()}
     for name, matrix in model.ternary_matrices().items():
-        trits = read[f"{name}.T_packed"]
-        assert trits.shape == (matrix.rows, matrix.columns)
-        assert torch.equal(pack_levels(trits), matrix.T_packed)
+        levels = read[f"{name}.T_packed"]
+        assert levels.shape == (matrix.rows, matrix.columns)
+        assert torch.equal(pack_levels(levels, matrix.trits), matrix.T_packed)
+
+
+def test_levels_flips_and_zeros_of_two_trits(mixed, tmp_path):
+    model, folder = mixed
+    head = model.byte_head.proj
+    before = head.levels()
+    head.T_packed[0] = 0
+    changed = (head.levels() != before).float().mean().item()
+    model.save_pretrained(folder.with_name("checkpoint-4"))
+    write_checksums(folder.with_name("checkpoint-4"))
+    record = read_run(folder.parent)
+    assert record.flips_by_layer["byte_head.proj"] == pytest.approx(changed / 2)
+    assert sum(record.flips_by_layer.values()) == record.flips_by_layer["byte_head.proj"]
+    assert record.zeros_by_layer["byte_head.proj"] == pytest.approx((head.levels() == 0).float().mean().item())
+    counts = record.levels_by_area["ByteHead"]
+    assert counts.tolist() == [(head.levels() == level).sum() for level in range(-4, 5)]
+    assert record.levels_by_area["MLA attention"].nonzero().flatten().tolist() == [3, 4, 5]
+    assert {name: count.sum().item() for name, count in record.levels_by_area.items()} == record.audit.areas
+    assert write_report(folder.parent, png=tmp_path / "levels.png") == record.missing
 
 
 def test_a_run_that_goes_on(finished, tmp_path):
