@@ -78,8 +78,8 @@ class TernaryExperts(ObservedState):
     looped core uses them several times per forward.
 
     grouped: True and False force one product over all experts or a loop over them; None goes by the device and the
-    experts' size. Without integer matmuls (one scale a row), with widths that are not a multiple of 4, or with sums that
-    float32 does not hold, it is always the loop.
+    experts' size. Without integer matmuls (one scale a row), with widths that are not a multiple of 4, or with sums
+    that float32 does not hold, it is always the loop.
     """
 
     expert_bias: torch.Tensor
