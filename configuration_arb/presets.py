@@ -9,7 +9,7 @@ from .trits_per_weight import ROLES, TritsPerWeight
 
 
 def _two_trits(overrides: dict) -> TritsPerWeight:
-    """Two trits a weight, which lower the loss at equal time (docs/results.md), where the update rules can move them."""
+    """Two trits a weight where the update rules can move them: the loss at equal time is lower (docs/results.md)."""
     if overrides.get("update_rule", "momentum") != "momentum":
         return 1
     votes = overrides.get("table_rule", "momentum") == "votes"

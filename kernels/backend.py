@@ -3,7 +3,7 @@
 All backends give the same integers, so the choice affects speed only. `native` has kernels for the CPU, `triton` for
 GPUs (and for the CPU under TRITON_INTERPRET=1), `torch` for every device. A backend that is named runs or fails: it
 raises ValueError at the first kernel called on a device that it has no kernels for. Where a backend lacks one kernel,
-or cannot take strided tensors, torch runs that call.
+or cannot take strided tensors or that many trits a weight, torch runs that call.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from .triton_support import triton, triton_runs_on
 BACKENDS = ("torch", "native", "triton")
 INSTALL = "run `pip install PATH`, PATH being a checkout of the ARB repository (it needs a C++ compiler)"
 INSTRUCTION_SETS = ("best", "avx2")
+KERNEL_TRITS = 2  # trits a weight that the native and Triton kernels support at most; torch also supports three
 CPU = torch.device("cpu")
 _override: str | None = None
 
@@ -85,16 +86,18 @@ def _all_contiguous(tensors: tuple[torch.Tensor | None, ...]) -> bool:
     return all([tensor is None or tensor.is_contiguous() for tensor in tensors])  # noqa: C419
 
 
-def uses_native(first: torch.Tensor, *others: torch.Tensor | None) -> bool:
-    """Whether the native kernels accept these tensors: they must be on the CPU, and those that are not None
-    contiguous."""
-    return first.is_cpu and backend_for(CPU) == "native" and _all_contiguous((first, *others))
+def uses_native(first: torch.Tensor, *others: torch.Tensor | None, trits: int = 1) -> bool:
+    """Whether the native kernels accept these tensors, of weights of so many trits: they must be on the CPU, and those
+    that are not None contiguous."""
+    supported = first.is_cpu and backend_for(CPU) == "native" and trits <= KERNEL_TRITS
+    return supported and _all_contiguous((first, *others))
 
 
-def uses_triton(first: torch.Tensor, *others: torch.Tensor | None) -> bool:
-    """Whether the Triton kernels accept these tensors: Triton must run on their device, and those that are not None
-    must be contiguous."""
-    return backend_for(first.device) == "triton" and _all_contiguous((first, *others))
+def uses_triton(first: torch.Tensor, *others: torch.Tensor | None, trits: int = 1) -> bool:
+    """Whether the Triton kernels accept these tensors, of weights of so many trits: Triton must run on their device,
+    and those that are not None must be contiguous."""
+    supported = backend_for(first.device) == "triton" and trits <= KERNEL_TRITS
+    return supported and _all_contiguous((first, *others))
 
 
 def instruction_set() -> int:

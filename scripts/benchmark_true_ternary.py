@@ -16,7 +16,7 @@ The two other rules have no learning rate. Losses are held-out nats per byte.
 examples:
   python scripts/benchmark_true_ternary.py --configs TrueTernary --preset arb-tiny --steps 50 --ctx 64
   python scripts/benchmark_true_ternary.py --steps 600 --batch 16 --ctx 128 --data corpus.txt --json out.json
-  python scripts/benchmark_true_ternary.py --preset arb-14m --steps 600 --json big.json --reuse-base
+  python scripts/benchmark_true_ternary.py --configs TwoTrit --json out.json --reuse-base
   python scripts/benchmark_true_ternary.py --configs TrueTernary --preset arb-tiny --batch 8 --micro-batches 8
 """
 
@@ -82,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--reuse-base",
         action="store_true",
-        help="train the momentum rule only; the rest from an earlier --json",
+        help="keep the rows of an earlier --json OUT that --configs does not name",
     )
     add("--json", metavar="OUT", help="write the results here, and a plot beside it")
     return parser
@@ -107,38 +107,36 @@ def compare(args: argparse.Namespace) -> None:
     settings = BenchmarkSettings(**{field.name: getattr(args, field.name) for field in fields(BenchmarkSettings)})
     data = " ".join(args.data or ["Python's standard library"])
     train_ids, held_out = load_corpus(args.data, args.ctx)
-    reused = reusable_rows(args, settings, data) if args.reuse_base else {}
+    earlier = reusable_rows(args, settings, data) if args.reuse_base else {}
     for name in names:  # so that a shape that cannot be built is refused before the first hour of training
         for rate in rates.get(name, [NO_RATE]):
             build(name, settings, rate)
 
-    results: dict[str, BenchmarkResult] = {}
+    results = {name: row for name, row in earlier.items() if name not in names}
     for name in names:
-        if name in reused:
-            results[name] = reused[name]
-        else:
-            results[name] = tuned(
-                rates.get(name, [NO_RATE]), lambda rate, name=name: train(name, settings, rate, train_ids, held_out)
-            )
+        results[name] = tuned(
+            rates.get(name, [NO_RATE]), lambda rate, name=name: train(name, settings, rate, train_ids, held_out)
+        )
         print(table({name: results[name]}), flush=True)
-
+        if args.json:
+            save(args, settings, data, results)
     print(f"\n{data}: {args.steps} steps of {args.batch} x {args.ctx} bytes, {args.preset}, seed {args.seed}\n")
     print(table(results))
-    if args.json:
-        write_json(
-            args.json,
-            {
-                "configs": {name: result.to_dict() for name, result in results.items()},
-                "data": data,
-                "steps": args.steps,
-                "seed": args.seed,
-                "settings": vars(settings),
-                "env": describe_environment(),
-            },
-        )
-        curves = {name: result.curve for name, result in results.items()}
-        title = f"{Path(data).name}, {args.preset}, {args.batch} x {args.ctx} bytes a step"
-        plot_comparison(curves, Path(args.json).with_suffix(".png"), title)
+
+
+def save(args: argparse.Namespace, settings: BenchmarkSettings, data: str, results: dict[str, BenchmarkResult]) -> None:
+    """Write the rows so far as JSON, and their curves as a picture beside it."""
+    result = {
+        "configs": {name: row.to_dict() for name, row in results.items()},
+        "data": data,
+        "steps": args.steps,
+        "seed": args.seed,
+        "settings": vars(settings),
+        "env": describe_environment(),
+    }
+    write_json(args.json, result)
+    title = f"{Path(data).name}, {args.preset}, {args.batch} x {args.ctx} bytes a step"
+    plot_comparison({name: row.curve for name, row in results.items()}, Path(args.json).with_suffix(".png"), title)
 
 
 NO_RATE = 0.0  # votes and correlations have thresholds instead
@@ -180,7 +178,7 @@ def table(results: dict[str, BenchmarkResult]) -> str:
 
 
 def reusable_rows(args: argparse.Namespace, settings: BenchmarkSettings, data: str) -> dict[str, BenchmarkResult]:
-    """All rows but the momentum rule's of an earlier run with the same settings and data."""
+    """The rows of an earlier run with the same settings and data."""
     if not args.json or not Path(args.json).is_file():
         raise ValueError(f"reuse_base: json={args.json!r} is not an earlier result to take rows from")
     earlier = json.loads(Path(args.json).read_text(encoding="utf-8"))
@@ -190,8 +188,7 @@ def reusable_rows(args: argparse.Namespace, settings: BenchmarkSettings, data: s
         found = earlier["data"] if key == "data" else {"micro_batches": 1, **earlier["settings"]}.get(key)
         if found != value:
             raise ValueError(f"reuse_base: {args.json} was measured with {key}={found!r}, not {value!r}")
-    rows = {name: BenchmarkResult(**row) for name, row in earlier["configs"].items()}
-    return {name: row for name, row in rows.items() if name not in MOMENTUM_CONFIGS}
+    return {name: BenchmarkResult(**row) for name, row in earlier["configs"].items()}
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ examples:
   python scripts/pretrain.py --output_dir runs/mine --data corpus/ --resume_from_checkpoint latest
   python scripts/pretrain.py --blocks '{"codebook": {"size": 512, "dim": 64}, "moe_graph": {"num_experts": 4}}'
   python scripts/pretrain.py --init_from runs/mine/final --data notes/ --learning_rate 0.01 --output_dir runs/tuned
+  python scripts/pretrain.py --trits_per_weight embedding:2,head:2 --output_dir runs/finer        # or 2: everywhere
   python scripts/pretrain.py --init_from USER/NAME --revision COMMIT --data notes/ --output_dir runs/tuned
   python scripts/pretrain.py --output_dir runs/mine --push_to_hub true --hub_model_id USER/NAME
   accelerate launch scripts/pretrain.py --preset arb-14m --bf16 true --max_steps 20000
@@ -40,12 +41,20 @@ from transformers import HfArgumentParser, set_seed
 
 from arb_kernels.backend import describe_backend
 from configuration_arb import PRESETS, ArbConfig, preset_config
+from configuration_arb.trits_per_weight import describe_trits
 from modeling_arb import ArbForCausalLM
 from tokenization_arb import SPECIAL_TOKENS, ArbTokenizer
 from training_arb.checkpoints.checkpoint_files import write_checksums
 from training_arb.checkpoints.run_checkpoints import checkpoint_to_resume
 from training_arb.checkpoints.starting_point import describe_start, start_from
-from training_arb.cli.command_line import HelpFormatter, check_least, quiet_transformers, run
+from training_arb.cli.command_line import (
+    TRITS_HELP,
+    HelpFormatter,
+    check_least,
+    quiet_transformers,
+    run,
+    trits_field,
+)
 from training_arb.common.atomic_files import new_folder, write_json
 from training_arb.common.cpu_allocator import keep_freed_memory
 from training_arb.data.byte_data import ByteBlocks, collate_blocks, open_corpus
@@ -105,6 +114,7 @@ class PretrainArguments:
     momentum_bits: int | None = field(
         default=None, metadata={"help": "Bits of residual and of momentum: 4 or 8. Default: 4, or --init_from's."}
     )
+    trits_per_weight: str | None = field(default=None, metadata={"help": f"{TRITS_HELP}, or --init_from's."})
     compute: str | None = field(
         default=None,
         metadata={"help": "Matmuls: int8, float, or auto (int8 where it can). Default: auto, or --init_from's."},
@@ -138,7 +148,7 @@ def parse_blocks(text: str) -> dict:
 def first_model(arguments: PretrainArguments, resume: str | None) -> tuple[ArbForCausalLM, dict | None]:
     """The model to train and, with --init_from, where its weights come from."""
     fields = {name: value for name in OF_THE_CONFIG if (value := getattr(arguments, name)) is not None}
-    fields |= parse_blocks(arguments.blocks)
+    fields |= {**trits_field(arguments.trits_per_weight), **parse_blocks(arguments.blocks)}
     if arguments.init_from is not None:
         return start_from(arguments.init_from, arguments.revision, arguments.preset, fields, arguments.ctx, resume)
     if arguments.revision is not None:
@@ -203,7 +213,8 @@ def prepare() -> PreparedRun:
     resume, warnings = checkpoint_to_resume(args.output_dir, args.resume_from_checkpoint)
     set_seed(args.seed)
     model, origin = first_model(arguments, resume)
-    arguments = replace(arguments, **{name: getattr(model.config, name) for name in OF_THE_CONFIG})
+    taken = {name: getattr(model.config, name) for name in OF_THE_CONFIG}
+    arguments = replace(arguments, **taken, trits_per_weight=describe_trits(model.config.trits_per_weight))
     train, held_out, source, size = open_corpus(
         arguments.data,
         arguments.dataset,
@@ -241,6 +252,8 @@ def show_start(prepared: PreparedRun) -> None:
     audit, origin, config = audit_model(model), prepared.trainer.run_description["init_from"], model.config
     step_bytes = prepared.trainer.step_blocks * arguments.ctx
     print(f"model     {arguments.beginning}: {audit.logical_weights:,} ternary weights, rule {config.update_rule}")
+    if config.trits_per_weight != 1:
+        print(f"trits     {arguments.trits_per_weight} a weight")
     print(f"state     {audit.state_bytes:,} bytes, {audit.state_bytes / audit.logical_weights:.3f} a weight")
     if origin:
         print(f"start     {describe_start(origin, config)}")

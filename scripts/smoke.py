@@ -10,6 +10,7 @@ the peaks of forward, backward and update. Exit code 2 on bad input.
 examples:
   python scripts/smoke.py --preset arb-tiny --ctx 16 --batch 1 --backward
   python scripts/smoke.py --preset arb-14m --ctx 256 --batch 8 --steps 5 --backward --json smoke.json
+  python scripts/smoke.py --preset arb-14m --ctx 256 --batch 8 --backward --trits-per-weight 2
   python scripts/smoke.py --preset arb-14m --device cuda --ctx 256 --batch 8 --backward --update-rule flip
 """
 
@@ -29,7 +30,7 @@ from arb_kernels.backend import describe_backend
 from configuration_arb import PRESETS, ArbConfig, preset_config
 from modeling_arb import ArbForCausalLM
 from training_arb.bench.measurement import describe_environment
-from training_arb.cli.command_line import check_least, run, script_parser
+from training_arb.cli.command_line import add_trits_option, check_least, run, script_parser, trits_field
 from training_arb.common.atomic_files import write_json
 from training_arb.common.cpu_allocator import keep_freed_memory
 from training_arb.common.device_names import checked_device
@@ -50,6 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max-moe-iters", type=int, help="iterations of the expert graph's loop, for presets that have one")
     add("--backward", action="store_true", help="also run backward and update the weights")
     add("--update-rule", default="momentum", help="momentum, flip or correlation")
+    add_trits_option(parser)
     add("--seed", type=int, default=0, help="of weights and bytes")
     add("--json", metavar="OUT", help="write the result here")
     return parser
@@ -57,12 +59,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 def smoke_config(args: argparse.Namespace) -> ArbConfig:
     """The shape asked for. Raises ValueError on options that do not fit it."""
-    config = preset_config(args.preset, update_rule=args.update_rule)
+    rule = {"update_rule": args.update_rule, **trits_field(args.trits_per_weight)}
+    config = preset_config(args.preset, **rule)
     if args.max_moe_iters is not None:
         if config.moe_graph is None:
             raise ValueError(f"max_moe_iters={args.max_moe_iters}: preset={args.preset!r} has no expert graph")
         loop = {**config.block("moe_graph"), "max_iterations": args.max_moe_iters}
-        config = preset_config(args.preset, update_rule=args.update_rule, moe_graph=loop)
+        config = preset_config(args.preset, **rule, moe_graph=loop)
     if args.ctx > config.max_position_embeddings:
         raise ValueError(f"ctx={args.ctx} is more than the {config.max_position_embeddings} positions of the preset")
     return config
@@ -97,6 +100,7 @@ def main() -> None:
         "backend": describe_backend(device),
         "backward": args.backward,
         "update_rule": args.update_rule,
+        "trits_per_weight": config.trits_per_weight,
         "env": describe_environment(args.device),
     }
     show(result, times, probed)

@@ -25,6 +25,7 @@ from transformers import TrainingArguments
 from arb_scripts.pretrain import PretrainArguments
 from configuration_arb import PRESETS, ArbConfig, preset_config
 from configuration_arb.optional_blocks import OPTIONAL_BLOCKS, REQUIRED
+from configuration_arb.trits_per_weight import ROLES
 from training_arb.cli.arb_command import script_files, scripts_folder, summaries
 from training_arb.memory.state_audit import audit_config
 from training_arb.train.training_args_arb import ArbTrainingArguments
@@ -49,6 +50,8 @@ FIELD_MEANINGS = {
     "max_position_embeddings": "longest sequence in bytes",
     "rope_theta": "base of the rotary position frequencies",
     "rms_norm_eps": "added to the mean square in RMSNorm",
+    "trits_per_weight": "1: levels -1 to 1; 2: levels -4 to 4; or a dict of these by role, with 1 for roles left out;"
+    f" the roles are {', '.join(ROLES)}",
     "group_size": "weights that share one scale exponent; 0: the whole row",
     "update_rule": "`momentum`, `flip` or `correlation`: how a weight gradient changes the integer state",
     "table_rule": "rule for the rows of large tables under `momentum`: `votes` (the flip rule) or `momentum`",

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from arb_kernels.backend import backend_for, instruction_set, uses_triton
+from arb_kernels.backend import KERNEL_TRITS, backend_for, instruction_set, uses_triton
 from arb_kernels.native_library import native_kernels, native_library, pointer
 
 from .packing import largest_level, trits_per_weight, unpack_levels
@@ -27,16 +27,17 @@ HUGE_PAGE = 2 << 20  # bytes
 def decoding_form(packed: torch.Tensor, columns: int) -> torch.Tensor:
     """packed uint8 (N, bytes) -> the form that `decode_linear` reads fastest, to be computed once: the decode layout
     for the native kernels, the packed bytes themselves for Triton, levels int8 (N, K) for torch."""
-    if _takes_layout(packed.device):
-        return to_decode_layout(unpack_levels(packed, columns), trits_per_weight(packed, columns))
-    return packed if uses_triton(packed) else unpack_levels(packed, columns)
+    trits = trits_per_weight(packed, columns)
+    if _takes_layout(packed.device, trits):
+        return to_decode_layout(unpack_levels(packed, columns), trits)
+    return packed if uses_triton(packed, trits=trits) else unpack_levels(packed, columns)
 
 
 def decoding_bytes(num_rows: int, columns: int, trits: int, device: torch.device) -> int:
     """Bytes of `decoding_form` of a (num_rows, columns) matrix on a device; 0 where it is the packed bytes."""
-    if _takes_layout(device):
+    if _takes_layout(device, trits):
         return layout_bytes(num_rows, columns, trits)
-    return 0 if uses_triton(torch.empty(0, device=device)) else num_rows * columns
+    return 0 if uses_triton(torch.empty(0, device=device), trits=trits) else num_rows * columns
 
 
 def layout_bytes(num_rows: int, columns: int, trits: int) -> int:
@@ -44,8 +45,9 @@ def layout_bytes(num_rows: int, columns: int, trits: int) -> int:
     return -(-num_rows // ROWS) * -(-columns // COLUMNS) * ROWS * COLUMNS * BITS[trits] // 8
 
 
-def _takes_layout(device: torch.device) -> bool:
-    return device.type == "cpu" and backend_for(device) == "native" and instruction_set() > 0
+def _takes_layout(device: torch.device, trits: int) -> bool:
+    supported = trits <= KERNEL_TRITS and device.type == "cpu"
+    return supported and backend_for(device) == "native" and instruction_set() > 0
 
 
 def to_decode_layout(levels: torch.Tensor, trits: int = 1) -> torch.Tensor:

@@ -81,12 +81,12 @@ def naive_unpack_levels(packed: torch.Tensor, columns: int, dtype: torch.dtype =
 
 
 def unpack_levels(packed: torch.Tensor, columns: int, dtype: torch.dtype = torch.int8) -> torch.Tensor:
-    """uint8 (..., bytes) -> `dtype` (..., columns): the levels of weights of one trit, or of as many as a row holds."""
-    if packed.numel() and uses_triton(packed):
+    """uint8 (..., bytes) -> `dtype` (..., columns): levels of as many trits as a row holds."""
+    trits = trits_per_weight(packed, columns)
+    if packed.numel() and uses_triton(packed, trits=trits):
         return triton_unpack_levels(packed, columns, dtype)
-    if dtype != torch.int8 or packed.dim() != 2 or not packed.numel() or not uses_native(packed):
+    if dtype != torch.int8 or packed.dim() != 2 or not packed.numel() or not uses_native(packed, trits=trits):
         return naive_unpack_levels(packed, columns, dtype)
     levels = torch.empty(len(packed), columns, dtype=torch.int8)
-    planes = trits_per_weight(packed, columns)
-    native_kernels().arb_unpack_levels(pointer(packed), len(packed), columns, planes, pointer(levels))
+    native_kernels().arb_unpack_levels(pointer(packed), len(packed), columns, trits, pointer(levels))
     return levels

@@ -28,7 +28,7 @@ def decode_linear(
     codes, token_scale = quantise_tokens(values)
     if weight.dtype == torch.int8:
         return int8_matmul(codes, weight, token_scale, row_scale, largest=largest_level(trits))
-    if len(values) <= PACKED_TOKENS and uses_triton(codes, weight, token_scale, row_scale):
+    if len(values) <= PACKED_TOKENS and uses_triton(codes, weight, token_scale, row_scale, trits=trits):
         return triton_packed_matvec(codes, weight, token_scale, row_scale)
     levels = unpack_levels(weight, values.shape[1])
     return int8_matmul(codes, levels, token_scale, row_scale, largest=largest_level(trits))

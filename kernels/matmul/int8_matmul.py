@@ -91,8 +91,8 @@ def int8_matmul(
 ) -> torch.Tensor:
     """rows int8 (R, K), columns int8 (C, K), or (K, C) if `transposed`; scales float32 (R,) and (C,) -> float32 (R, C).
 
-    largest: magnitude of the columns' values at most: 1 or 4, and then the rows hold no value below -127, or 128. Sums
-    must fit int32: K < 2^17.
+    largest: magnitude of the columns' values at most: of levels (1, 4 or 13), and then the rows hold no value below
+    -127, or 128. Sums must fit int32: K < 2^17.
     """
     if rows.numel() and columns.numel() and uses_triton(rows, columns, row_scale, column_scale):
         sums = _exact_sums(rows, columns, transposed, largest)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from arb_kernels.formats.packing import packed_width, trits_per_weight
 from arb_kernels.triton_support import ceil_div, jit, launch, level_of, tl
 
 _MATVEC_TOKENS, _MATVEC_ROWS, _MATVEC_BYTES = 16, 32, 64
@@ -60,13 +61,12 @@ def triton_packed_matvec(
     `naive_int8_matmul(codes, levels, token_scale, row_scale)`. Correct for any M, fast for M <= 16."""
     codes, packed = codes.contiguous(), packed.contiguous()
     (M, K), N = codes.shape, len(packed)
-    width = ceil_div(K, 5)
     out = torch.empty(M, N, device=codes.device)
     launch(
         packed_matvec_kernel,
         (ceil_div(N, _MATVEC_ROWS), ceil_div(M, _MATVEC_TOKENS)),
-        *(codes, packed, token_scale.contiguous(), row_scale.contiguous(), out, M, N, K, width),
-        TRITS=packed.shape[1] // width,
+        *(codes, packed, token_scale.contiguous(), row_scale.contiguous(), out, M, N, K, packed_width(K)),
+        TRITS=trits_per_weight(packed, K),
         BM=_MATVEC_TOKENS,
         BN=_MATVEC_ROWS,
         BB=_MATVEC_BYTES,

@@ -1,8 +1,9 @@
 // int8 matmuls with int32 sums: out[r, c] = (sum_k rows[r, k] * columns[c, k]) * row_scale[r] * column_scale[c].
 //
-// One operand stays in its row-major int8 form and is broadcast four bytes at a time; the other is laid out in panels of
-// 16 columns x 4 depths, as unsigned bytes (value + offset): offset 1 for trits, 4 for two trits, 128 for any int8. The instruction
-// multiplies unsigned by signed, and offset * (sum of the row) is taken off at the end, so every sum is exact.
+// One operand stays in its row-major int8 form and is broadcast four bytes at a time; the other is laid out in panels
+// of 16 columns x 4 depths, as unsigned bytes (value + offset): the offset is the largest level, or 128 for any int8.
+// The instruction multiplies unsigned by signed, and offset * (sum of the row) is taken off at the end, so every sum is
+// exact.
 // AVX2 has that instruction with 16-bit sums of two products only, enough for levels. Two int8 codes would saturate it:
 // there both operands are widened to 16 bits, two depths in four bytes, and multiplied with 32-bit sums.
 #include <algorithm>
@@ -12,6 +13,7 @@
 
 #include "matvec.h"
 #include "quantise.h"
+#include "trits.h"
 
 #ifdef ARB_X86
 #include <immintrin.h>
@@ -120,7 +122,8 @@ void panel_from_columns(const Matmul& m, int64_t c0, uint8_t* panel) {
     }
 }
 
-// Columns c0 .. c0 + 15 of the decode layout: 64 bytes hold 16 columns x 16 depths, two bits each, or x 8 depths of four.
+// Columns c0 .. c0 + 15 of the decode layout: 64 bytes hold 16 columns x 16 depths, two bits each, or x 8 depths of
+// four.
 template <int BITS>
 inline __attribute__((always_inline)) void panel_from_bits(const Matmul& m, int64_t c0, uint8_t* panel) {
     constexpr int PLACES = 8 / BITS;
@@ -304,8 +307,6 @@ void multiply(const Matmul& m, int isa) {
     }
 }
 
-int offset_of(int trits) { return trits == 1 ? 1 : 4; }  // the largest level
-
 }  // namespace
 
 // AVX512_VNNI, AVX2_ONLY, or 0: neither, and no matmul here.
@@ -316,7 +317,8 @@ ARB_API int arb_instruction_set() {
     return __builtin_cpu_supports("avx2") ? AVX2_ONLY : 0;
 }
 
-// columns: int8 (C, K), or (K, C) if `transposed`; offset: the largest magnitude in them: 1, 4, or 128 for any int8. column_scale may be null.
+// columns: int8 (C, K), or (K, C) if `transposed`; offset: the largest magnitude in them, ANY_INT8 for any int8.
+// column_scale may be null.
 ARB_API void arb_int8_matmul(int isa, const int8_t* rows, const int8_t* columns, int transposed, int offset, int64_t R,
                              int64_t C, int64_t K, const float* row_scale, const float* column_scale, float* out) {
     const Source source = transposed ? TRANSPOSED : ROW_MAJOR;
@@ -327,16 +329,16 @@ ARB_API void arb_int8_matmul(int isa, const int8_t* rows, const int8_t* columns,
 }
 
 // codes int8 (M, K) against the decode layout of N weight rows (decode_layout.py), trits 1 or 2.
-ARB_API void arb_layout_matmul(int isa, int trits, const int8_t* codes, const uint8_t* layout, int64_t M, int64_t N, int64_t K,
-                                const float* token_scale, const float* row_scale, float* out) {
+ARB_API void arb_layout_matmul(int isa, int trits, const int8_t* codes, const uint8_t* layout, int64_t M, int64_t N,
+                               int64_t K, const float* token_scale, const float* row_scale, float* out) {
     const int64_t steps = (K + 15) / 16 * 4;
-    const int offset = offset_of(trits), bits = 2 * trits;
+    const int offset = largest_level(trits), bits = 2 * trits;
     multiply({codes, layout, LAYOUT, M, N, K, steps, offset, bits, false, token_scale, row_scale, out}, isa);
 }
 
 // The same for at most MATVEC_ROWS tokens, from float activations: one call a layer, as generation makes thousands.
-ARB_API void arb_layout_matvec(int isa, int trits, const float* values, const uint8_t* layout, int64_t M, int64_t N, int64_t K,
-                                const float* row_scale, float* out) {
+ARB_API void arb_layout_matvec(int isa, int trits, const float* values, const uint8_t* layout, int64_t M, int64_t N,
+                               int64_t K, const float* row_scale, float* out) {
     const int64_t chunks = (K + 15) / 16;
     const Buffer codes = allocate(M * chunks * 16);
     int32_t sums[MATVEC_ROWS];
@@ -347,8 +349,7 @@ ARB_API void arb_layout_matvec(int isa, int trits, const float* values, const ui
         memset(row + K, 0, chunks * 16 - K);
         sums[m] = sum_row(row, K);
     }
-    layout_matvec(isa, 2 * trits, (int8_t*)codes.get(), layout, M, N, chunks, sums, offset_of(trits), token_scale,
-                  row_scale, out);
+    layout_matvec(isa, trits, (int8_t*)codes.get(), layout, M, N, chunks, sums, token_scale, row_scale, out);
 }
 #else
 ARB_API int arb_instruction_set() { return 0; }

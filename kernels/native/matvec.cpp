@@ -1,5 +1,7 @@
 #include "matvec.h"
 
+#include "trits.h"
+
 #ifdef ARB_X86
 #include <immintrin.h>
 
@@ -86,11 +88,10 @@ void block(int64_t count, int isa, const int8_t* rows, int64_t stride, const uin
 
 }  // namespace
 
-void layout_matvec(int isa, int bits, const int8_t* rows, const uint8_t* layout, int64_t R, int64_t C, int64_t chunks,
-                   const int32_t* row_sums, int offset, const float* row_scale, const float* column_scale,
-                   float* out) {
-    const int64_t blocks = (C + LANES - 1) / LANES, block_bytes = chunks * VECTOR * bits / 2;
-    const auto multiply = bits == 2 ? block<MATVEC_ROWS, 2> : block<MATVEC_ROWS, 4>;
+void layout_matvec(int isa, int trits, const int8_t* rows, const uint8_t* layout, int64_t R, int64_t C, int64_t chunks,
+                   const int32_t* row_sums, const float* row_scale, const float* column_scale, float* out) {
+    const int64_t blocks = (C + LANES - 1) / LANES, block_bytes = chunks * VECTOR * trits;
+    const auto multiply = trits == 1 ? block<MATVEC_ROWS, 2> : block<MATVEC_ROWS, 4>;
 #pragma omp parallel for schedule(static) if (C * chunks >= (1 << 13))
     for (int64_t b = 0; b < blocks; ++b) {
         int32_t sums[MATVEC_ROWS * LANES];
@@ -98,7 +99,7 @@ void layout_matvec(int isa, int bits, const int8_t* rows, const uint8_t* layout,
         for (int64_t i = 0; i < R; ++i)
             for (int64_t lane = 0; lane < LANES && b * LANES + lane < C; ++lane) {
                 const int64_t c = b * LANES + lane;
-                const int32_t sum = sums[i * LANES + lane] - offset * row_sums[i];
+                const int32_t sum = sums[i * LANES + lane] - largest_level(trits) * row_sums[i];
                 out[i * C + c] = (float)sum * row_scale[i] * column_scale[c];
             }
     }

@@ -124,7 +124,9 @@ ARB_CLONES void add_squares(const Rule& rule, const uint8_t* accum, const int8_t
     }
 }
 
-inline __attribute__((always_inline)) float clamp(float x, float limit) { return x < -limit ? -limit : x > limit ? limit : x; }
+inline __attribute__((always_inline)) float clamp(float x, float limit) {
+    return x < -limit ? -limit : x > limit ? limit : x;
+}
 
 // The row's sum of squares of the update before it is set to unit RMS, in fixed point of UPDATE_STEPS.
 ARB_CLONES int64_t power_row(const Rule& rule, const uint8_t* accum, const int8_t* exponents, const float* dW,
@@ -147,7 +149,7 @@ ARB_CLONES int64_t move_row(const Rule& rule, int64_t row, uint8_t* accum, const
                             float rate, int trits, uint8_t* packed, int8_t* levels, int8_t* plane) {
     const uint32_t row_key = mix((uint32_t)row ^ rule.key);
     const int64_t width = packed_width(rule.columns);
-    const int32_t end = (trits == 1 ? 3 : 9) * CELL / 2;
+    const int32_t end = (2 * largest_level(trits) + 1) * CELL / 2;
     unpack_levels(packed, width, trits, levels, plane);
     int32_t flips = 0;
     for (int64_t start = 0; start < rule.columns; start += BLOCK) {

@@ -3,6 +3,8 @@
 
 #include "common.h"
 
+constexpr int largest_level(int trits) { return trits == 1 ? 1 : 4; }
+
 static inline __attribute__((always_inline)) int64_t packed_width(int64_t columns) {
     return (columns + packing::TRITS_PER_BYTE - 1) / packing::TRITS_PER_BYTE;
 }

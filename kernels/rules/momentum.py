@@ -35,6 +35,7 @@ from arb_kernels.formats.momentum_format import (
     UPDATE_LIMIT,
     UPDATE_STEPS,
     MomentumFormat,
+    third_of_line,
 )
 from arb_kernels.formats.packing import largest_level, pack_levels, unpack_levels
 from arb_kernels.formats.rule_states import MomentumState, overwrite
@@ -124,11 +125,6 @@ def normalise(direction: torch.Tensor) -> torch.Tensor:
     return unit.mul_(inverse_rms).clamp_(-MAX_UPDATE, MAX_UPDATE)
 
 
-def third_of_line(cell: int, trits: int) -> float:
-    """Residual steps in a third of the latent line: the unit of learning rates."""
-    return float(cell * 3 ** (trits - 1))
-
-
 def move_weights(
     levels: torch.Tensor,
     residual: torch.Tensor,
@@ -176,21 +172,22 @@ def momentum_update(state: MomentumState, dW: torch.Tensor, key: int, lr: float,
     dW: float32 (N, K), the step's mean gradient; lr: thirds of the latent line per step; beta: decay of the momentum.
     Returns the number of changed levels, int64 ().
     """
-    if state.accum.dtype == torch.uint8 and uses_native(*state, dW):
+    trits = state.trits
+    if state.accum.dtype == torch.uint8 and uses_native(*state, dW, trits=trits):
         flips = native_kernels().arb_momentum_update(
             *map(pointer, (*state, dW)),
             *dW.shape,
-            state.trits,
+            trits,
             key,
             pointer(power_table(QUARTERS, dW.device)),
             beta,
             1 - beta,
             MAX_UPDATE,
-            -lr * third_of_line(state.form.cell, state.trits),
+            -lr * third_of_line(state.form.cell, trits),
         )
         increment_version(tuple(state))
         return torch.tensor(flips)
-    if uses_triton(*state, dW):
+    if uses_triton(*state, dW, trits=trits):
         return triton_momentum_update(state, dW, key, lr, beta)
     new, flips = naive_momentum_update(state, dW, key, lr, beta)
     overwrite(state, new)

@@ -24,7 +24,9 @@ from arb_kernels.formats.momentum_format import (
     STATISTIC_OCTAVES,
     UPDATE_LIMIT,
     UPDATE_STEPS,
+    third_of_line,
 )
+from arb_kernels.formats.packing import packed_width
 from arb_kernels.formats.rule_states import MomentumState
 from arb_kernels.triton_support import (
     ceil_div,
@@ -313,7 +315,8 @@ def triton_momentum_update(
     for tensor in (*state, row_ids):
         assert tensor is None or tensor.is_contiguous()
     dW = dW.contiguous()
-    (rows, columns), form = dW.shape, state.form
+    (rows, columns), form, trits = dW.shape, state.form, state.trits
+    width = packed_width(columns)
     scalars = torch.zeros(4, dtype=torch.int64, device=dW.device)
     sums = torch.zeros(rows + columns, dtype=torch.int64, device=dW.device)
     maxima = torch.zeros(rows + columns, dtype=torch.int32, device=dW.device)
@@ -329,13 +332,12 @@ def triton_momentum_update(
     launch(momentum_row_scales_kernel, (ceil_div(rows, _SCALES),), *of_rows, scalars, rows, B=_SCALES)
     launch(momentum_column_scales_kernel, (ceil_div(columns, _SCALES),), *of_columns, scalars, columns, B=_SCALES)
     launch(momentum_power_kernel, grid, of, scalars, scales[:rows], scales[rows:], **options)
-    width = state.T_packed.shape[1] // state.trits
     launch(
         momentum_move_kernel,
         (ceil_div(rows, _MOVE_ROWS), ceil_div(width, _MOVE_BYTES)),
         *(state.T_packed, of, scalars, scales[:rows], scales[rows:], width, signed_word(key)),
-        *(UPDATE_STEPS * dW.numel() ** 0.5, MAX_UPDATE, -lr * float(form.cell * 3 ** (state.trits - 1))),
-        **(options | {"TRITS": state.trits, "BR": _MOVE_ROWS, "BB": _MOVE_BYTES}),
+        *(UPDATE_STEPS * dW.numel() ** 0.5, MAX_UPDATE, -lr * third_of_line(form.cell, trits)),
+        **(options | {"TRITS": trits, "BR": _MOVE_ROWS, "BB": _MOVE_BYTES}),
     )
     increment_version(tuple(state))
     return scalars[-1]

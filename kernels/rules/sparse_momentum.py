@@ -2,7 +2,7 @@
 
 The dense rule is not a sum over rows: its norms span the matrix, and it decays and moves the momentum of rows without a
 gradient. So this rule is the dense rule applied to the submatrix of the touched rows, as if the table had no others,
-with the random bits of the rows' true places. Rows that are not touched keep trits, residuals and momentum. With every
+with the random bits of the rows' true places. Rows that are not touched keep levels, residuals and momentum. With every
 row touched it is the dense rule.
 
 The gradients of micro-batches are summed by row and applied once per step.
@@ -34,12 +34,11 @@ def sparse_momentum_update(
     """Fold and move the touched rows, in place; no other row is read.
 
     state: of the whole table, contiguous; row_ids: int64 (R,), each row once; dW: float32 (R, K), the step's mean
-    gradient of those rows; lr: thirds of the latent line per step. Returns the number of changed levels, int64
-    ().
+    gradient of those rows; lr: thirds of the latent line per step. Returns the number of changed levels, int64 ().
     """
     if not row_ids.numel():
         return torch.zeros((), dtype=torch.int64, device=dW.device)
-    if uses_triton(*state, dW):
+    if uses_triton(*state, dW, trits=state.trits):
         return triton_momentum_update(state, dW, key, lr, beta, row_ids.contiguous())
     rows, flips = naive_sparse_momentum_update(state, row_ids, dW, key, lr, beta)
     for tensor, new in zip(state, rows, strict=True):

@@ -6,14 +6,16 @@ import torch
 
 from arb_kernels.formats.exponents import EIGHTHS, power_of_two
 from arb_kernels.formats.groups import group_lengths, split_groups
-from arb_kernels.formats.packing import pack_levels
+from arb_kernels.formats.packing import largest_level, pack_levels
 from arb_kernels.formats.scaled_rows import gather_rows
 from arb_kernels.formats.state_layout import StateTensor, rule_of_tables, state_layout
 from configuration_arb.configuration_arb import ArbConfig
 
 from .ternary_embedding import TernaryEmbedding, sum_by_row
 
-THRESHOLD, SMALLEST_SCALE = 0.7, 2.0**-16
+THRESHOLD = 0.7  # of a group's mean magnitude: smaller values become zero (Ternary Weight Networks, 1605.04711, eq. 6)
+STEP_OF_NINE = 0.5338  # of a group's RMS: least squared error of normal values on nine levels (Max 1960, table II)
+SMALLEST_SCALE = 2.0**-16
 
 
 class TernaryTable(TernaryEmbedding):
@@ -45,19 +47,12 @@ class TernaryTable(TernaryEmbedding):
 
     @torch.no_grad()
     def write_rows(self, ids: torch.Tensor, values: torch.Tensor) -> None:
-        """Set rows ids (R,), each named once, to the nearest ternary values (R, columns), their accumulators to zero.
-
-        Trits by the threshold of Ternary Weight Networks (Li & Liu 2016, eq. 6): 0.7 of a group's mean magnitude.
-        """
+        """Set rows ids (R,), each named once, to levels near values (R, columns), their accumulators to zero."""
         groups = split_groups(values, self.group_size)  # (R, groups, group_size)
-        magnitude = groups.abs()
         lengths = group_lengths(self.columns, self.group_size, values.device)
-        kept = magnitude > THRESHOLD * (magnitude.sum(-1) / lengths).unsqueeze(-1)
-        scale = (magnitude * kept).sum(-1) / kept.sum(-1).clamp(min=1)
-        exponent = torch.log2(scale.clamp(min=SMALLEST_SCALE)) * EIGHTHS
-        trits = (groups.sign() * kept).flatten(1)[:, : self.columns]
-        self.T_packed[ids] = pack_levels(trits.to(torch.int8))
-        self.E[ids] = exponent.round().clamp(-128, 127).to(torch.int8)
+        levels, exponent = (_three_levels if self.trits == 1 else _nine_levels)(groups, lengths)
+        self.T_packed[ids] = pack_levels(levels.flatten(1)[:, : self.columns].to(torch.int8), self.trits)
+        self.E[ids] = exponent
         for name, spec in self.layout().items():
             if name not in ("T_packed", "E"):
                 getattr(self, name)[ids] = torch.zeros((), dtype=spec.dtype, device=ids.device)
@@ -67,3 +62,23 @@ class TernaryTable(TernaryEmbedding):
         assert self.gradient_sink is not None
         row_ids, place = ids.unique(return_inverse=True)
         self.gradient_sink.rows(self, row_ids, sum_by_row(place, gradient, len(row_ids)))
+
+
+def _three_levels(groups: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values float32 (R, groups, G), padded with zeros, and the groups' lengths (groups,) -> -1, 0, 1 in the shape of
+    the values, and E int8 (R, groups)."""
+    magnitude = groups.abs()
+    kept = magnitude > THRESHOLD * (magnitude.sum(-1) / lengths).unsqueeze(-1)
+    return groups.sign() * kept, _exponent((magnitude * kept).sum(-1) / kept.sum(-1).clamp(min=1))
+
+
+def _nine_levels(groups: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same with levels -4 to 4: the nearest, with a scale in proportion to a group's RMS."""
+    exponent = _exponent(STEP_OF_NINE * (groups.square().sum(-1) / lengths).sqrt())
+    largest = largest_level(2)
+    return (groups / power_of_two(exponent, EIGHTHS).unsqueeze(-1)).round().clamp(-largest, largest), exponent
+
+
+def _exponent(scale: torch.Tensor) -> torch.Tensor:
+    octaves = torch.log2(scale.clamp(min=SMALLEST_SCALE))
+    return (octaves * EIGHTHS).round().clamp(-128, 127).to(torch.int8)

@@ -48,7 +48,7 @@ def test_no_tokens(triton_device):
     trits = random_trits(5, COLUMNS).to(triton_device)
     row_scale = torch.ones(5, device=triton_device)
     assert triton_packed_matvec(codes, pack_levels(trits), scale, row_scale).shape == (0, 5)
-    assert int8_matmul(codes, trits, scale, row_scale, trits=True).shape == (0, 5)
+    assert int8_matmul(codes, trits, scale, row_scale, largest=1).shape == (0, 5)
     ids = torch.empty(2, 0, dtype=torch.int64, device=triton_device)
     assert triton_gather_rows(pack_levels(trits), ids, COLUMNS).shape == (2, 0, COLUMNS)
     gates, cell = values[:, :8], values[:, :2]

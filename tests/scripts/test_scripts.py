@@ -9,9 +9,10 @@ import torch
 from configuration_arb import preset_config
 from modeling_arb import ArbForCausalLM
 from support.scripting import run_script
-from training_arb.bench.ablation import worst_spike
+from training_arb.bench.ablation import variant_config, worst_spike
 from training_arb.bench.float_baselines import ArbFloatBaseline
-from training_arb.bench.quality_benchmark import rate_at
+from training_arb.bench.quality_benchmark import DEFAULT_CONFIGS, rate_at
+from training_arb.memory.state_audit import audit_config
 
 TEXT = b"The quick brown fox jumps over the lazy dog. " * 120
 
@@ -94,7 +95,7 @@ def test_benchmark_writes_its_contract(corpus, tmp_path, capsys):
     assert {"configs", "data", "steps", "seed", "env"} <= result.keys()
     keys = ["val_loss", "val_bpb", "train_loss_final", "state_bytes", "state_bytes_per_weight", "logical_weights"]
     keys += ["trainable_float_params", "step_ms_median", "peak_mem_mb", "learning_rate"]
-    assert {*result["configs"]} == {"Adam_FP32", "Adam_STE", "SignSGD_Old", "TrueTernary", "Correlation"}
+    assert {*result["configs"]} == {*DEFAULT_CONFIGS}
     for name, row in result["configs"].items():
         assert {*keys} <= row.keys()
         assert row["val_bpb"] == pytest.approx(row["val_loss"] / math.log(2))
@@ -102,11 +103,12 @@ def test_benchmark_writes_its_contract(corpus, tmp_path, capsys):
         assert row["logical_weights"] == 171_008
         assert row["curve"][-1] == [6, row["val_loss"]]
     assert result["configs"]["TrueTernary"]["state_bytes_per_weight"] <= 1.25
+    assert 1.42 <= result["configs"]["TwoTrit"]["state_bytes_per_weight"] <= 1.45
     assert 12 <= result["configs"]["Adam_FP32"]["state_bytes_per_weight"] < 12.01
     assert result["configs"]["Adam_STE"]["rates_tried"].keys() == {"0.003", "0.01"}
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
-    assert run_script("benchmark_true_ternary", *settings, "--reuse-base", "--configs", "Adam_FP32,TrueTernary") == 0
+    assert run_script("benchmark_true_ternary", *settings, "--reuse-base", "--configs", "TrueTernary") == 0
     again = json.loads(out.read_text())["configs"]
     assert again["Adam_FP32"] == result["configs"]["Adam_FP32"]
     assert again["TrueTernary"]["val_loss"] == result["configs"]["TrueTernary"]["val_loss"]
@@ -119,16 +121,26 @@ def test_benchmark_writes_its_contract(corpus, tmp_path, capsys):
     assert in_parts == pytest.approx(again["TrueTernary"]["val_loss"], rel=0.02)
 
 
-def test_straight_through_baseline_is_ternary_forward_and_identity_backward():
+@pytest.mark.parametrize(("trits", "levels", "step"), [(1, 3, 1.0), (2, 9, 0.675)])
+def test_straight_through_baseline_has_levels_in_forward_and_the_identity_in_backward(trits, levels, step):
     torch.manual_seed(0)
-    model = ArbFloatBaseline(preset_config("arb-tiny"), straight_through=True)
+    model = ArbFloatBaseline(preset_config("arb-tiny", trits_per_weight={"head": trits}), straight_through=True)
     layer = model.byte_head.proj
     latent = layer.parametrizations.weight.original
-    assert layer.weight.unique().numel() == 3
-    assert layer.weight.max().item() == pytest.approx(latent.abs().mean().item())
+    assert layer.weight.unique().numel() == levels
+    assert layer.weight.max().item() == pytest.approx(levels // 2 * step * latent.abs().mean().item())
+    assert model.model.blocks[0].mlp.up_proj.weight.unique().numel() == 3
     x = torch.randn(5, 64)
     layer(x).sum().backward()
     assert torch.allclose(latent.grad, x.sum(0).expand_as(latent), atol=1e-5)
+
+
+def test_wider_variant_of_one_trit_has_the_bytes_of_two_trits():
+    one, two, wider = (
+        audit_config(variant_config("arb-bench", name)) for name in ("backbone", "two trits", "wider, one trit")
+    )
+    assert two.logical_weights == one.logical_weights < wider.logical_weights
+    assert wider.state_bytes == pytest.approx(two.state_bytes, rel=2e-3)
 
 
 def test_autocast_baseline_multiplies_in_bfloat16_and_keeps_float32_gradients():

@@ -40,19 +40,25 @@ class StandInDriver:
         return 0
 
 
+def packed_weights():
+    """Of one trit and of two."""
+    return [torch.zeros(ROWS, trits * WIDTH, dtype=torch.uint8) for trits in (1, 2)]
+
+
 def call_layers(k):
     """The functions of the layers, once for each way that they launch their kernels. k: has them as attributes."""
-    packed, dW = torch.zeros(ROWS, WIDTH, dtype=torch.uint8), torch.zeros(ROWS, COLUMNS)
+    dW = torch.zeros(ROWS, COLUMNS)
     ids, scale = torch.zeros(4, dtype=torch.int64), torch.ones(ROWS, GROUPS)
     codes = torch.zeros(ROWS, COLUMNS, dtype=torch.int8)
     k.triton_quantise_tokens(dW)
     k.triton_quantise_gradient(dW, dW[0], dW[:, 0])
     k.triton_quantise_gradient(dW, dW[0], None)
     k.triton_scale_sums(torch.zeros(ROWS, COLUMNS, dtype=torch.int32), dW[:, 0], dW[0], torch.bfloat16)
-    k.triton_unpack_levels(packed, COLUMNS)
-    k.triton_effective_weight(packed, COLUMNS, scale, GROUP, torch.bfloat16)
-    k.triton_gather_rows(packed, ids, COLUMNS, scale[ids], GROUP)
-    k.triton_packed_matvec(codes[:3], packed, torch.ones(3), torch.ones(ROWS))
+    for packed in packed_weights():
+        k.triton_unpack_levels(packed, COLUMNS)
+        k.triton_effective_weight(packed, COLUMNS, scale, GROUP, torch.bfloat16)
+        k.triton_gather_rows(packed, ids, COLUMNS, scale[ids], GROUP)
+        k.triton_packed_matvec(codes[:3], packed, torch.ones(3), torch.ones(ROWS))
     cell = torch.zeros(8, ROWS // 4)
     for dtype in (torch.float32, torch.bfloat16):
         gates, hidden = torch.zeros(8, ROWS, dtype=dtype), cell.to(dtype)
@@ -63,12 +69,15 @@ def call_layers(k):
 def call_rules(k):
     """The functions of the update rules, which a model from the hub goes without."""
     int8, uint8 = torch.int8, torch.uint8
-    packed, dW = torch.zeros(ROWS, WIDTH, dtype=uint8), torch.zeros(ROWS, COLUMNS)
+    dW = torch.zeros(ROWS, COLUMNS)
     codes, ids = torch.zeros(ROWS, COLUMNS, dtype=int8), torch.zeros(4, dtype=torch.int64)
     for dtype in (torch.int16, uint8):
         accum, accum_exp = torch.zeros(ROWS, COLUMNS, dtype=dtype), torch.zeros(ROWS, BLOCKS, dtype=int8)
-        k.triton_momentum_update(MomentumState(packed, accum, accum_exp), dW, 1, 0.1)
-    k.triton_momentum_update(MomentumState(packed, accum, accum_exp), dW[:4], 1, 0.1, row_ids=ids)
+        for packed in packed_weights():
+            k.triton_momentum_update(MomentumState(packed, accum, accum_exp), dW, 1, 0.1)
+    for packed in packed_weights():
+        k.triton_momentum_update(MomentumState(packed, accum, accum_exp), dW[:4], 1, 0.1, row_ids=ids)
+    packed, _ = packed_weights()
     k.triton_add_gradient(codes, accum_exp, dW, 1)
     k.triton_add_sum(dW, codes, accum_exp)
     E_accum = torch.zeros(ROWS, GROUPS, dtype=int8)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from arb_kernels.formats.momentum_format import MomentumFormat
-from arb_kernels.formats.packing import pack_levels
+from arb_kernels.formats.packing import largest_level, pack_levels
 from arb_kernels.formats.rule_states import MomentumState
 from arb_kernels.native_library import native_library
 from arb_kernels.triton_support import triton_runs_on
@@ -31,16 +31,21 @@ def shapes(*sizes):
     return [pytest.param(*size, id="x".join(map(str, size))) for size in sizes]
 
 
+def random_levels(*shape, trits=1):
+    """Uniform levels of weights of so many trits, int8."""
+    return torch.randint(-largest_level(trits), largest_level(trits) + 1, shape, dtype=torch.int8)
+
+
 def random_trits(*shape):
-    return torch.randint(-1, 2, shape, dtype=torch.int8)
+    return random_levels(*shape)
 
 
-def random_momentum_state(rows, columns, bits=4):
-    """MomentumState of a fresh matrix: random trits and residuals, no momentum."""
+def random_momentum_state(rows, columns, bits=4, trits=1):
+    """MomentumState of a fresh matrix: random levels and residuals, no momentum."""
     form = MomentumFormat(bits)
     residual = torch.randint(0, form.cell, (rows, columns)).to(form.dtype)
     accum_exp = torch.zeros(rows, -(-columns // 64), dtype=torch.int8)
-    return MomentumState(pack_levels(random_trits(rows, columns)), residual, accum_exp)
+    return MomentumState(pack_levels(random_levels(rows, columns, trits=trits), trits), residual, accum_exp)
 
 
 def copied(state, device=None):

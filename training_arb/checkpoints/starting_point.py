@@ -1,16 +1,19 @@
 """Full finetuning: a new run that starts from a checkpoint's weights.
 
 Training state (residuals and momentum, or votes) comes along where the checkpoint has it and the update rules stay the
-same. It starts at zero from an inference checkpoint, and when a rule or its number of bits changes.
+same. It starts at zero from an inference checkpoint, and when a rule or its number of bits changes. Weights are
+converted when the number of trits a weight changes (trit_conversion.py).
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from configuration_arb import ArbConfig, preset_config
+from configuration_arb.trits_per_weight import ROLES, describe_trits
 from modeling_arb import ArbForCausalLM
 from modeling_arb.blocks.ternary_codebook import TernaryCodebook
 from modeling_arb.checkpoints.integrity import read_config, read_json_object
@@ -18,10 +21,11 @@ from training_arb.memory.state_audit import inference_hash
 
 from .checkpoint_files import RUN_FILE, verify_checksums
 from .checkpoint_source import find_checkpoint
+from .trit_conversion import carry_over
 
-# what a finetuning may choose for itself: how weights are updated and multiplied, not their shape and values
+# what a finetuning may choose for itself: how weights are updated, multiplied and stored, not their shape
 RULE_FIELDS = ("update_rule", "table_rule", "momentum_bits")
-FREE_FIELDS = (*RULE_FIELDS, "compute", "max_position_embeddings", "training_state")
+FREE_FIELDS = (*RULE_FIELDS, "trits_per_weight", "compute", "max_position_embeddings", "training_state")
 
 
 def start_from(
@@ -51,23 +55,34 @@ def start_from(
     if resumed is not None:
         return ArbForCausalLM(config), origin
     keeps_state = stored.training_state and all(getattr(stored, name) == getattr(config, name) for name in RULE_FIELDS)
-    if keeps_state:
-        config.training_state = True
-        model = ArbForCausalLM.from_pretrained(folder, config=config)
-    else:
-        model = _load_weights(folder, stored, config)
+    model, conversion = _load(folder, stored, config, keeps_state)
     origin |= {"update_rule": stored.update_rule, "training_state": keeps_state}
+    origin |= {"trits_per_weight": stored.trits_per_weight, **conversion}
     return model, {**origin, "weights_sha256": inference_hash(model)}
 
 
-def describe_start(origin: dict[str, object], config: ArbConfig) -> str:
+def describe_start(origin: dict[str, Any], config: ArbConfig) -> str:
     """The start of a run, in one line."""
     state = "residuals and momentum" if config.update_rule == "momentum" else "votes"
     comes_along = origin.get("training_state") or config.update_rule == origin["update_rule"] == "correlation"
     at = f" at {origin['commit']}" if origin["commit"] else ""
     return (
         f"weights of {origin['source']}{at}, trained by {origin['update_rule']}; now by {config.update_rule},"
-        f" its {state} {'come along' if comes_along else 'start at zero'}"
+        f" its {state} {'come along' if comes_along else 'start at zero'}{_describe_conversion(origin, config)}"
+    )
+
+
+def _describe_conversion(origin: dict[str, Any], config: ArbConfig) -> str:
+    if "converted_matrices" not in origin:
+        return ""
+    before, after = describe_trits(origin["trits_per_weight"]), describe_trits(config.trits_per_weight)
+    said = f"; trits a weight from {before} to {after}, {origin['converted_matrices']} matrices converted"
+    if not origin["relative_rms_error"]:
+        return f"{said} without error"
+    worst, residuals = origin["largest_error"], "; residuals hold the error within their cells"
+    return (
+        f"{said} with a relative RMS error of {origin['relative_rms_error']:.2%}, at most"
+        f" {worst['relative_rms_error']:.2%} ({worst['matrix']}){residuals if config.update_rule == 'momentum' else ''}"
     )
 
 
@@ -111,21 +126,23 @@ def _contradiction(stored: ArbConfig, wanted: ArbConfig) -> tuple[str, object] |
     return None
 
 
-def _load_weights(folder: Path, stored: ArbConfig, config: ArbConfig) -> ArbForCausalLM:
-    """The weights alone, with training state at zero."""
-    taking_up_votes = config.update_rule == "correlation" != stored.update_rule
-    loaded = stored if taking_up_votes else config
-    loaded.training_state = False
-    model = ArbForCausalLM.from_pretrained(folder, config=loaded)
-    if taking_up_votes:  # inference needs them, and the checkpoint does not have them
-        weights, config.training_state = model.state_dict(), True
+def _load(
+    folder: Path, stored: ArbConfig, config: ArbConfig, keeps_state: bool
+) -> tuple[ArbForCausalLM, dict[str, object]]:
+    """The model of `config` with the checkpoint's weights and, with `keeps_state`, its training state, which otherwise
+    is zero; and the errors of a conversion (`carry_over`)."""
+    takes_up_votes = config.update_rule == "correlation" != stored.update_rule
+    conversion: dict[str, object] = {}
+    if takes_up_votes or any(config.trits_of(role) != stored.trits_of(role) for role in ROLES):
+        stored.training_state, config.training_state = keeps_state, True
         model = ArbForCausalLM(config)
-        for tensor in model.state_dict().values():
-            tensor.zero_()
-        model.load_state_dict(weights, strict=False)
+        conversion = carry_over(ArbForCausalLM.from_pretrained(folder, config=stored), model)
     else:
+        config.training_state = keeps_state
+        model = ArbForCausalLM.from_pretrained(folder, config=config)
         model.add_training_state()
-    for module in model.modules():
-        if isinstance(module, TernaryCodebook):  # so that no row counts as unused from the start
-            torch.nn.init.ones_(module.usage)
-    return model
+    if not keeps_state:
+        for module in model.modules():
+            if isinstance(module, TernaryCodebook):  # so that no row counts as unused from the start
+                torch.nn.init.ones_(module.usage)
+    return model, conversion

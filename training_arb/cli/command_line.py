@@ -11,12 +11,17 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from transformers.utils.logging import disable_progress_bar
 
+from configuration_arb.trits_per_weight import ROLES, TritsPerWeight, parse_trits
 from training_arb.common.error_lines import first_line
 from training_arb.ranks.rank_loss import RankLostError, RanksPartedError
 
 BAD_INPUT, RUN_FAILED = 2, 1
 TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h
 ALLOCATOR = "DefaultCPUAllocator: "  # what torch says of missing memory follows it
+TRITS_HELP = (
+    f"Trits a weight: 1, 2, or numbers by role, such as embedding:2,head:2; the roles are {', '.join(ROLES)}."
+    " Default: the preset's"
+)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -26,6 +31,16 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 def script_parser(description: str | None) -> argparse.ArgumentParser:
     """A parser whose help begins with a script's docstring."""
     return argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
+
+
+def add_trits_option(parser: argparse.ArgumentParser) -> None:
+    """--trits_per_weight, also with dashes. `trits_field` reads it."""
+    parser.add_argument("--trits_per_weight", "--trits-per-weight", metavar="TRITS", help=TRITS_HELP)
+
+
+def trits_field(text: str | None) -> dict[str, TritsPerWeight]:
+    """The config field that --trits_per_weight sets; none where the option was not given. Raises ValueError."""
+    return {} if text is None else {"trits_per_weight": parse_trits(text)}
 
 
 def check_least(options: object, least: Mapping[str, float]) -> None:

@@ -1,12 +1,12 @@
-"""Merges an adapter into a ternary base: its change of the weights is rounded to trits in the integer state.
+"""Merges an adapter into a ternary base: its change of the weights is rounded to levels in the integer state.
 
-A weight's latent is trit + residual + change / scale, in cells; the residual exists under the momentum rule if the
-model has training state. How a latent becomes a trit (`rounding`):
-    nearest      the nearest of -1, 0, 1
+A weight's latent is level + residual + change / scale, in cells; the residual exists under the momentum rule if the
+model has training state. How a latent becomes a level (`rounding`):
+    nearest      the nearest of -1, 0, 1, or of -4 to 4 with two trits a weight
     stochastic   stochastic rounding with an exact mean; random bits from a seed
     compensated  column by column, the rounding error of each passed on to the columns not yet rounded so that the
-                 layer's outputs on given inputs move least (GPTQ, arXiv 2210.17323, on the fixed grid of trits)
-Scales do not change. A residual, if present, becomes latent - trit, limited to the cell. A merge that does not lower
+                 layer's outputs on given inputs move least (GPTQ, arXiv 2210.17323, on the fixed grid of levels)
+Scales do not change. A residual, if present, becomes latent - level, limited to the cell. A merge that does not lower
 the base's loss is undone, and an error is raised.
 """
 
@@ -63,7 +63,7 @@ class MergeReport:
         return (
             f"{self.rounding}: loss {self.loss_base:.4f} base, {self.loss_adapter:.4f} with the adapter,"
             f" {self.loss_merged:.4f} merged ({self.kept:.0%} of the gain kept),"
-            f" {self.flips:,} of {self.weights:,} trits changed"
+            f" {self.flips:,} of {self.weights:,} levels changed"
         )
 
 
@@ -104,17 +104,16 @@ def merge_adapter(
     if not loss_merged < loss_base:
         for name, tensor in model.named_buffers():
             tensor.copy_(stored[name])
-        raise ValueError(f"the adapter is not merged, its gain is lost in trits: {report}")
+        raise ValueError(f"the adapter is not merged, its gain is lost in rounding: {report}")
     return model.unload(), report
 
 
 def mergeable_layers(model: PeftModel) -> dict[str, LoraLinear]:
-    """The layers with an active adapter by their name. Raises ValueError naming a layer that cannot be merged into
-    trits."""
+    """The layers with an active adapter by their name. Raises ValueError naming a layer that cannot be merged."""
     layers = {}
     for name, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
-            raise ValueError(f"{name}: modules_to_save trains a copy in float, which trits cannot hold")
+            raise ValueError(f"{name}: modules_to_save trains a copy in float, which integer state cannot hold")
         if not isinstance(module, BaseTunerLayer):
             continue
         if not isinstance(module, LoraLinear) or not isinstance(module.get_base_layer(), TernaryLinear):
@@ -186,30 +185,30 @@ def _watched(layers: Mapping[str, nn.Module], moments: dict[str, torch.Tensor]) 
 
 
 def _merge_layer(layer: LoraLinear, rounding: str, moments: torch.Tensor | None, key: int) -> int:
-    """Round one layer in place; the number of trits that changed."""
+    """Round one layer in place; the number of levels that changed."""
     base = _base(layer)
-    trits = base.levels().clone()
+    levels, largest = base.levels().clone(), base.largest_level
     change = weight_change(layer) / spread_groups(base.scale(), base.group_size, base.columns)
     form = MomentumFormat(base.momentum_bits)
-    residual, codes = form.split(base.accum) if hasattr(base, "accum") else (torch.zeros_like(trits), None)
-    latent = trits + residual.float() / form.cell + change
+    residual, codes = form.split(base.accum) if hasattr(base, "accum") else (torch.zeros_like(levels), None)
+    latent = levels + residual.float() / form.cell + change
     if rounding == "nearest":
-        rounded = latent.round().clamp(-1, 1)
+        rounded = latent.round().clamp(-largest, largest)
     elif rounding == "stochastic":
         uniform = uniform_from_high_bits(random_bits(key, base.rows, base.columns, latent.device))
-        rounded = (trits + change + uniform).floor().clamp(-1, 1)
+        rounded = (levels + change + uniform).floor().clamp(-largest, largest)
     else:
         assert moments is not None
-        rounded = round_compensated(trits + change, moments)
-    base.T_packed.copy_(pack_levels(rounded.to(torch.int8)))
+        rounded = round_compensated(levels + change, moments, largest)
+    base.T_packed.copy_(pack_levels(rounded.to(torch.int8), base.trits))
     if codes is not None:
         steps = ((latent - rounded) * form.cell).round().clamp(-form.cell // 2, form.cell // 2 - 1)
         base.accum.copy_(form.join(steps.to(codes.dtype), codes))
-    return int((rounded != trits).sum())
+    return int((rounded != levels).sum())
 
 
-def round_compensated(wanted: torch.Tensor, moments: torch.Tensor) -> torch.Tensor:
-    """wanted float32 (N, K) in cells, moments (K, K) of the inputs -> trits as float32 (N, K).
+def round_compensated(wanted: torch.Tensor, moments: torch.Tensor, largest: int = 1) -> torch.Tensor:
+    """wanted float32 (N, K) in cells, moments (K, K) of the inputs -> levels of -largest to largest, float32 (N, K).
 
     Columns with large inputs are rounded first. The error of a column is compensated in later columns in proportion to
     the correlation of their inputs.
@@ -225,11 +224,11 @@ def round_compensated(wanted: torch.Tensor, moments: torch.Tensor) -> torch.Tens
         end = min(begin + COLUMNS_AT_A_TIME, len(order))
         errors = torch.empty(len(left), end - begin, device=left.device)
         for i in range(begin, end):
-            rounded[:, i] = left[:, i].round().clamp(-1, 1)
+            rounded[:, i] = left[:, i].round().clamp(-largest, largest)
             error = (left[:, i] - rounded[:, i]) / factor[i, i]
             left[:, i:end] -= error[:, None] * factor[i, i:end]
             errors[:, i - begin] = error
         left[:, end:] -= errors @ factor[begin:end, end:]
-    trits = torch.empty_like(rounded)
-    trits[:, order] = rounded
-    return trits
+    levels = torch.empty_like(rounded)
+    levels[:, order] = rounded
+    return levels

@@ -1,4 +1,4 @@
-"""Packing on Triton: the reference's trits and bytes, at every dtype, shape and scale layout."""
+"""Packing on Triton: the reference's levels of one and two trits, at every dtype, shape and scale layout."""
 
 import pytest
 import torch
@@ -10,12 +10,13 @@ from arb_kernels.formats.packing_triton import (
     triton_gather_rows,
     triton_unpack_levels,
 )
-from support.tensors import random_trits
+from support.tensors import random_levels, random_trits
 
 WIDTHS = (1, 2, 4, 5, 6, 7, 63, 128, 333)
 GROUPED = [
     pytest.param(*case, id="{}x{}-G{}".format(*case)) for case in [(1, 1, 1), (3, 5, 4), (7, 70, 32), (5, 33, 33)]
 ]
+TWO_OR_ONE = pytest.mark.parametrize("trits", [1, 2])
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -23,54 +24,60 @@ def assert_equal(ref, out):
     assert ref.dtype == out.dtype and torch.equal(ref, out)
 
 
+@TWO_OR_ONE
 @pytest.mark.parametrize("columns", WIDTHS)
 @pytest.mark.parametrize("leading", [(1,), (11,), (2, 3)], ids=str)
-def test_round_trip(triton_device, leading, columns):
-    trits = random_trits(*leading, columns).to(triton_device)
-    assert_equal(trits, triton_unpack_levels(pack_levels(trits), columns))
+def test_round_trip(triton_device, leading, columns, trits):
+    levels = random_levels(*leading, columns, trits=trits).to(triton_device)
+    assert_equal(levels, triton_unpack_levels(pack_levels(levels, trits), columns))
 
 
+@TWO_OR_ONE
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int16, *DTYPES, torch.float64], ids=str)
-def test_every_byte_at_every_dtype(triton_device, dtype):
+def test_every_byte_at_every_dtype(triton_device, dtype, trits):
     """Bytes above 242 decode as the reference decodes them, too."""
-    packed = torch.arange(256, device=triton_device).to(torch.uint8).view(4, 64)
+    plane = torch.arange(256, device=triton_device).to(torch.uint8).view(4, 64)
+    packed = torch.cat([plane, *[plane.flip(0, 1)] * (trits - 1)], dim=1)
     assert_equal(naive_unpack_levels(packed, 317, dtype), triton_unpack_levels(packed, 317, dtype))
 
 
-def test_a_tile_is_not_the_end_of_a_row(triton_device):
-    packed = pack_levels(random_trits(6, 2001).to(triton_device))
+@TWO_OR_ONE
+def test_a_tile_is_not_the_end_of_a_row(triton_device, trits):
+    packed = pack_levels(random_levels(6, 2001, trits=trits).to(triton_device), trits)
     assert_equal(naive_unpack_levels(packed, 2001), triton_unpack_levels(packed, 2001))
 
 
-def test_unpacking_is_pure_and_takes_views(triton_device):
-    trits = random_trits(9, 12).to(triton_device)
-    packed = pack_levels(trits)
+@TWO_OR_ONE
+def test_unpacking_is_pure_and_takes_views(triton_device, trits):
+    packed = pack_levels(random_levels(9, 12, trits=trits).to(triton_device), trits)
     before = packed.clone()
     assert_equal(naive_unpack_levels(packed[::2], 12), triton_unpack_levels(packed[::2], 12))
     assert_equal(before, packed)
 
 
+@TWO_OR_ONE
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows, columns, group_size", GROUPED)
-def test_effective_weight(triton_device, rows, columns, group_size, dtype):
-    packed = pack_levels(random_trits(rows, columns).to(triton_device))
+def test_effective_weight(triton_device, rows, columns, group_size, dtype, trits):
+    packed = pack_levels(random_levels(rows, columns, trits=trits).to(triton_device), trits)
     scale = torch.randn(rows, num_groups(columns, group_size), device=triton_device).exp()
-    trits = naive_unpack_levels(packed, columns, torch.float32)
-    expected = (trits * spread_groups(scale, group_size, columns)).to(dtype)
+    levels = naive_unpack_levels(packed, columns, torch.float32)
+    expected = (levels * spread_groups(scale, group_size, columns)).to(dtype)
     assert_equal(expected, triton_effective_weight(packed, columns, scale, group_size, dtype))
 
 
+@TWO_OR_ONE
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows, columns, group_size", GROUPED)
-def test_gather_rows(triton_device, rows, columns, group_size, dtype):
-    packed = pack_levels(random_trits(rows, columns).to(triton_device))
+def test_gather_rows(triton_device, rows, columns, group_size, dtype, trits):
+    packed = pack_levels(random_levels(rows, columns, trits=trits).to(triton_device), trits)
     scale = torch.randn(rows, num_groups(columns, group_size), device=triton_device).exp()
     ids = torch.randint(0, rows, (2, 9), device=triton_device)
-    trits = naive_unpack_levels(packed[ids], columns, torch.float32)
-    assert_equal(trits.to(dtype), triton_gather_rows(packed, ids, columns, dtype=dtype))
+    levels = naive_unpack_levels(packed[ids], columns, torch.float32)
+    assert_equal(levels.to(dtype), triton_gather_rows(packed, ids, columns, dtype=dtype))
     spread = torch.stack([spread_groups(one, group_size, columns) for one in scale[ids]])
     out = triton_gather_rows(packed, ids, columns, scale[ids], group_size, dtype)
-    assert_equal((trits * spread).to(dtype), out)
+    assert_equal((levels * spread).to(dtype), out)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="a table beyond 2^31 bytes needs a GPU")

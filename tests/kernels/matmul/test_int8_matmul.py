@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from arb_kernels.backend import instruction_set, use_backend
-from arb_kernels.matmul.int8_matmul import EXACT_COLUMNS, _cuda_sums, int8_matmul
+from arb_kernels.matmul.int8_matmul import ANY_INT8, EXACT_SUM, _cuda_sums, int8_matmul
 from support.tensors import BACKENDS, NOT_BUILT, random_trits, shapes
 
 SIZES = shapes(
@@ -23,26 +23,27 @@ SIZES = shapes(
     (7, 517, 51),
     (493, 31, 40),
 )
+LARGEST = pytest.mark.parametrize("largest", [1, 4, 13, ANY_INT8])  # of one, two and three trits; of codes
 
 
-def operands(R, C, K, trits):
+def operands(R, C, K, largest=ANY_INT8):
     rows = torch.randint(-127, 128, (R, K), dtype=torch.int8)
-    columns = random_trits(C, K) if trits else torch.randint(-127, 128, (C, K), dtype=torch.int8)
+    columns = torch.randint(max(-largest, -127), min(largest, 127) + 1, (C, K), dtype=torch.int8)
     return rows, columns, torch.rand(R) + 0.5, torch.rand(C) + 0.5
 
 
 @pytest.mark.parametrize("instructions", ["best", "avx2"])
-@pytest.mark.parametrize("trits", [True, False], ids=["trits", "int8"])
+@LARGEST
 @pytest.mark.parametrize("R, C, K", SIZES)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_int8_matmul(monkeypatch, backend, R, C, K, trits, instructions):
+def test_int8_matmul(monkeypatch, backend, R, C, K, largest, instructions):
     monkeypatch.setenv("ARB_ISA", instructions)
-    rows, columns, row_scale, column_scale = operands(R, C, K, trits)
+    rows, columns, row_scale, column_scale = operands(R, C, K, largest)
     sums = (rows.double() @ columns.double().T).float()
     with use_backend(backend):
-        scaled = int8_matmul(rows, columns, row_scale, column_scale, trits=trits)
+        scaled = int8_matmul(rows, columns, row_scale, column_scale, largest=largest)
         assert torch.equal(scaled, sums * row_scale[:, None] * column_scale)
-        transposed = int8_matmul(rows, columns.T.contiguous(), row_scale, transposed=True, trits=trits)
+        transposed = int8_matmul(rows, columns.T.contiguous(), row_scale, transposed=True, largest=largest)
         assert torch.equal(transposed, sums * row_scale[:, None])
 
 
@@ -58,23 +59,25 @@ def test_sums_at_the_edge_of_the_codes(backend):
 
 
 @pytest.mark.parametrize("instructions", ["best", "avx2"])
-@pytest.mark.parametrize("trits", [True, False], ids=["trits", "int8"])
+@LARGEST
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_full_scale_codes(monkeypatch, backend, trits, instructions):
-    """All codes at +-127, where sums of two products leave 16 bits; seeds of one sign and of both, odd shapes, and more
-    columns than float32 sums exactly."""
+def test_full_scale_codes(monkeypatch, backend, largest, instructions):
+    """All codes at +-127 and columns as large as they may be, where sums of two products leave 16 bits; seeds of one
+    sign and of both, odd shapes, and more columns than float32 sums exactly."""
     monkeypatch.setenv("ARB_ISA", instructions)
-    shapes = ((9, 5, 7), (48, 48, 333), (13, 33, 2 * EXACT_COLUMNS + 77), (5, 1, EXACT_COLUMNS + 1))
+    exact = EXACT_SUM // (ANY_INT8 * max(largest, 4))  # one trit takes another path
+    shapes = ((9, 5, 7), (48, 48, 333), (5, 9, 2 * exact + 77), (5, 1, exact + 1))
     for seed in range(12):
         R, C, K = shapes[seed % len(shapes)]
         rows, columns = (torch.rand(size, K) < (0.5 if seed % 3 else 1.0) for size in (R, C))
-        rows, columns = (torch.where(sign, 127, -127).to(torch.int8) for sign in (rows, columns))
-        columns = columns.sign() if trits else columns
+        rows, columns = (
+            torch.where(sign, most, -most).to(torch.int8) for sign, most in ((rows, 127), (columns, min(largest, 127)))
+        )
         sums = (rows.double() @ columns.double().T).float()
         with use_backend(backend):
-            assert torch.equal(int8_matmul(rows, columns, torch.ones(R), trits=trits), sums)
+            assert torch.equal(int8_matmul(rows, columns, torch.ones(R), largest=largest), sums)
             transposed = columns.T.contiguous()
-            assert torch.equal(int8_matmul(rows, transposed, torch.ones(R), transposed=True, trits=trits), sums)
+            assert torch.equal(int8_matmul(rows, transposed, torch.ones(R), transposed=True, largest=largest), sums)
 
 
 @pytest.mark.parametrize("isa", ["AVX2", "AVX512_CORE"])
@@ -88,7 +91,7 @@ def test_cpus_without_vnni(isa):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("precision", ["highest", "medium"])
 def test_sums_are_exact_in_mixed_precision(backend, precision):
-    rows, columns, row_scale, column_scale = operands(40, 30, 1500, trits=False)
+    rows, columns, row_scale, column_scale = operands(40, 30, 1500)
     expected = (rows.double() @ columns.double().T).float() * row_scale[:, None] * column_scale
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
@@ -101,7 +104,7 @@ def test_sums_are_exact_in_mixed_precision(backend, precision):
 
 @NOT_BUILT
 def test_every_thread_count_gives_the_same_bits():
-    rows, columns, row_scale, column_scale = operands(700, 300, 129, trits=False)
+    rows, columns, row_scale, column_scale = operands(700, 300, 129)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)

@@ -6,15 +6,26 @@ import numpy as np
 import pytest
 import torch
 
+from arb_kernels.backend import use_backend
 from arb_kernels.formats.momentum_format import MAX_UPDATE, MomentumFormat
-from arb_kernels.formats.packing import packed_width, unpack_levels
+from arb_kernels.formats.packing import pack_levels, packed_width, unpack_levels
 from arb_kernels.formats.rule_states import MomentumState
 from arb_kernels.random_bits import stream_key
-from arb_kernels.rules.momentum import move_weights, naive_momentum_update, normalise
-from support.tensors import assert_same, copied, random_gradient, random_momentum_state, random_trits, shapes
+from arb_kernels.rules.momentum import momentum_update, move_weights, naive_momentum_update, normalise
+from support.tensors import (
+    BACKENDS,
+    assert_same,
+    copied,
+    random_gradient,
+    random_levels,
+    random_momentum_state,
+    shapes,
+)
 
 BETA = 0.9
 SHAPES = shapes((1, 1), (3, 5), (33, 100), (64, 128), (47, 257), (128, 64))
+LARGEST = {1: 1, 2: 4, 3: 13}  # level of a weight of so many trits
+TRITS = pytest.mark.parametrize("trits", [1, 2])
 f32 = np.float32
 
 
@@ -34,14 +45,15 @@ def uniforms(key, rows, columns):
 
 
 class NaiveMomentum:
-    """Trits, residuals, momentum codes and exponents of a matrix, unpacked, each an array of wide integers."""
+    """Levels, residuals, momentum codes and exponents of a matrix, unpacked, each an array of wide integers."""
 
-    def __init__(self, trits, residual, bits):
-        self.T, self.residual = trits.astype(np.int64), residual.astype(np.int64)
+    def __init__(self, levels, residual, bits, trits=1):
+        self.T, self.residual = levels.astype(np.int64), residual.astype(np.int64)
         self.codes = np.zeros_like(self.T)
         self.blocks = [range(start, min(start + 64, self.T.shape[1])) for start in range(0, self.T.shape[1], 64)]
         self.exponents = np.zeros((len(self.T), len(self.blocks)), dtype=np.int64)
-        self.cell, self.levels = 2**bits, 2 ** (bits - 1) - 1
+        self.cell, self.largest_code = 2**bits, 2 ** (bits - 1) - 1
+        self.line = 3**trits * self.cell  # residual steps
 
     def momentum(self):
         decoded = np.zeros(self.T.shape, dtype=f32)
@@ -58,21 +70,21 @@ class NaiveMomentum:
             while squares.shape[1] > 1:
                 left, right = np.split(squares, 2, axis=1)
                 squares = left + right
-            target = squares[:, 0] / f32(len(block)) * f32((2.5 / self.levels) ** 2)
+            target = squares[:, 0] / f32(len(block)) * f32((2.5 / self.largest_code) ** 2)
             # the least e with 2^(e/2) >= target: no float32 lies between 2^(e/2) and its float64 rounding
             thresholds = 2.0 ** (np.arange(-127, 127) / 2)
             exponent = np.searchsorted(thresholds, target.astype(np.float64)) - 127
             steps_per_unit = (2.0 ** (-exponent / 4)).astype(f32)
             rounded = np.floor(m[:, block] * steps_per_unit[:, None] + noise[:, block])
-            self.codes[:, block] = np.clip(rounded, -self.levels, self.levels)
+            self.codes[:, block] = np.clip(rounded, -self.largest_code, self.largest_code)
             self.exponents[:, i] = exponent
 
     def update(self, dW, key, lr):
         low, high = uniforms(key, *dW.shape)
         self.fold(dW, low)
         d = self.momentum() * f32(BETA) + dW * f32(1 - BETA)
-        shift = np.floor(self.normalised(d) * f32(-lr * self.cell) + high).astype(np.int64)
-        latent = np.clip(self.cell * self.T + self.residual + shift, -3 * self.cell // 2, 3 * self.cell // 2 - 1)
+        shift = np.floor(self.normalised(d) * f32(-lr * (self.line // 3)) + high).astype(np.int64)
+        latent = np.clip(self.cell * self.T + self.residual + shift, -self.line // 2, self.line // 2 - 1)
         before = self.T
         self.T = (latent + self.cell // 2) // self.cell
         self.residual = latent - self.cell * self.T
@@ -109,10 +121,10 @@ def random_signs(rows, columns):
     return torch.randint(0, 2, (rows, columns)) * 2.0 - 1
 
 
-def assert_valid(packed, accum, accum_exp, columns, bits=4):
+def assert_valid(packed, accum, accum_exp, columns, bits=4, trits=1):
     form = MomentumFormat(bits)
     residual, codes = form.split(accum)
-    assert (packed <= 242).all() and unpack_levels(packed, columns).abs().max() <= 1
+    assert (packed <= 242).all() and unpack_levels(packed, columns).abs().max() <= LARGEST[trits]
     assert residual.min() >= -form.cell // 2 and residual.max() < form.cell // 2
     assert codes.abs().max() <= form.largest_code
     assert (accum_exp >= -127).all()
@@ -144,13 +156,14 @@ def test_block_sums_follow_one_tree(columns):
 
 @pytest.mark.parametrize("rows, columns", SHAPES)
 @pytest.mark.parametrize("bits", [4, 8])
-def test_momentum_update(rows, columns, bits):
-    """Fifty steps, of which every fifth moves no weight; every tensor equal after each."""
-    state = random_momentum_state(rows, columns, bits)
+@pytest.mark.parametrize("trits, steps", [(1, 50), (2, 20), (3, 10)])
+def test_momentum_update(rows, columns, bits, trits, steps):
+    """Every fifth step moves no weight; every tensor equal after each."""
+    state = random_momentum_state(rows, columns, bits, trits)
     residual, _ = MomentumFormat(bits).split(state.accum)
-    naive = NaiveMomentum(unpack_levels(state.T_packed, columns).numpy(), residual.numpy(), bits)
-    for step in range(50):
-        lr = 0.3 * (1 - step / 50) if step % 5 else 0.0
+    naive = NaiveMomentum(unpack_levels(state.T_packed, columns).numpy(), residual.numpy(), bits, trits)
+    for step in range(steps):
+        lr = 0.3 * (1 - step / steps) if step % 5 else 0.0
         dW, key = random_gradient(rows, columns, 0.01), stream_key(7, step, 0, 1)
         state, flips = naive_momentum_update(state, dW, key, lr, BETA)
         packed, accum, accum_exp = state
@@ -158,19 +171,56 @@ def test_momentum_update(rows, columns, bits):
         residual, codes = MomentumFormat(bits).split(accum)
         assert_same(f"exponents, step {step}", torch.from_numpy(naive.exponents), accum_exp.long())
         assert_same(f"codes, step {step}", torch.from_numpy(naive.codes), codes.long())
-        assert_same(f"trits, step {step}", torch.from_numpy(naive.T), unpack_levels(packed, columns).long())
+        assert_same(f"levels, step {step}", torch.from_numpy(naive.T), unpack_levels(packed, columns).long())
         assert_same(f"residuals, step {step}", torch.from_numpy(naive.residual), residual.long())
         assert flips.dtype == torch.int64 and flips.item() == expected_flips
 
 
+def test_rates_are_in_thirds_of_the_line():
+    """Without momentum, against a gradient of one size: at 0.25, lines of 48, 144 and 432 steps move by 4, 12, 36."""
+    for trits, distance in ((1, 4), (2, 12), (3, 36)):
+        state = MomentumState(
+            pack_levels(torch.zeros(8, 32, dtype=torch.int8), trits),
+            torch.zeros(8, 32, dtype=torch.uint8),
+            torch.zeros(8, 1, dtype=torch.int8),
+        )
+        signs = random_signs(8, 32)
+        moved = latent_of(naive_momentum_update(state, signs, 1, 0.25, beta=0.0)[0], 32)
+        assert_same(f"{trits} trits", (-distance * signs).int(), moved.int())
+
+
+@TRITS
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_latents_stop_at_the_ends_of_the_line(backend, trits):
+    """From every level and residual, with steps of a sixth of the line towards both ends."""
+    levels = torch.arange(-LARGEST[trits], LARGEST[trits] + 1, dtype=torch.int8).repeat_interleave(16)
+    residual = torch.arange(-8, 8, dtype=torch.int8).repeat(2 * LARGEST[trits] + 1)
+    K, end = len(levels), 8 * 3**trits
+    signs = torch.tensor([[1.0], [-1.0]]).expand(2, K)
+    state = MomentumState(
+        pack_levels(levels.expand(2, K), trits),
+        (residual & 15).view(torch.uint8).repeat(2, 1),
+        torch.zeros(2, -(-K // 64), dtype=torch.int8),
+    )
+    latents = (16 * levels.int() + residual).expand(2, K)
+    assert_same("latents", torch.arange(-end, end, dtype=torch.int32), latents[0])
+    expected = (latents - end / 3 * signs).clamp(-end, end - 1)
+    with use_backend(backend):
+        flips = momentum_update(state, signs.contiguous(), 3, 0.5, beta=0.0)
+    assert_same("moved latents", expected.int(), latent_of(state, K).int())
+    assert flips.item() == (unpack_levels(state.T_packed, K) != levels).sum()
+    assert_valid(*state, K, trits=trits)
+
+
+@TRITS
 @pytest.mark.parametrize("rows, columns", SHAPES)
 @pytest.mark.parametrize("bits", [4, 8])
-def test_state_stays_valid(rows, columns, bits):
-    state = random_momentum_state(rows, columns, bits)
-    for step in range(30):
+def test_state_stays_valid(rows, columns, bits, trits):
+    state = random_momentum_state(rows, columns, bits, trits)
+    for step in range(30 // trits):
         scale = 10.0 ** torch.randint(-9, 9, ()).item()
         state, _ = naive_momentum_update(state, random_gradient(rows, columns, scale), step, 0.9, BETA)
-        assert_valid(*state, columns, bits)
+        assert_valid(*state, columns, bits, trits)
         assert state[1].dtype == MomentumFormat(bits).dtype and state[2].dtype == torch.int8
 
 
@@ -188,12 +238,12 @@ def test_format_round_trip(bits):
     assert form.join(zero, zero).item() == 0
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_recovers_a_planted_matrix(bits):
+@pytest.mark.parametrize("bits, trits", [(4, 1), (8, 1), (4, 2)])
+def test_recovers_a_planted_matrix(bits, trits):
     """From noisy gradients, as research/momentum_reference.py does."""
     rows, columns, steps = 64, 128, 400
-    target = random_trits(rows, columns).float()
-    state = random_momentum_state(rows, columns, bits)
+    target = random_levels(rows, columns, trits=trits).float()
+    state = random_momentum_state(rows, columns, bits, trits)
     for step in range(steps):
         x = torch.randn(32, columns)
         error = unpack_levels(state[0], columns, torch.float32) - target
@@ -202,12 +252,13 @@ def test_recovers_a_planted_matrix(bits):
     assert (unpack_levels(state[0], columns) == target).float().mean() > 0.95
 
 
+@TRITS
 @pytest.mark.parametrize("rows, columns", SHAPES)
 @pytest.mark.parametrize("bits", [4, 8])
-def test_zero_gradient_changes_nothing(rows, columns, bits):
-    state = random_momentum_state(rows, columns, bits)
+def test_zero_gradient_changes_nothing(rows, columns, bits, trits):
+    state = random_momentum_state(rows, columns, bits, trits)
     moved, flips = naive_momentum_update(state, torch.zeros(rows, columns), 3, 0.9, BETA)
-    assert_same("trits", state.T_packed, moved.T_packed)
+    assert_same("levels", state.T_packed, moved.T_packed)
     assert_same("accum", state.accum, moved.accum)
     assert flips.item() == 0
 
@@ -238,9 +289,10 @@ def test_scale_invariance(bits):
         assert_same("accum_exp", small[2] + 40, large[2])
 
 
+@TRITS
 @pytest.mark.parametrize("bits", [4, 8])
-def test_update_is_pure(bits):
-    state, dW = random_momentum_state(33, 100, bits), random_gradient(33, 100)
+def test_update_is_pure(bits, trits):
+    state, dW = random_momentum_state(33, 100, bits, trits), random_gradient(33, 100)
     before, inputs = [*copied(state), dW.clone()], (*state, dW)
     naive_momentum_update(state, dW, 1, 0.5, BETA)
     for name, kept, tensor in zip(("packed", "accum", "accum_exp", "dW"), before, inputs, strict=True):
@@ -374,21 +426,22 @@ def test_momentum_keeps_moving_weights_after_the_gradient_stops():
     assert moved.max() <= 0 and -2 < moved.float().mean() < -1
 
 
+@TRITS
 @pytest.mark.parametrize("rows, columns", shapes((1, 1), (3, 5), (33, 100)))
 @pytest.mark.parametrize("scale", [1e-38, 1e-30, 1e-12, 1e-6, 1e12, 1e30, 1e38], ids=str)
-def test_extreme_gradients_keep_the_state_valid(rows, columns, scale):
+def test_extreme_gradients_keep_the_state_valid(rows, columns, scale, trits):
     """Then, and one ordinary step later. Above the momentum's least step, every weight also moves the right way."""
-    state = random_momentum_state(rows, columns)
+    state, end = random_momentum_state(rows, columns, trits=trits), 8 * 3**trits
     dW = random_signs(rows, columns) * scale
     before = latent_of(state, columns)
     state, _ = naive_momentum_update(state, dW, stream_key(1), 0.9)
-    assert_valid(*state, columns)
+    assert_valid(*state, columns, trits=trits)
     after = latent_of(state, columns)
     if scale > 1e-9:
-        at_the_end = (after == -24) | (after == 23)
+        at_the_end = (after == -end) | (after == end - 1)
         assert (((before - after) * dW.sign() > 0) | at_the_end).all()
     state, _ = naive_momentum_update(state, random_gradient(rows, columns), stream_key(2), 0.9)
-    assert_valid(*state, columns)
+    assert_valid(*state, columns, trits=trits)
 
 
 @pytest.mark.parametrize("scale, exponent", [(1e-30, -127), (1e-11, -127), (1e12, 127), (1e30, 127)], ids=str)

@@ -11,11 +11,16 @@ BETA = 0.9
 KEYS = (77, 0xFFFFFFFF, 0x80000000, 1, 16, 0)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("rows, columns", shapes((1, 1), (3, 5), (33, 100), (32, 64), (17, 413)))
-def test_in_place_kernels_equal_the_reference(triton_device, rows, columns, bits):
+@pytest.mark.parametrize(
+    "rows, columns, bits, trits",
+    shapes(
+        *((rows, columns, bits, trits) for rows, columns in ((1, 1), (3, 5)) for bits in (4, 8) for trits in (1, 2)),
+        *((33, 100, 4, 1), (33, 100, 8, 2), (32, 64, 8, 1), (32, 64, 4, 2), (17, 413, 4, 2), (17, 413, 8, 1)),
+    ),
+)
+def test_in_place_kernels_equal_the_reference(triton_device, rows, columns, bits, trits):
     """Over steps of growing and shrinking gradients, dead rows and columns."""
-    state = copied(random_momentum_state(rows, columns, bits), triton_device)
+    state = copied(random_momentum_state(rows, columns, bits, trits), triton_device)
     mine = copied(state)
     for step, key in enumerate(KEYS):
         dW = random_gradient(rows, columns).to(triton_device) * 10.0 ** (3 - 4 * step)

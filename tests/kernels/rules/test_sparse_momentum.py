@@ -13,12 +13,12 @@ from support.tensors import BACKENDS, assert_same, copied, random_gradient, rand
 NAMES = MomentumState._fields
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits, trits", [(4, 1), (4, 2), (8, 2)])
 @pytest.mark.parametrize("rows, touched, columns", shapes((1, 1, 1), (9, 2, 5), (50, 33, 100), (300, 7, 193)))
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_in_place_equals_the_reference(backend, rows, touched, columns, bits):
+def test_in_place_equals_the_reference(backend, rows, touched, columns, bits, trits):
     """Over steps that touch other rows each time; the others stay as they are."""
-    state = random_momentum_state(rows, columns, bits)
+    state = random_momentum_state(rows, columns, bits, trits)
     for step in range(4):
         row_ids = torch.randperm(rows)[:touched]
         dW = random_gradient(touched, columns, 10.0 ** (1 - 2 * step))
@@ -33,9 +33,9 @@ def test_in_place_equals_the_reference(backend, rows, touched, columns, bits):
         assert_same("flips", flips, my_flips)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_touching_every_row_is_the_dense_rule(bits):
-    state = random_momentum_state(33, 100, bits)
+@pytest.mark.parametrize("bits, trits", [(4, 1), (8, 1), (4, 2)])
+def test_touching_every_row_is_the_dense_rule(bits, trits):
+    state = random_momentum_state(33, 100, bits, trits)
     dW, order = random_gradient(33, 100), torch.randperm(33)
     dense, flips = naive_momentum_update(state, dW, 5, 0.3)
     rows, my_flips = naive_sparse_momentum_update(state, order, dW[order], 5, 0.3)

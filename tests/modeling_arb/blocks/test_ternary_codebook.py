@@ -18,9 +18,10 @@ from training_arb.optim.integer_optimizer import IntegerOptimizer
 DIM = 12
 
 
-def make_book(size=40, dim=DIM, **settings):
+def make_book(size=40, dim=DIM, trits=1, **settings):
     settings = {"size": size, "dim": dim, "commitment": 0.25, "hashes": 3, "probes": 4, **settings}
-    book = TernaryCodebook(settings, preset_config("arb-tiny"))
+    rule = "momentum" if trits > 1 else "votes"
+    book = TernaryCodebook(settings, preset_config("arb-tiny", trits_per_weight=trits, table_rule=rule))
     for module in (book, book.table):
         module.reset_state()
     return book
@@ -109,8 +110,9 @@ def test_usage_counts_and_fades(monkeypatch):
     assert book.usage[39] == 32767
 
 
-def test_unused_rows_of_a_small_book_are_given_to_inputs():
-    book, values = make_book(), 3 * torch.randn(200, DIM)
+@pytest.mark.parametrize(("trits", "off"), [(1, 0.7), (2, 0.35)])
+def test_unused_rows_of_a_small_book_are_given_to_inputs(trits, off):
+    book, values = make_book(trits=trits), 3 * torch.randn(200, DIM)
     ids, seen = observed(book, values)
     alive = book.rows_of(ids.unique())
     book.apply_observations(*seen, key=1)
@@ -119,7 +121,7 @@ def test_unused_rows_of_a_small_book_are_given_to_inputs():
     assert (book.usage[renewed] == 1).all() and (book.usage[unused[RENEWED:]] == 0).all()
     assert torch.equal(book.rows_of(ids.unique()), alive)
     nearest = torch.cdist(book.rows_of(torch.tensor(renewed)), seen[1]).min(1).values
-    assert (nearest < seen[1].norm(dim=1).max() * 0.7).all()
+    assert (nearest < seen[1].norm(dim=1).max() * off).all()
     untouched = make_book()
     assert not untouched.usage.any() and untouched.take_observations() is None
 

@@ -117,12 +117,15 @@ def test_generation_rows_and_profile(tmp_path, capsys):
 def test_smoke_trains(rule, tmp_path, capsys):
     out = tmp_path / "smoke.json"
     shape = ["--preset", "arb-tiny", "--ctx", 16, "--batch", 2, "--steps", 3, "--update-rule", rule]
+    trits = 2 if rule == "momentum" else 1
+    shape += ["--trits-per-weight", trits]
     assert run_script("smoke", *shape, "--backward", "--json", out) == 0
     result, _ = result_of(capsys, out)
     keys = ["state_bytes", "live_mb_by_step", "peak_rss_mb", "peak_device_mb", "loss", "first_call_ms", "warm_ms"]
     assert {*keys, "backend"} <= result.keys()
     assert len(result["loss"]) == len(result["live_mb_by_step"]) == 3
     assert max(result["live_mb_by_step"]) - min(result["live_mb_by_step"]) < 1
+    assert result["trits_per_weight"] == trits
     assert result["state_bytes"] > 0 and result["peak_rss_mb"] > 0 and result["peak_device_mb"] == 0
     if rule == "momentum":
         assert result["loss"][-1] < result["loss"][0]
@@ -169,6 +172,7 @@ def test_smoke_without_backward_changes_nothing(capsys):
         ("bench_generate", ["--new-bytes", 5000], "new_bytes=5000"),
         ("smoke", ["--preset", "arb-9z"], "preset='arb-9z'"),
         ("smoke", ["--update-rule", "adam"], "update_rule='adam'"),
+        ("smoke", ["--trits-per-weight", "9"], "trits_per_weight='9' must be 1, 2, or a dict"),
         ("smoke", ["--max-moe-iters", 2], "max_moe_iters=2"),
         ("smoke", ["--device", "abacus"], "device='abacus'"),
         ("smoke", ["--device", "mps"], "device='mps'"),

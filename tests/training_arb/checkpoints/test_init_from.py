@@ -51,8 +51,9 @@ def checkpoints(tmp_path_factory):
 
 
 def finetuning(text, source, output_dir, **changes):
-    settings = {"preset": None, "init_from": source, "max_steps": 12, "save_steps": 4, "eval_steps": 12, **changes}
-    return arguments(text, output_dir, **settings)
+    """Of a checkpoint with one trit a weight, with two."""
+    settings = {"preset": None, "init_from": source, "max_steps": 12, "save_steps": 4, "eval_steps": 12}
+    return arguments(text, output_dir, **{**settings, "trits_per_weight": "2", **changes})
 
 
 def training_state(model):
@@ -141,14 +142,20 @@ def test_a_finetuning_learns_and_says_where_it_came_from(tuned, checkpoints, tmp
     run_dir, source = tuned
     losses = [entry["loss"] for entry in report(run_dir)["history"] if "loss" in entry]
     assert losses[-1] < 0.9 * losses[0]
+    start, _ = start_from(str(checkpoints / "inference"), fields={"trits_per_weight": 2})
     origin = {
         "source": str(source),
         "revision": None,
         "commit": None,
         "update_rule": "momentum",
         "training_state": False,
-        "weights_sha256": inference_hash(ArbForCausalLM.from_pretrained(checkpoints / "inference")),
+        "trits_per_weight": 1,
+        "converted_matrices": len(start.ternary_matrices()),
+        "relative_rms_error": 0.0,
+        "largest_error": {"matrix": next(iter(start.ternary_matrices())), "relative_rms_error": 0.0},
+        "weights_sha256": inference_hash(start),
     }
+    assert report(run_dir)["settings"]["trits_per_weight"] == "2"
     assert report(run_dir)["init_from"] == origin
     assert json.loads((run_dir / "checkpoint-12" / "run.json").read_text())["init_from"] == origin
     assert run_script("export_hub", run_dir / "final", tmp_path / "export") == 0
@@ -160,9 +167,13 @@ def test_it_goes_on_with_its_own_run(tuned, text, checkpoints, tmp_path, capsys)
     run_dir, source = tuned
     shutil.copytree(run_dir / "checkpoint-8", tmp_path / "part" / "checkpoint-8")
     for other, said in (
-        (arguments(text, tmp_path / "part", **GOING_ON), "the checkpoint has init_from={"),
+        (arguments(text, tmp_path / "part", **GOING_ON, trits_per_weight=2), "the checkpoint has init_from={"),
         (finetuning(text, checkpoints / "inference", tmp_path / "part", **GOING_ON), "started from"),
         (finetuning(text, source, tmp_path / "part", **GOING_ON, revision="main"), "started from"),
+        (
+            finetuning(text, source, tmp_path / "part", **GOING_ON, trits_per_weight=1),
+            "has trits_per_weight=2, this run 1",
+        ),
     ):
         assert run_script("pretrain", *other) == 2
         assert said in capsys.readouterr().err
@@ -175,13 +186,15 @@ def test_from_the_hub_at_a_pinned_revision(checkpoints, tmp_path, monkeypatch):
     with used_by_this_process(tmp_path / "cache") as hub:
         assert run_script("export_hub", checkpoints / "inference", "--push", "me/arb") == 0
         commit = hub.repositories["me/arb"].branches["main"]
-        stored = saved(tmp_path / "other", hidden_size=32)
+        stored = saved(tmp_path / "other", hidden_size=32, trits_per_weight=2)
         assert run_script("export_hub", tmp_path / "other", "--push", "me/arb") == 0
         hub.requests.clear()
         model, origin = start_from("me/arb", commit)
         assert inference_hash(model) == inference_hash(ArbForCausalLM.from_pretrained(checkpoints / "inference"))
         assert (origin["source"], origin["revision"], origin["commit"]) == ("me/arb", commit, commit)
         assert inference_hash(start_from("me/arb")[0]) == inference_hash(stored)
+        assert start_from("me/arb", fields={"trits_per_weight": 1})[1]["relative_rms_error"] > 0
+        assert start_from("me/arb", commit, fields={"trits_per_weight": 2})[1]["relative_rms_error"] == 0
         fetched = {request.rpartition("/")[2] for request in hub.requests if "/resolve/" in request}
         assert {name.rpartition(".")[2] for name in fetched} == {"json", "safetensors"}  # no code
         metadata = card_metadata(RunFacts(init_from=origin), "tuned").to_dict()
@@ -233,6 +246,12 @@ def not_as_written(folder):
         (None, {"blocks": '{"head_layers": 1}'}, "head_layers=1 contradicts"),
         (None, {"group_size": 32}, "group_size=32 contradicts"),
         (None, {"update_rule": "adam"}, "update_rule='adam' must be one of"),
+        (None, {"trits_per_weight": "head:3"}, "trits_per_weight='head:3' must be 1, 2, or a dict"),
+        (
+            None,
+            {"trits_per_weight": "2", "update_rule": "flip"},
+            "trits_per_weight=2 must be 1 with update_rule='flip'",
+        ),
         (None, {"revision": "main"}, "which has no revisions"),
         (None, {"init_from": None, "revision": "main"}, "only used with --init_from"),
     ],

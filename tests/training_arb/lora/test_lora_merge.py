@@ -1,4 +1,6 @@
-"""Merging an adapter into trits: the arithmetic, what the loss says, and what is refused."""
+"""Merging an adapter into integer weights: the arithmetic, what the loss says, and what is refused."""
+
+from functools import cache
 
 import pytest
 import torch
@@ -27,20 +29,20 @@ CHATS = read_conversations(ROOT / "training_arb" / "data" / "instructions.jsonl"
 LORA = {"task_type": "CAUSAL_LM", "target_modules": "all-linear", "r": 2}
 
 
-def base(**overrides):
-    """A small model: of the same trits whatever the overrides."""
+def base(trits=1, **overrides):
+    """A small model: of the same levels whatever the overrides."""
     torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "trits_per_weight": trits}
     model, other = (ArbForCausalLM(preset_config("arb-tiny", **shape, **extra)) for extra in ({}, overrides))
     weights = {name: tensor for name, tensor in model.state_dict().items() if name.endswith((".T_packed", ".E"))}
     other.load_state_dict(weights, strict=False)
     return other.eval()
 
 
-@pytest.fixture(scope="module")
-def trained():
+@cache
+def learned(trits):
     """Adapter weights that have learned something, by name."""
-    model = add_adapter(base(), r=2, alpha=4)
+    model = add_adapter(base(trits), r=2, alpha=4)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=0.02)
     batch = collate_conversations([ConversationDataset(CHATS)[i] for i in range(len(CHATS))])
@@ -51,6 +53,11 @@ def trained():
     return {name: tensor.clone() for name, tensor in model.state_dict().items() if "lora_" in name}
 
 
+@pytest.fixture
+def trained():
+    return learned(1)
+
+
 def tuned(trained, **overrides):
     model = add_adapter(base(**overrides), r=2, alpha=4)
     model.load_state_dict(trained, strict=False)
@@ -58,10 +65,10 @@ def tuned(trained, **overrides):
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)
-@pytest.mark.parametrize("training_state", [True, False], ids=["resumable", "inference"])
-def test_a_merged_model_is_trits_and_better_than_its_base(trained, tmp_path, rounding, training_state):
-    model = tuned(trained, training_state=training_state)
-    untouched, wanted = assistant_loss(base(), CHATS), assistant_loss(model, CHATS)
+@pytest.mark.parametrize(("trits", "training_state"), [(1, True), (1, False), (2, True)])
+def test_a_merged_model_is_integers_and_better_than_its_base(tmp_path, rounding, trits, training_state):
+    model = tuned(learned(trits), trits=trits, training_state=training_state)
+    untouched, wanted = assistant_loss(base(trits), CHATS), assistant_loss(model, CHATS)
     merged, report = merge_adapter(model, CHATS, rounding)
     assert type(merged) is ArbForCausalLM
     assert list(merged.named_parameters()) == [] and audit_model(merged).clean
@@ -88,23 +95,23 @@ def test_passing_errors_on_keeps_a_layers_outputs(trained):
     assert errors["compensated"] < 0.9 * errors["nearest"]
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_nearest_goes_by_trit_residual_and_change(trained, bits):
-    model = tuned(trained, momentum_bits=bits)
+@pytest.mark.parametrize(("bits", "trits"), [(4, 1), (8, 1), (4, 2)])
+def test_nearest_goes_by_level_residual_and_change(bits, trits):
+    model = tuned(learned(trits), trits=trits, momentum_bits=bits)
     layer = next(iter(mergeable_layers(model).values()))
     matrix, form = layer.get_base_layer(), MomentumFormat(bits)
-    trits = matrix.levels().double()
+    levels, largest = matrix.levels().double(), matrix.largest_level
     residual, momentum = (part.clone() for part in form.split(matrix.accum))
     with torch.no_grad():
-        latent = trits + residual / form.cell + weight_change(layer).double() / matrix.scale()
+        latent = levels + residual / form.cell + weight_change(layer).double() / matrix.scale()
         flips = _merge_layer(layer, "nearest", None, 0)
-    wanted = latent.round().clamp(-1, 1)
+    wanted = latent.round().clamp(-largest, largest)
     left = ((latent - wanted) * form.cell).round().clamp(-form.cell // 2, form.cell // 2 - 1)
     new_residual, new_momentum = form.split(matrix.accum)
     assert (matrix.levels() != wanted).sum() <= 1  # halves: float32 against float64
     assert (new_residual != left).float().mean() < 1e-3
     assert_same("momentum", momentum, new_momentum)
-    assert flips == (wanted != trits).sum() > 0
+    assert flips == (wanted != levels).sum() > 0
 
 
 def test_weight_change_is_what_the_adapter_adds(trained):
@@ -134,13 +141,14 @@ def test_stochastic_rounding_is_right_in_the_mean(trained):
     assert (total / 400 - wanted).abs().max() < 0.15  # six standard deviations of a mean of 400
 
 
-def test_compensation_lowers_the_error_of_outputs():
+@pytest.mark.parametrize("largest", [1, 4])
+def test_compensation_lowers_the_error_of_outputs(largest):
     inputs = torch.randn(300, 12) @ torch.randn(12, 70) + 0.1 * torch.randn(300, 70)
-    wanted = torch.randint(-1, 2, (20, 70)) + 0.3 * torch.randn(20, 70)
-    compensated = round_compensated(wanted, inputs.T @ inputs)
-    nearest = wanted.round().clamp(-1, 1)
-    assert set(compensated.unique().tolist()) <= {-1.0, 0.0, 1.0}
-    error, plain = (((trits - wanted) @ inputs.T).norm() for trits in (compensated, nearest))
+    wanted = torch.randint(-largest, largest + 1, (20, 70)) + 0.3 * torch.randn(20, 70)
+    compensated = round_compensated(wanted, inputs.T @ inputs, largest)
+    nearest = wanted.round().clamp(-largest, largest)
+    assert set(compensated.unique().tolist()) == set(range(-largest, largest + 1))
+    error, plain = (((levels - wanted) @ inputs.T).norm() for levels in (compensated, nearest))
     assert error < 0.6 * plain
 
 
@@ -171,14 +179,14 @@ def test_an_adapter_that_gains_nothing_is_refused():
 def test_a_merge_that_loses_the_gain_is_undone(trained, monkeypatch):
     model, ids = tuned(trained), torch.tensor([CHATS[0].ids])
     before, adapted = base_hash(model), model(input_ids=ids).logits
-    monkeypatch.setattr(lora_merge, "round_compensated", lambda wanted, moments: -wanted.sign())
-    with pytest.raises(ValueError, match=r"its gain is lost in trits: compensated: loss .* merged \(-"):
+    monkeypatch.setattr(lora_merge, "round_compensated", lambda wanted, moments, largest: -wanted.sign())
+    with pytest.raises(ValueError, match=r"its gain is lost in rounding: compensated: loss .* merged \(-"):
         merge_adapter(model, CHATS)
     assert base_hash(model) == before
     assert torch.equal(model(input_ids=ids).logits, adapted)
 
 
-def test_what_trits_cannot_hold_is_refused():
+def test_what_integers_cannot_hold_is_refused():
     with_bias = get_peft_model(base(), LoraConfig(**LORA, lora_bias=True))
     with_copy = get_peft_model(base(), LoraConfig(**{**LORA, "target_modules": ["q_proj"]}, modules_to_save=["mlp"]))
     two = get_peft_model(base(), LoraConfig(**LORA, use_dora=True))
