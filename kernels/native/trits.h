@@ -9,8 +9,10 @@ static inline __attribute__((always_inline)) int64_t packed_width(int64_t column
     return (columns + packing::TRITS_PER_BYTE - 1) / packing::TRITS_PER_BYTE;
 }
 
-// One row -> 5 * width trits in {-1, 0, 1}; the caller's buffer holds the padding columns too.
+// One row -> 5 * width trits in {-1, 0, 1}; the caller's buffer holds the padding columns too. The compiler cannot see
+// that the five runs of columns do not overlap.
 static inline __attribute__((always_inline)) void unpack_row(const uint8_t* packed, int64_t width, int8_t* trits) {
+#pragma GCC ivdep
     for (int64_t b = 0; b < width; ++b) {
         uint16_t code = packed[b];
         code -= code > packing::LARGEST_BYTE ? packing::LARGEST_BYTE + 1 : 0;
@@ -25,6 +27,7 @@ static inline __attribute__((always_inline)) void unpack_row(const uint8_t* pack
 
 // The inverse; padding columns must be zero.
 static inline __attribute__((always_inline)) void pack_row(const int8_t* trits, int64_t width, uint8_t* packed) {
+#pragma GCC ivdep
     for (int64_t b = 0; b < width; ++b) {
         uint8_t code = 0;
         for (int j = packing::TRITS_PER_BYTE - 1; j >= 0; --j) {
