@@ -17,19 +17,19 @@ from arb_kernels.random_bits import random_bits, uniform_from_high_bits, uniform
 
 from .quantise_triton import triton_quantise_gradient, triton_quantise_tokens
 
-LEVELS = 127
+LARGEST_CODE = 127
 
 
 def _scale(absmax: torch.Tensor) -> torch.Tensor:
-    return absmax * (1 / LEVELS)
+    return absmax * (1 / LARGEST_CODE)
 
 
 def _inverse(absmax: torch.Tensor) -> torch.Tensor:
-    return torch.where(absmax > 0, torch.full_like(absmax, LEVELS) / absmax, 0)
+    return torch.where(absmax > 0, torch.full_like(absmax, LARGEST_CODE) / absmax, 0)
 
 
 def _round_stochastically(values: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
-    return (values + uniform).floor_().clamp_(-LEVELS, LEVELS).to(torch.int8)
+    return (values + uniform).floor_().clamp_(-LARGEST_CODE, LARGEST_CODE).to(torch.int8)
 
 
 def naive_quantise_tokens(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,7 +10,8 @@ from torch import nn
 
 from arb_kernels.formats.packing import unpack_levels
 from arb_kernels.formats.state_layout import StateTensor
-from arb_kernels.matmul.quantise import quantise_tokens
+from arb_kernels.matmul.int8_matmul import EXACT_SUM
+from arb_kernels.matmul.quantise import LARGEST_CODE, quantise_tokens
 from configuration_arb.configuration_arb import ArbConfig
 from modeling_arb.layers.integer_state import ObservedState
 from modeling_arb.layers.norm import rms_norm
@@ -27,8 +28,8 @@ GROUPED_BYTES = 1 << 26  # at most, of stacked float32 weights: a larger expert 
 class GroupedLinearFunction(torch.autograd.Function):
     """Multiplies each segment of rows by its own layer's weights: one grouped product in forward and two in backward.
 
-    Codes and levels are small integers whose float32 sums are exact, in TF32 too, up to 2^24 / (4 * 127) = 33026
-    columns: forward equals Int8LinearFunction bit for bit. Backward multiplies float32 gradients without rounding them
+    Codes and levels are small integers, whose float32 sums are exact over as many columns as `_is_grouped` allows, in
+    TF32 too: forward equals Int8LinearFunction bit for bit. Backward multiplies float32 gradients without rounding them
     to int8.
     x (M, K), expert int64 (M,), ascending, ends int32 (E,), one past each segment -> (M, N).
     """
@@ -77,8 +78,8 @@ class TernaryExperts(ObservedState):
     looped core uses them several times per forward.
 
     grouped: True and False force one product over all experts or a loop over them; None goes by the device and the
-    experts' size. Without integer matmuls (one scale a row), or with widths that are not a multiple of 4, it is always
-    the loop.
+    experts' size. Without integer matmuls (one scale a row), with widths that are not a multiple of 4, or with sums
+    that float32 does not hold, it is always the loop.
     """
 
     expert_bias: torch.Tensor
@@ -136,7 +137,8 @@ class TernaryExperts(ObservedState):
         small = self.num_experts * 4 * self.up_proj[0].logical_weights <= GROUPED_BYTES
         wanted = x.is_cuda and small if self.grouped is None else self.grouped
         aligned = all(columns % GROUPED_MULTIPLE == 0 for columns in self.columns)
-        return wanted and aligned and self.centroids.integer_matmuls
+        exact = max(self.columns) * LARGEST_CODE * self.up_proj[0].largest_level <= EXACT_SUM
+        return wanted and aligned and exact and self.centroids.integer_matmuls
 
     @torch.no_grad()
     def apply_observations(self, counts: torch.Tensor, *, key: int) -> None:

@@ -34,6 +34,12 @@ LEAST_SECONDS = 10  # with less left, a stage is not started
 MEGABYTE, GIGABYTE = 2**20, 1e9
 PASSED, FAILED, HUNG = "passed", "failed", "hung"
 TOO_LARGE, NO_TIME, LEFT_OUT = "does not fit", "no time left", "left out"
+TRAININGS: dict[str, tuple[str, dict, int]] = {  # by stage: preset, its changes, context
+    "training-arb-tiny": ("arb-tiny", {}, 64),
+    "training-two-trits": ("arb-tiny", {"trits_per_weight": 2}, 64),
+    "training-arb-tiny-full": ("arb-tiny-full", {}, 64),
+    "training-arb-small": ("arb-small", {}, 128),
+}
 STATE_LIMITS_GB = {"correlation": 2.0, "momentum": 4.2}  # of the device, for arb-3b
 
 
@@ -106,6 +112,7 @@ def stages(device: str, tiny: bool) -> list[Stage]:
         own("environment", 45),
         own("kernels", 140),
         own("training-arb-tiny", 45),
+        own("training-two-trits", 45),
         own("training-arb-tiny-full", 60),
         own("training-arb-small", 60),
         speed("arb-14m", small, 256),
@@ -277,19 +284,19 @@ def kernels_stage(args: argparse.Namespace) -> dict:
 def training_stage(args: argparse.Namespace) -> dict:
     import torch
 
+    from configuration_arb import preset_config
     from training_arb.device_check.training_comparison import compare_training
 
-    preset = args.stage.removeprefix("training-")
-    steps, batch, ctx = (2, 1, 16) if args.tiny else (30, 4, 128) if preset == "arb-small" else (30, 4, 64)
-    return compare_training(preset, torch.device(args.device), steps, batch, ctx)
+    preset, changes, ctx = TRAININGS[args.stage]
+    steps, batch, ctx = (2, 1, 16) if args.tiny else (30, 4, ctx)
+    found = compare_training(preset_config(preset, **changes), torch.device(args.device), steps, batch, ctx)
+    return {**found, "preset": preset, **changes}
 
 
 STAGES: dict[str, Callable[[argparse.Namespace], dict]] = {
     "environment": environment_stage,
     "kernels": kernels_stage,
-    "training-arb-tiny": training_stage,
-    "training-arb-tiny-full": training_stage,
-    "training-arb-small": training_stage,
+    **dict.fromkeys(TRAININGS, training_stage),
 }
 
 

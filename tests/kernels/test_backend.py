@@ -114,10 +114,12 @@ def test_strided_tensors_take_the_reference():
 
 
 def train_a_little(rule, group_size):
-    """Two accumulated steps, an evaluation and a lookup of few ids: every kernel behind a public name."""
+    """Two accumulated steps, an evaluation and a lookup of few ids: every kernel behind a public name. Under momentum
+    embedding, MLP and head have two trits a weight, attention has one."""
     torch.manual_seed(0)
     shape = {"hidden_size": 10, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 12}
     shape |= {"qk_nope_head_dim": 3, "qk_rope_head_dim": 2, "v_head_dim": 5}
+    shape["trits_per_weight"] = {"embedding": 2, "mlp": 2, "head": 2} if rule == "momentum" else 1
     model = ArbForCausalLM(preset_config("arb-tiny", update_rule=rule, group_size=group_size, **shape))
     optimizer = IntegerOptimizer(model, lr=0.3)
     for last in (False, True):

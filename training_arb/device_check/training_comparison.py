@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from configuration_arb import preset_config
+from configuration_arb import ArbConfig
 from modeling_arb import ArbForCausalLM
 from training_arb.memory.state_audit import state_hash
 from training_arb.optim.integer_optimizer import IntegerOptimizer
@@ -27,10 +27,10 @@ LARGEST_LOSS_DIFFERENCE = 0.02  # of the CPU's loss
 class Run:
     """A model in training on one device, always from the same start."""
 
-    def __init__(self, preset: str, device: torch.device):
+    def __init__(self, config: ArbConfig, device: torch.device):
         torch.manual_seed(0)
         self.device = device
-        self.model = ArbForCausalLM(preset_config(preset)).to(device)
+        self.model = ArbForCausalLM(config).to(device)
         self.optimizer = IntegerOptimizer(self.model)
         self.losses: list[float] = []
 
@@ -66,11 +66,11 @@ def state_difference(on_cpu: ArbForCausalLM, on_device: ArbForCausalLM) -> dict 
     return {"tensor": name, "difference": said, "tensors_that_differ": len(differing), "tensors": len(state)}
 
 
-def compare_training(preset: str, device: torch.device, steps: int, batch: int, ctx: int) -> dict:
+def compare_training(config: ArbConfig, device: torch.device, steps: int, batch: int, ctx: int) -> dict:
     """Losses and state hashes of the device and of the CPU, and the first step and tensor where the states differ:
     {"passed", "summary", "states_equal", "first_difference", "largest_loss_difference", ...}."""
-    runs = {"device": Run(preset, device), "cpu": Run(preset, torch.device("cpu"))}
-    again, difference = Run(preset, device), None
+    runs = {"device": Run(config, device), "cpu": Run(config, torch.device("cpu"))}
+    again, difference = Run(config, device), None
     for step, block in enumerate(text_blocks(steps, batch, ctx)):
         for run in (*runs.values(), again):
             run.step(block)
@@ -88,7 +88,6 @@ def compare_training(preset: str, device: torch.device, steps: int, batch: int, 
     return {
         "passed": largest <= LARGEST_LOSS_DIFFERENCE,
         "summary": f"{where}; losses within {largest:.2%}; a second run {'agrees' if repeats else 'differs'}",
-        "preset": preset,
         "steps": steps,
         "batch": batch,
         "ctx": ctx,

@@ -21,9 +21,10 @@ CASES = [
 ]
 
 
-def make_experts(num_experts=4, top_k=2, compute="auto", **options):
+def make_experts(num_experts=4, top_k=2, compute="auto", trits=1, **options):
     moe_graph = {"num_experts": num_experts, "top_k": top_k, **options}
-    experts = TernaryExperts(preset_config("arb-tiny", compute=compute, moe_graph=moe_graph))
+    settings = {"compute": compute, "trits_per_weight": trits, "moe_graph": moe_graph}
+    experts = TernaryExperts(preset_config("arb-tiny", **settings))
     for module in experts.modules():
         if isinstance(module, IntegerState):
             module.reset_state()
@@ -105,9 +106,10 @@ def test_a_token_gets_the_same_bits_in_any_company(tokens, num_experts, top_k, g
         assert torch.equal(alone, experts(x))
 
 
+@pytest.mark.parametrize("trits", [1, 2])
 @pytest.mark.parametrize("tokens, num_experts, top_k", CASES)
-def test_grouped_gives_the_bits_of_the_loop(tokens, num_experts, top_k):
-    experts = make_experts(num_experts, top_k)
+def test_grouped_gives_the_bits_of_the_loop(tokens, num_experts, top_k, trits):
+    experts = make_experts(num_experts, top_k, trits=trits)
     x, grad_y = torch.randn(tokens, D), torch.randn(tokens, D)
     experts.grouped = False
     looped = run(experts, x, grad_y)
@@ -119,8 +121,9 @@ def test_grouped_gives_the_bits_of_the_loop(tokens, num_experts, top_k):
         assert (ref - grouped[name]).norm() <= 0.04 * ref.norm() + 1e-7, name
 
 
-def make_layers(count, rows, columns):
-    layers = torch.nn.ModuleList(TernaryLinear(columns, rows, preset_config("arb-tiny")) for _ in range(count))
+def make_layers(count, rows, columns, trits=1):
+    config = preset_config("arb-tiny", trits_per_weight=trits)
+    layers = torch.nn.ModuleList(TernaryLinear(columns, rows, config) for _ in range(count))
     for layer in layers:
         layer.reset_state()
         layer.E += torch.randint(-9, 9, layer.E.shape, dtype=torch.int8)
@@ -152,12 +155,13 @@ def test_grouped_linear_and_every_gradient(rows, columns, counts):
         assert_same("dW", (grad.double().T @ ((part / scale).round() * scale).double()).float(), seen[i])
 
 
-def test_grouped_sums_are_exact_up_to_2_to_the_17_columns():
-    """Sums of up to 127 * 131072, near 2^24, and odd, so that one lost bit shows."""
-    columns = 131072
-    layers = make_layers(2, 4, columns)
+@pytest.mark.parametrize("trits, columns", [(1, 132100), (2, 33024)])
+def test_grouped_sums_are_exact_up_to_2_to_the_24(trits, columns):
+    """Sums of up to 127 times the largest level in each column, and odd, so that one lost bit shows."""
+    layers = make_layers(2, 4, columns, trits)
+    assert 0.999 < columns * 127 * layers[0].largest_level / 2**24 <= 1
     for layer in layers:
-        layer.T_packed.fill_(121)  # five digits of one
+        layer.T_packed.fill_(121)  # five digits of one: the largest levels
     x = torch.full((6, columns), 127.0)
     x[1:, :5] = torch.randint(1, 127, (5, 5)).float()
     expert = torch.tensor([0, 0, 0, 1, 1, 1])
@@ -165,6 +169,13 @@ def test_grouped_sums_are_exact_up_to_2_to_the_17_columns():
     expected = torch.cat([Int8LinearFunction.apply(x[:3], layers[0]), Int8LinearFunction.apply(x[3:], layers[1])])
     assert torch.equal(expected, y)
     assert len(y[1:3, 0].unique()) == 2
+
+
+@pytest.mark.parametrize("trits, size, expected", [(1, 33028, True), (2, 33024, True), (2, 33028, False)])
+def test_the_grouped_path_only_where_its_sums_are_exact(trits, size, expected):
+    experts = make_experts(num_experts=1, top_k=1, trits=trits, expert_size=size)
+    experts.grouped = True
+    assert experts._is_grouped(torch.zeros(1, D)) == expected
 
 
 @pytest.mark.parametrize("compute, size, expected", [("auto", 40, True), ("auto", 42, False), ("float", 40, False)])

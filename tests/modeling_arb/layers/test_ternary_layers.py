@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from arb_kernels.backend import use_backend
+from arb_kernels.formats.packing import packed_width
 from arb_kernels.matmul.quantise import naive_quantise_gradient, naive_quantise_tokens
 from configuration_arb import preset_config
 from modeling_arb.layers.ternary_embedding import TernaryEmbedding
@@ -15,10 +16,12 @@ from support.tensors import assert_same
 SIZES = [(1, 1), (3, 5), (7, 33), (64, 100), (65, 128)]
 GROUPS = [pytest.param(0, id="row"), pytest.param(4, id="G4"), pytest.param(32, id="G32")]
 RULES = ["momentum", "flip", "correlation"]
+TRITS = pytest.mark.parametrize("trits", [1, 2])
 
 
-def make_linear(rows, columns, rule="momentum", group_size=0, compute="float"):
-    config = preset_config("arb-tiny", update_rule=rule, group_size=group_size, compute=compute)
+def make_linear(rows, columns, rule="momentum", group_size=0, compute="float", trits=1):
+    settings = {"update_rule": rule, "group_size": group_size, "compute": compute, "trits_per_weight": trits}
+    config = preset_config("arb-tiny", **settings)
     layer = TernaryLinear(columns, rows, config)
     layer.reset_state()
     layer.E += torch.randint(-9, 9, layer.E.shape, dtype=torch.int8)
@@ -39,17 +42,19 @@ def naive_weight(layer):
     return weight.float()
 
 
+@TRITS
 @pytest.mark.parametrize("group_size", GROUPS)
 @pytest.mark.parametrize("rows, columns", SIZES)
-def test_effective_weight_is_scale_times_trit(rows, columns, group_size):
-    layer = make_linear(rows, columns, group_size=group_size)
+def test_effective_weight_is_scale_times_level(rows, columns, group_size, trits):
+    layer = make_linear(rows, columns, group_size=group_size, trits=trits)
     assert_same("W_eff", naive_weight(layer), layer.effective_weight(torch.float32))
 
 
+@TRITS
 @pytest.mark.parametrize("group_size", GROUPS)
 @pytest.mark.parametrize("rows, columns", SIZES)
-def test_linear_forward_and_every_gradient(rows, columns, group_size):
-    layer = make_linear(rows, columns, group_size=group_size)
+def test_linear_forward_and_every_gradient(rows, columns, group_size, trits):
+    layer = make_linear(rows, columns, group_size=group_size, trits=trits)
     seen = capture(layer)
     x = torch.randn(2, 9, columns, requires_grad=True)
     grad_y = torch.randn(2, 9, rows)
@@ -64,11 +69,12 @@ def test_linear_forward_and_every_gradient(rows, columns, group_size):
     assert_same("dW", weight.grad, seen[0])
 
 
+@TRITS
 @pytest.mark.parametrize("tokens", [3, 50])
 @pytest.mark.parametrize("group_size", GROUPS)
-def test_embedding_forward_and_gradient(tokens, group_size):
+def test_embedding_forward_and_gradient(tokens, group_size, trits):
     """Fewer ids than rows take the path that decodes only those rows; both give the same rows and dW."""
-    table = TernaryEmbedding(17, 45, preset_config("arb-tiny", group_size=group_size))
+    table = TernaryEmbedding(17, 45, preset_config("arb-tiny", group_size=group_size, trits_per_weight=trits))
     table.reset_state()
     table.E += torch.randint(-9, 9, table.E.shape, dtype=torch.int8)
     seen = capture(table)
@@ -103,18 +109,24 @@ def test_layer_state_is_integer_and_keeps_no_float(rule):
     assert not any(tensor.is_floating_point() for tensor in tensors)
 
 
-def test_reset_draws_all_three_trits_evenly_and_zero_padding():
-    layer = make_linear(500, 203)
-    shares = [(layer.levels() == value).float().mean().item() for value in (-1, 0, 1)]
-    assert shares == pytest.approx([1 / 3] * 3, abs=0.01)
+@TRITS
+def test_reset_draws_all_levels_evenly_and_zero_padding(trits):
+    layer = make_linear(500, 203, trits=trits)
+    most = layer.largest_level
+    shares = [(layer.levels() == value).float().mean().item() for value in range(-most, most + 1)]
+    assert shares == pytest.approx([3**-trits] * 3**trits, abs=0.01)
+    width = packed_width(203)
+    for plane in layer.T_packed.split(width, 1):  # its last two bytes have four digits, the fifth is padding
+        assert plane.max() <= 242 and plane[:, -2:].max() <= 80 < plane[:, :-2].max()
     residual = layer.accum.view(torch.int8)
     assert residual.min() == 0  # momentum nibble is zero, residual nibble uniform over 16 steps
     assert torch.bincount(layer.accum.flatten().long(), minlength=256)[:16].min() > 500 * 203 / 16 * 0.9
     assert torch.count_nonzero(layer.accum > 15) == 0
 
 
-def test_initial_output_has_unit_variance():
-    layer = TernaryLinear(300, 400, preset_config("arb-tiny"))
+@TRITS
+def test_initial_output_has_unit_variance(trits):
+    layer = TernaryLinear(300, 400, preset_config("arb-tiny", trits_per_weight=trits))
     layer.reset_state()
     assert layer(torch.randn(200, 300)).var().item() == pytest.approx(1, abs=0.1)
 
@@ -149,20 +161,21 @@ def int8_run(layer, x, grad_y):
     return y.detach(), x.grad, seen[0]
 
 
+@TRITS
 @pytest.mark.parametrize("rows, columns", INT8_SIZES)
-def test_int8_linear_forward_and_every_gradient(rows, columns):
+def test_int8_linear_forward_and_every_gradient(rows, columns, trits):
     """Against the same sums in double precision over the codes: only the float scales round."""
-    layer = make_linear(rows, columns, compute="auto")
+    layer = make_linear(rows, columns, compute="auto", trits=trits)
     x, grad_y = torch.randn(2, 9, columns), torch.randn(2, 9, rows)
     y, grad_x, dW = int8_run(layer, x, grad_y)
-    trits, scale = layer.levels().double(), layer.scale().flatten()
+    levels, scale = layer.levels().double(), layer.scale().flatten()
     codes, token_scale = naive_quantise_tokens(x.flatten(0, 1))
     decoded = codes.double() * token_scale.double()[:, None]
     by_token, by_token_scale, by_output, output_scale = naive_quantise_gradient(
         grad_y.flatten(0, 1), scale, token_scale
     )
-    expected_y = decoded @ trits.T * scale.double()
-    expected_x = by_token.double() @ trits * by_token_scale.double()[:, None]
+    expected_y = decoded @ levels.T * scale.double()
+    expected_x = by_token.double() @ levels * by_token_scale.double()[:, None]
     expected_dW = by_output.double() @ codes.double() * output_scale.double()[:, None]
     assert_same("y", expected_y.float().view_as(y), y)
     assert_same("grad_x", expected_x.float().view_as(grad_x), grad_x)
@@ -181,9 +194,10 @@ def test_int8_linear_is_near_the_float_one():
         assert (ref - out).norm() / ref.norm() < 0.02, name
 
 
+@TRITS
 @pytest.mark.parametrize("rows, columns", INT8_SIZES)
-def test_int8_linear_gives_the_same_bits_on_every_backend(rows, columns):
-    layer = make_linear(rows, columns, compute="auto")
+def test_int8_linear_gives_the_same_bits_on_every_backend(rows, columns, trits):
+    layer = make_linear(rows, columns, compute="auto", trits=trits)
     x, grad_y = torch.randn(2, 9, columns), torch.randn(2, 9, rows)
     with use_backend("torch"):
         expected = int8_run(layer, x, grad_y)

@@ -37,12 +37,13 @@ def make_table(rule="momentum", group_size=0, rows=ROWS, columns=DIM, **fields):
     return table
 
 
-def with_memory(rule, table_rule="votes", **settings):
+def with_memory(rule, table_rule="votes", trits=1, **settings):
     torch.manual_seed(0)
     config = preset_config(
         "arb-tiny",
         update_rule=rule,
         table_rule=table_rule,
+        trits_per_weight={"tables": trits},
         memgram={"slots": 4096, "dim": DIM_OF_MEMORY, "orders": [3]},
     )
     model = ArbForCausalLM(config)
@@ -105,9 +106,9 @@ def test_a_step_is_the_dense_rule_on_the_touched_rows(rule):
             assert_same(f"{name} after step {step}", before[name], tensor)
 
 
-@pytest.mark.parametrize("table_rule", ["votes", "momentum"])
-def test_a_step_moves_trits_in_the_end(table_rule):
-    model, optimizer, table = with_memory("momentum", table_rule)
+@pytest.mark.parametrize("table_rule, trits", [("votes", 1), ("momentum", 1), ("momentum", 2)])
+def test_a_step_moves_levels_in_the_end(table_rule, trits):
+    model, optimizer, table = with_memory("momentum", table_rule, trits)
     first = state_of(table)
     ids = torch.randint(97, 100, (4, 32))
     for _ in range(6):
@@ -117,9 +118,10 @@ def test_a_step_moves_trits_in_the_end(table_rule):
     assert 0 < changed <= 27 + 9 + 3  # trigrams of three letters, and those that begin before the text
 
 
-def test_momentum_of_touched_rows():
+@pytest.mark.parametrize("trits", [1, 2])
+def test_momentum_of_touched_rows(trits):
     """The step's key and rate reach the sparse rule, with micro-batches summed before it."""
-    model, optimizer, table = with_memory("momentum", "momentum")
+    model, optimizer, table = with_memory("momentum", "momentum", trits)
     before, handed = state_of(table), []
     table.gradient_sink = Sink(lambda *given: handed.append(given[1:]), then=optimizer)
     ids = torch.randint(97, 103, (2, 12))

@@ -200,8 +200,8 @@ def test_every_stage_runs_in_a_bare_interpreter(tmp_path):
     said = {stage.name: stage.summarise(results[stage.name]) for stage in once}
     assert all(good for good, _ in said.values()), said
     assert results["environment"]["card"] == "cpu"
-    for preset in ("arb-tiny", "arb-tiny-full", "arb-small"):
-        compared = results[f"training-{preset}"]
+    for training in ("arb-tiny", "two-trits", "arb-tiny-full", "arb-small"):
+        compared = results[f"training-{training}"]
         assert compared["states_equal"] and compared["second_run_equal"] and not compared["largest_loss_difference"]
         assert len(compared["losses"]["cpu"]) == compared["steps"] == 2
     assert [(row["config"], row["compute"]) for row in results["speed-arb-14m"]["rows"]] == [("TrueTernary", "bf16")]
@@ -213,8 +213,8 @@ def test_the_kernel_stage_runs_without_pytest(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     assert run_script("check_gpu", "--stage", "kernels", "--device", "cpu", "--tiny", "--json", out) == 0
     result = json.loads(out.read_text())
-    assert result["passed"] and result["tests"] == {"passed": 8, "failed": 0, "skipped": 0}
-    assert result["kernels"] == [{"kernel": "packed_matvec_kernel", "result": "passed", "tests": 8, "failed": 0}]
+    assert result["passed"] and result["tests"] == {"passed": 15, "failed": 0, "skipped": 0}
+    assert result["kernels"] == [{"kernel": "packed_matvec_kernel", "result": "passed", "tests": 15, "failed": 0}]
 
 
 def test_every_kernel_test_file_is_found():

@@ -12,9 +12,10 @@ from training_arb.optim.integer_optimizer import IntegerOptimizer
 RULES = ["momentum", "flip", "correlation"]
 
 
-def make(rule="momentum", seed=0, group_size=0, **settings):
+def make(rule="momentum", seed=0, group_size=0, trits=1, **settings):
     torch.manual_seed(abs(seed))
-    model = ArbForCausalLM(preset_config("arb-tiny", update_rule=rule, group_size=group_size))
+    config = preset_config("arb-tiny", update_rule=rule, group_size=group_size, trits_per_weight=trits)
+    model = ArbForCausalLM(config)
     return model, IntegerOptimizer(model, seed=seed, **settings)
 
 
@@ -32,17 +33,18 @@ def test_same_seed_same_bits_other_seed_other_bits(rule):
     assert (hashes[0] != hashes[2]) == (rule == "momentum")  # the other rules draw no random bits
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule, trits", [*((rule, 1) for rule in RULES), ("momentum", 2)])
 @pytest.mark.parametrize("group_size", [0, 32], ids=["row", "G32"])
-def test_every_matrix_changes_and_stays_valid(rule, group_size):
-    model, optimizer = make(rule, group_size=group_size, flip_threshold=1)
+def test_every_matrix_changes_and_stays_valid(rule, trits, group_size):
+    model, optimizer = make(rule, group_size=group_size, trits=trits, flip_threshold=1)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for i in range(2):
         training_step(model, optimizer, random_text(i))
     moving = {"momentum": "accum", "flip": "T_packed", "correlation": "corr_accum"}[rule]
     after = model.state_dict()
     for name, matrix in model.ternary_matrices().items():
-        assert set(matrix.levels().unique().tolist()) <= {-1, 0, 1}
+        assert matrix.levels().abs().max() == matrix.largest_level == (3**trits - 1) / 2
+        assert matrix.layout()["T_packed"].count_illegal(matrix.T_packed) == 0
         if not name.startswith("model.byte_embedding"):
             assert not torch.equal(before[f"{name}.{moving}"], after[f"{name}.{moving}"]), name
     fixed = before.keys() if rule == "correlation" else []
@@ -50,10 +52,12 @@ def test_every_matrix_changes_and_stays_valid(rule, group_size):
         assert_same(name, before[name], after[name])
 
 
-@pytest.mark.parametrize(("rule", "steps", "bound"), [("momentum", 60, 2.6), ("flip", 120, 4.0)])
-def test_learns_a_small_alphabet(rule, steps, bound):
+@pytest.mark.parametrize(
+    ("rule", "trits", "steps", "bound"), [("momentum", 1, 60, 2.6), ("momentum", 2, 60, 2.6), ("flip", 1, 120, 4.0)]
+)
+def test_learns_a_small_alphabet(rule, trits, steps, bound):
     """Text of eight letters: ln 8 = 2.08 nats is the floor, ln 288 = 5.66 a uniform guess."""
-    model, optimizer = make(rule, lr=0.05, flip_threshold=8)
+    model, optimizer = make(rule, trits=trits, lr=0.05, flip_threshold=8)
     losses = [training_step(model, optimizer, random_text(i, rows=8)) for i in range(steps)]
     assert sum(losses[-5:]) / 5 < bound < losses[0]
 
@@ -302,15 +306,16 @@ def test_non_finite_gradient_is_named_and_never_folded():
     assert torch.equal(before, head.accum)
 
 
-def test_state_dict_round_trip_continues_bit_for_bit():
-    model, optimizer = make()
+@pytest.mark.parametrize("trits", [1, 2])
+def test_state_dict_round_trip_continues_bit_for_bit(trits):
+    model, optimizer = make(trits=trits)
     for i in range(2):
         training_step(model, optimizer, random_text(i))
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     saved = optimizer.state_dict()
     assert not any(isinstance(value, torch.Tensor) for value in saved.values())
     training_step(model, optimizer, random_text(2))
-    resumed, other = make(seed=3)
+    resumed, other = make(seed=3, trits=trits)
     other.seed = 0
     resumed.load_state_dict(weights)
     other.load_state_dict(saved)

@@ -59,11 +59,11 @@ def test_ranks_end_with_the_same_bits(tmp_path, preset, rule, micro_batches):
 
 
 def hashes_after_equal_bytes(rank):
-    """Of each rule after steps of two micro-batches, and the share of flips."""
+    """Of each rule, and of two trits a weight, after steps of two micro-batches, and the share of flips."""
     found = []
-    for rule in ("momentum", "flip", "correlation"):
+    for rule, trits in (("momentum", 1), ("flip", 1), ("correlation", 1), ("momentum", 2)):
         torch.manual_seed(0)
-        model = ArbForCausalLM(preset_config("arb-tiny", update_rule=rule))
+        model = ArbForCausalLM(preset_config("arb-tiny", update_rule=rule, trits_per_weight=trits))
         optimizer = IntegerOptimizer(model, flip_threshold=1)
         ids = torch.arange(97, 121)[None]
         for _ in range(2):
@@ -78,7 +78,7 @@ def hashes_after_equal_bytes(rank):
 def test_ranks_with_the_same_bytes_do_what_one_does(tmp_path):
     """A third of a sum of three equal gradients is each of them: nothing is rounded away."""
     alone = hashes_after_equal_bytes(0)
-    assert alone[0][1] > 0 and alone[1][1] > 0
+    assert alone[0][1] > 0 and alone[1][1] > 0 and alone[3][1] > 0
     assert on_ranks(RANKS, hashes_after_equal_bytes, tmp_path) == [alone] * RANKS
 
 
