@@ -61,7 +61,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--steps", type=int, default=600, help="training steps")
     add("--batch", type=int, default=16, help="windows per step")
     add("--ctx", type=int, default=128, help="bytes per window")
-    add("--rate", type=float, default=0.035, help="learning rate, in thirds of the latent line per step")
+    add("--rate", type=float, default=0.035, help="learning rate, in cells per step and trit")
     add("--data", nargs="+", help="files, folders, globs; default: the running Python's standard library")
     add("--seed", type=int, default=0, help="seed of initial weights, data order and rounding")
     add("--json", metavar="OUT", help="write the results here, and a plot beside it")

@@ -67,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--ternary-rates",
         default="0.035,0.05",
-        help="learning rates of the momentum rule to try, in thirds of the latent line per step",
+        help="learning rates of the momentum rule to try, in cells per step and trit",
     )
     add("--compute", choices=COMPUTE, default="auto", help="matmuls of the momentum rule")
     add(

@@ -26,7 +26,7 @@ from arb_kernels.formats.momentum_format import MomentumFormat
 from arb_kernels.formats.packing import TRITS_PER_BYTE, largest_level, pack_levels, packed_width, unpack_levels
 from arb_kernels.formats.rule_states import MomentumState
 from arb_kernels.random_bits import random_bits, stream_key, uniform_from_high_bits, uniform_from_low_bits
-from arb_kernels.rules.momentum import fold_momentum, momentum_update, move_weights, normalise, third_of_line
+from arb_kernels.rules.momentum import fold_momentum, momentum_update, move_weights, normalise, rate_unit
 
 FOLDER = Path(__file__).resolve().parent.parent / "figures"
 DPI = 130
@@ -269,7 +269,7 @@ def draw_latent_line(path: Path) -> None:
     travel.set(
         xlim=(0, 120),
         ylim=(-25, 24),
-        xlabel=f"update (rate {lr} thirds of the line per step, noisy gradients)",
+        xlabel=f"update (rate {lr} cells per step, noisy gradients)",
         ylabel="latent",
         yticks=[-24, -8, 8, 23],
     )
@@ -279,7 +279,7 @@ def draw_latent_line(path: Path) -> None:
 
 
 def draw_two_trits(path: Path) -> None:
-    """The latent lines of one trit and of two, at a scale that makes them equally long: rates are in their thirds."""
+    """The latent lines of one trit and of two, drawn equally long, and how far a rate of 1 moves a weight."""
     figure, panels = plt.subplots(2, 1, figsize=(10, 3.6), constrained_layout=True)
     for trits, panel in zip((1, 2), panels, strict=True):
         largest = largest_level(trits)
@@ -295,12 +295,12 @@ def draw_two_trits(path: Path) -> None:
             )
             panel.text(start, -0.22, start, ha="center", va="center", fontsize=8, color=FAINT)
         panel.text(end - 1, -0.22, end - 1, ha="center", va="center", fontsize=8, color=FAINT)
-        third = third_of_line(FORM.cell, trits)
+        unit = rate_unit(FORM.cell, trits)
         panel.annotate(
-            "", (-end + third, 1.2), (-end, 1.2), arrowprops={"arrowstyle": "<|-|>", "color": MARK, "lw": 1.5}
+            "", (-end + unit, 1.2), (-end, 1.2), arrowprops={"arrowstyle": "<|-|>", "color": MARK, "lw": 1.5}
         )
-        middle = -end + third / 2
-        panel.text(middle, 1.42, f"a rate of 1: {third:.0f} steps", ha="center", va="center", fontsize=8.5)
+        middle = -end + unit / 2
+        panel.text(middle, 1.42, f"a rate of 1: {unit:.0f} steps", ha="center", va="center", fontsize=8.5)
         panel.set(xlim=(-end * 1.04, end * 1.04), ylim=(-0.5, 1.7))
         panel.set_title(
             f"{trits} trit{'s' * (trits - 1)} a weight: {cells} levels, {cells} cells of {FORM.cell} steps", fontsize=11

@@ -15,9 +15,9 @@ UPDATE_STEPS = 1024.0  # fixed point of the update before it is set to unit RMS
 UPDATE_LIMIT = 31.0 * UPDATE_STEPS  # largest magnitude in it
 
 
-def third_of_line(cell: int, trits: int) -> float:
-    """Residual steps in a third of the latent line of weights of so many trits: the unit of learning rates."""
-    return float(cell * 3 ** (trits - 1))
+def rate_unit(cell: int, trits: int) -> float:
+    """Residual steps that a rate of 1 moves a weight by: one cell for each of its trits."""
+    return float(cell * trits)
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ State of a matrix (N out, K in), besides its packed levels:
 
 *Fold* adds a weight gradient to the momentum; *move* shifts every weight along its latent line (one cell per level: 3
 for one trit a weight, 9 for two; 2^momentum_bits residual steps per cell) against the Nesterov direction, normalised by
-its row and column RMS. Both round stochastically. Rates are in thirds of the latent line, so that one rate serves any
-number of trits. Statistics are summed as integers, or in a fixed tree, so the result does not depend on the order
+its row and column RMS. Both round stochastically. A rate is in cells for each trit of a weight, so that one rate serves
+one trit and two. Statistics are summed as integers, or in a fixed tree, so the result does not depend on the order
 of summation: every backend gives the same bits for the same dW and key.
 """
 
@@ -35,7 +35,7 @@ from arb_kernels.formats.momentum_format import (
     UPDATE_LIMIT,
     UPDATE_STEPS,
     MomentumFormat,
-    third_of_line,
+    rate_unit,
 )
 from arb_kernels.formats.packing import largest_level, pack_levels, unpack_levels
 from arb_kernels.formats.rule_states import MomentumState, overwrite
@@ -134,13 +134,13 @@ def move_weights(
     cell: int,
     trits: int = 1,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Shift latents by -lr thirds of the line along the update.
+    """Shift latents by -lr cells for each trit of a weight along the update.
 
     levels: int8 (N, K) of so many trits; residual: signed int (N, K) in [-cell/2, cell/2); update: float32 (N, K) of
     unit RMS, consumed; uniform: float32 (N, K) in [0, 1). Returns the new levels and residuals, in their dtypes.
     """
     end = (largest_level(trits) + 0.5) * cell
-    shift = update.mul_(-lr * third_of_line(cell, trits)).add_(uniform).floor_()
+    shift = update.mul_(-lr * rate_unit(cell, trits)).add_(uniform).floor_()
     latent = shift.add_(levels * float(cell)).add_(residual).clamp_(-end, end - 1).to(torch.int16)
     new_levels = (latent + cell // 2) >> (cell.bit_length() - 1)
     return new_levels.to(levels.dtype), (latent - new_levels * cell).to(residual.dtype)
@@ -169,7 +169,7 @@ def naive_momentum_update(
 def momentum_update(state: MomentumState, dW: torch.Tensor, key: int, lr: float, beta: float = 0.9) -> torch.Tensor:
     """Fold and move, in place.
 
-    dW: float32 (N, K), the step's mean gradient; lr: thirds of the latent line per step; beta: decay of the momentum.
+    dW: float32 (N, K), the step's mean gradient; lr: cells per step and trit; beta: decay of the momentum.
     Returns the number of changed levels, int64 ().
     """
     trits = state.trits
@@ -183,7 +183,7 @@ def momentum_update(state: MomentumState, dW: torch.Tensor, key: int, lr: float,
             beta,
             1 - beta,
             MAX_UPDATE,
-            -lr * third_of_line(state.form.cell, trits),
+            -lr * rate_unit(state.form.cell, trits),
         )
         increment_version(tuple(state))
         return torch.tensor(flips)

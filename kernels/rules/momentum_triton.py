@@ -24,7 +24,7 @@ from arb_kernels.formats.momentum_format import (
     STATISTIC_OCTAVES,
     UPDATE_LIMIT,
     UPDATE_STEPS,
-    third_of_line,
+    rate_unit,
 )
 from arb_kernels.formats.packing import packed_width
 from arb_kernels.formats.rule_states import MomentumState
@@ -336,7 +336,7 @@ def triton_momentum_update(
         momentum_move_kernel,
         (ceil_div(rows, _MOVE_ROWS), ceil_div(width, _MOVE_BYTES)),
         *(state.T_packed, of, scalars, scales[:rows], scales[rows:], width, signed_word(key)),
-        *(UPDATE_STEPS * dW.numel() ** 0.5, MAX_UPDATE, -lr * third_of_line(form.cell, trits)),
+        *(UPDATE_STEPS * dW.numel() ** 0.5, MAX_UPDATE, -lr * rate_unit(form.cell, trits)),
         **(options | {"TRITS": trits, "BR": _MOVE_ROWS, "BB": _MOVE_BYTES}),
     )
     increment_version(tuple(state))

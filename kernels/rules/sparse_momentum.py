@@ -34,7 +34,7 @@ def sparse_momentum_update(
     """Fold and move the touched rows, in place; no other row is read.
 
     state: of the whole table, contiguous; row_ids: int64 (R,), each row once; dW: float32 (R, K), the step's mean
-    gradient of those rows; lr: thirds of the latent line per step. Returns the number of changed levels, int64 ().
+    gradient of those rows; lr: cells per step and trit. Returns the number of changed levels, int64 ().
     """
     if not row_ids.numel():
         return torch.zeros((), dtype=torch.int64, device=dW.device)

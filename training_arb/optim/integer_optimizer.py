@@ -34,8 +34,8 @@ class IntegerOptimizer(torch.optim.Optimizer):
     """Becomes the gradient sink of every ternary matrix of `model`; `step()` applies the shared matrices, the touched
     rows of tables and the observations of blocks, and advances the step counter.
 
-    lr: thirds of the latent line per step, read from the single (empty) parameter group, so that any scheduler can set
-    it.
+    lr: cells of the latent line per step for each trit of a weight, read from the single (empty) parameter group, so
+    that any scheduler can set it.
 
     A matrix moves inside backward, at the last backward of a step that goes through it. Earlier gradients are added to
     an int8 sum, one transient byte a weight, which joins the last dW: an accumulated step learns as one batch does.
@@ -65,7 +65,7 @@ class IntegerOptimizer(torch.optim.Optimizer):
         rank_check_steps: int = 200,
     ):
         if not 0 <= lr < 1:
-            raise ValueError(f"learning_rate={lr} must be in [0, 1), in thirds of the latent line per step")
+            raise ValueError(f"learning_rate={lr} must be in [0, 1), in cells per step and trit")
         if not 0 <= beta < 1:
             raise ValueError(f"momentum_beta={beta} must be in [0, 1)")
         for name, threshold in (("flip_threshold", flip_threshold), ("table_threshold", table_threshold)):

@@ -22,7 +22,7 @@ class UpdateContext:
 
     step: int
     key: int  # of the random bits of this matrix in this step
-    lr: float  # thirds of the latent line per step
+    lr: float  # cells per step and trit
 
 
 class UpdateRule(Protocol):
@@ -44,7 +44,7 @@ class TableRule(Protocol):
         ...
 
 
-LARGEST_RATE = 1.0  # thirds of the latent line per step
+LARGEST_RATE = 1.0  # cells per step and trit
 TABLE_RATE = 4.0  # a row is touched by few steps, and goes further in each (LOG.md)
 
 

@@ -53,7 +53,7 @@ class NaiveMomentum:
         self.blocks = [range(start, min(start + 64, self.T.shape[1])) for start in range(0, self.T.shape[1], 64)]
         self.exponents = np.zeros((len(self.T), len(self.blocks)), dtype=np.int64)
         self.cell, self.largest_code = 2**bits, 2 ** (bits - 1) - 1
-        self.line = 3**trits * self.cell  # residual steps
+        self.line, self.unit = 3**trits * self.cell, trits * self.cell  # residual steps; the unit of rates
 
     def momentum(self):
         decoded = np.zeros(self.T.shape, dtype=f32)
@@ -83,7 +83,7 @@ class NaiveMomentum:
         low, high = uniforms(key, *dW.shape)
         self.fold(dW, low)
         d = self.momentum() * f32(BETA) + dW * f32(1 - BETA)
-        shift = np.floor(self.normalised(d) * f32(-lr * (self.line // 3)) + high).astype(np.int64)
+        shift = np.floor(self.normalised(d) * f32(-lr * self.unit) + high).astype(np.int64)
         latent = np.clip(self.cell * self.T + self.residual + shift, -self.line // 2, self.line // 2 - 1)
         before = self.T
         self.T = (latent + self.cell // 2) // self.cell
@@ -176,9 +176,9 @@ def test_momentum_update(rows, columns, bits, trits, steps):
         assert flips.dtype == torch.int64 and flips.item() == expected_flips
 
 
-def test_rates_are_in_thirds_of_the_line():
-    """Without momentum, against a gradient of one size: at 0.25, lines of 48, 144 and 432 steps move by 4, 12, 36."""
-    for trits, distance in ((1, 4), (2, 12), (3, 36)):
+def test_rates_are_in_cells_for_each_trit():
+    """Without momentum, against a gradient of one size, at 0.25: by 4 of the 16 steps of a cell for each trit."""
+    for trits, distance in ((1, 4), (2, 8), (3, 12)):
         state = MomentumState(
             pack_levels(torch.zeros(8, 32, dtype=torch.int8), trits),
             torch.zeros(8, 32, dtype=torch.uint8),
