@@ -25,10 +25,9 @@ from typing import Any
 
 from configuration_arb import PRESETS, ArbConfig, preset_config
 from configuration_arb.configuration_arb import TABLE_RULES
-from configuration_arb.trits_per_weight import parse_trits
 from modeling_arb import ArbForCausalLM
 from training_arb.checkpoints.checkpoint_files import check_finished
-from training_arb.cli.command_line import check_least, run, script_parser
+from training_arb.cli.command_line import add_trits_option, check_least, run, script_parser, trits_field
 from training_arb.common.atomic_files import write_json
 from training_arb.common.cpu_allocator import keep_freed_memory
 from training_arb.memory.live_memory import MEGABYTE, peak_memory_mb, resident_mb
@@ -79,9 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--preset", help=f"audit a shape without allocating it: {', '.join(PRESETS)}")
     add("--update_rule", default="momentum", help="update rule of the preset")
     add("--table_rule", help=f"what moves the preset's tables: {', '.join(TABLE_RULES)}; default: the preset's")
-    add(
-        "--trits_per_weight", help="trits a weight of the preset: 1, 2, or ROLE:TRITS,ROLE:TRITS; default: the preset's"
-    )
+    add_trits_option(parser)
     add("--allocate", action="store_true", help="build the preset's model and audit it")
     add("--batch", type=int, help="with --ctx: forecast the memory of a training step of the preset")
     add("--ctx", type=int, help="bytes per window of that step")
@@ -111,9 +108,8 @@ def check(args: argparse.Namespace) -> None:
 
 def chosen_fields(args: argparse.Namespace) -> dict[str, Any]:
     """Fields of the preset that an option sets. Raises ValueError if their text cannot be read."""
-    trits = None if args.trits_per_weight is None else parse_trits(args.trits_per_weight)
-    fields = {"table_rule": args.table_rule, "trits_per_weight": trits}
-    return {name: value for name, value in fields.items() if value is not None}
+    table_rule = {} if args.table_rule is None else {"table_rule": args.table_rule}
+    return {**table_rule, **trits_field(args.trits_per_weight)}
 
 
 def show(audit: StateAudit, tensors: bool) -> None:

@@ -32,7 +32,7 @@ from configuration_arb.trits_per_weight import describe_trits, parse_trits
 from modeling_arb import ArbForCausalLM
 from training_arb.bench.bench_report import report
 from training_arb.bench.measurement import describe_environment
-from training_arb.cli.command_line import check_least, run, script_parser
+from training_arb.cli.command_line import add_trits_option, check_least, run, script_parser, trits_field
 from training_arb.common.cpu_allocator import keep_freed_memory
 from training_arb.data.byte_data import ByteBlocks, collate_blocks
 from training_arb.memory.live_memory import MEGABYTE, peak_memory_mb, resident_mb
@@ -83,8 +83,7 @@ class Shape:
             raise ValueError(
                 f"shapes: {text!r} must look like arb-small:8x256 or arb-small:8x256+checkpointing"
             ) from error
-        chosen = {} if trits_per_weight is None else {"trits_per_weight": parse_trits(trits_per_weight)}
-        trits = describe_trits(preset_config(preset, **chosen).trits_per_weight)
+        trits = describe_trits(preset_config(preset, **trits_field(trits_per_weight)).trits_per_weight)
         for field, value, least in (("batch", batch, 1), ("ctx", ctx, 8)):
             if value < least:
                 raise ValueError(f"shapes: {text!r} has {field}={value}, which must be at least {least}")
@@ -149,7 +148,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = script_parser(__doc__)
     add = parser.add_argument
     add("--shapes", nargs="+", default=SHAPES, metavar="PRESET:BATCHxCTX", help=f"presets: {', '.join(PRESETS)}")
-    add("--trits_per_weight", help="of all shapes: 1, 2, or ROLE:TRITS,ROLE:TRITS; default: the presets'")
+    add_trits_option(parser)
     add("--steps", type=int, default=3, help="steps of each run")
     add("--measure", metavar="SHAPE", help="train this shape in this process, print its memory, and exit")
     add("--json", metavar="OUT", help="write the rows here")

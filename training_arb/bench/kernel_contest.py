@@ -3,8 +3,9 @@
 Operations are multiplies and adds. A matmul of (M, K) with (N, K) does 2 * M * N * K; `momentum_update` 30 a weight, of
 which 8 fold, 4 form the Nesterov direction, 10 normalise it and 8 move (momentum.py, line by line), without its random
 bits, exponents and packing; AdamW 13 a weight; quantisation one an element. Minimum reads from DRAM: a quarter byte a
-weight for a matmul, whatever the implementation; the gradient and ARB's state once for an update; the floats for a
-quantisation. Writes are not counted: they can overlap with reads, and the bandwidth is measured by reading.
+weight for a matmul, whatever the implementation; the gradient and ARB's state of one trit a weight once for an update;
+the floats for a quantisation. Writes are not counted: they can overlap with reads, and the bandwidth is measured by
+reading.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from arb_kernels.formats.decode_layout import in_huge_pages, to_decode_layout
-from arb_kernels.formats.packing import pack_levels
+from arb_kernels.formats.packing import largest_level, pack_levels
 from arb_kernels.formats.rule_states import MomentumState
 from arb_kernels.matmul.decode_linear import MATVEC_TOKENS, decode_linear, layout_matmul
 from arb_kernels.matmul.quantise import naive_quantise_tokens, quantise_tokens
@@ -27,7 +28,7 @@ from arb_kernels.rules.momentum import momentum_update
 from .ggml_peer import BLOCK, FORMATS, GgmlMatmul
 from .measurement import rotating
 
-OWN = "arb"
+OWN, TWO_TRITS = "arb", "arb_two_trits"
 UPDATE_OPERATIONS, ADAMW_OPERATIONS, QUANTISE_OPERATIONS = 30, 13, 1  # an element
 DECODE_BYTES = 0.25  # a weight
 MOMENTUM_BLOCK = 64
@@ -82,10 +83,11 @@ def _checked(name: str, product: torch.Tensor, reference: torch.Tensor) -> None:
 def matmul_contest(
     op: str, shape: tuple[int, int], batch: int, cold_bytes: float, threads: int, ggml: ctypes.CDLL | None
 ) -> Contest:
-    """Int8 activations times two-bit weights from DRAM, against torch's float and int8 matmuls and, if it is built,
-    ggml's. A matvec includes the quantisation of its activations; above MATVEC_TOKENS that is a separate operation."""
+    """Int8 activations times weights of one and two trits from DRAM, against torch's float and int8 matmuls and, if it
+    is built, ggml's, of one trit. A matvec includes the quantisation of its activations; above MATVEC_TOKENS that is a separate operation."""
     N, K = shape
-    trits, x = torch.randint(-1, 2, (N, K), dtype=torch.int8), torch.randn(batch, K)
+    trits, levels = (_random_levels(shape, number) for number in (1, 2))
+    x = torch.randn(batch, K)
     reference = F.linear(x, trits.float())
     operations = 2.0 * batch * N * K
     competitors: dict[str, Competitor] = {}
@@ -95,6 +97,7 @@ def matmul_contest(
         weight: torch.Tensor,
         multiply: Callable[[torch.Tensor], torch.Tensor],
         scale: float | torch.Tensor = 1,
+        reference: torch.Tensor = reference,
     ) -> None:
         _checked(name, multiply(weight) * scale, reference)
         copies = _copies(weight, cold_bytes)
@@ -103,10 +106,14 @@ def matmul_contest(
 
     row_scale, x16 = torch.ones(N), x.bfloat16()
     codes, token_scale = quantise_tokens(x)
-    if batch > MATVEC_TOKENS:
-        add(OWN, to_decode_layout(trits), lambda weight: layout_matmul(codes, token_scale, weight, N, row_scale))
-    else:
-        add(OWN, to_decode_layout(trits), lambda weight: decode_linear(x, weight, N, row_scale))
+
+    def multiply_layout(weight: torch.Tensor) -> torch.Tensor:
+        if batch > MATVEC_TOKENS:
+            return layout_matmul(codes, token_scale, weight, N, row_scale)
+        return decode_linear(x, weight, N, row_scale)
+
+    add(OWN, to_decode_layout(trits), multiply_layout)
+    add(TWO_TRITS, to_decode_layout(levels, 2), multiply_layout, reference=F.linear(x, levels.float()))
     add("torch_fp32", trits.float(), lambda weight: F.linear(x, weight))
     add("torch_bf16", trits.bfloat16(), lambda weight: F.linear(x16, weight))
     int_mm = torch._int_mm  # pyright: ignore[reportPrivateImportUsage]
@@ -126,31 +133,41 @@ def matmul_contest(
 def update_contest(shape: tuple[int, int], cold_bytes: float) -> Contest:
     """momentum_update of a matrix against torch's fused AdamW of as many float32 weights, gradients from DRAM."""
     N, K = shape
-    state = [
-        pack_levels(torch.randint(-1, 2, (N, K), dtype=torch.int8)),
-        torch.randint(0, 16, (N, K), dtype=torch.uint8),
-        torch.zeros(N, -(-K // MOMENTUM_BLOCK), dtype=torch.int8),
-    ]
     gradient = torch.randn(N, K) * 1e-3
-    state_bytes = sum(tensor.nbytes for tensor in state)
-    least_bytes = gradient.nbytes + state_bytes
-    copies = _copies([*state, gradient], cold_bytes)
-    *tensors, gradients = (_repeated(tensor, copies) for tensor in (*state, gradient))
-    states = [MomentumState(*each) for each in zip(*tensors, strict=True)]
-    competitors = {
-        OWN: Competitor(
-            lambda i: momentum_update(states[i], gradients[i], key=i, lr=0.03),
-            copies,
-            UPDATE_OPERATIONS * N * K,
-            least_bytes + state_bytes,
-        )
-    }
+    states = {name: _momentum_state(shape, trits) for name, trits in ((OWN, 1), (TWO_TRITS, 2))}
+    least_bytes = gradient.nbytes + sum(tensor.nbytes for tensor in states[OWN])
+    competitors = {name: _momentum_rule(state, gradient, cold_bytes) for name, state in states.items()}
     adamw = [_adamw(gradient) for _ in range(math.ceil(cold_bytes / (4 * gradient.nbytes)))]
     # the weight and two moments in and out, the gradient in
     competitors["torch_adamw_fused"] = Competitor(
         lambda i: adamw[i].step(), len(adamw), ADAMW_OPERATIONS * N * K, 7 * gradient.nbytes
     )
     return Contest("cpu_update", shape, None, least_bytes, competitors)
+
+
+def _random_levels(shape: tuple[int, int], trits: int) -> torch.Tensor:
+    return torch.randint(-largest_level(trits), largest_level(trits) + 1, shape, dtype=torch.int8)
+
+
+def _momentum_state(shape: tuple[int, int], trits: int) -> MomentumState:
+    N, K = shape
+    return MomentumState(
+        pack_levels(_random_levels(shape, trits), trits),
+        torch.randint(0, 16, (N, K), dtype=torch.uint8),
+        torch.zeros(N, -(-K // MOMENTUM_BLOCK), dtype=torch.int8),
+    )
+
+
+def _momentum_rule(state: MomentumState, gradient: torch.Tensor, cold_bytes: float) -> Competitor:
+    copies = _copies([*state, gradient], cold_bytes)
+    *tensors, gradients = (_repeated(tensor, copies) for tensor in (*state, gradient))
+    states = [MomentumState(*each) for each in zip(*tensors, strict=True)]
+    return Competitor(
+        lambda i: momentum_update(states[i], gradients[i], key=i, lr=0.03),
+        copies,
+        UPDATE_OPERATIONS * gradient.numel(),
+        gradient.nbytes + 2 * sum(tensor.nbytes for tensor in state),
+    )
 
 
 def _adamw(gradient: torch.Tensor) -> torch.optim.AdamW:

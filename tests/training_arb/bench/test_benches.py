@@ -53,7 +53,8 @@ def test_kernel_rows(tmp_path, capsys):
     assert own == {(op, "33x20", batch) for op, batch in runs}
     peers = {row["op"] for row in result["rows"] if row["peer"] != "arb"}
     assert {"cpu_matvec:torch_fp32", "cpu_matmul:torch_bf16", "cpu_matmul:torch_int_mm"} <= peers
-    assert "cpu_update:torch_adamw_fused" in peers
+    assert {"cpu_update:torch_adamw_fused", "cpu_update:arb_two_trits"} <= peers
+    assert {"cpu_matvec:arb_two_trits", "cpu_matmul:arb_two_trits"} <= peers
     row = next(row for row in result["rows"] if row["op"] == "cpu_matvec")
     assert row["gops_p50"] == pytest.approx(2 * 33 * 20 / row["us_p50"] / 1000)
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
