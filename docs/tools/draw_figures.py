@@ -23,10 +23,10 @@ from matplotlib.patches import FancyArrowPatch, Rectangle
 
 from arb_kernels.formats.exponents import EIGHTHS, QUARTERS, power_of_two
 from arb_kernels.formats.momentum_format import MomentumFormat
-from arb_kernels.formats.packing import TRITS_PER_BYTE, pack_levels, packed_width, unpack_levels
+from arb_kernels.formats.packing import TRITS_PER_BYTE, largest_level, pack_levels, packed_width, unpack_levels
 from arb_kernels.formats.rule_states import MomentumState
 from arb_kernels.random_bits import random_bits, stream_key, uniform_from_high_bits, uniform_from_low_bits
-from arb_kernels.rules.momentum import fold_momentum, momentum_update, move_weights, normalise
+from arb_kernels.rules.momentum import fold_momentum, momentum_update, move_weights, normalise, third_of_line
 
 FOLDER = Path(__file__).resolve().parent.parent / "figures"
 DPI = 130
@@ -179,12 +179,12 @@ class Matrix:
 
     @property
     def latent(self) -> torch.Tensor:
-        """int16 (rows, columns): where each weight stands on its line, 16 T + residual."""
-        return self.trits.to(torch.int16) * FORM.cell + FORM.split(self.accum)[0]
+        """int16 (rows, columns): the position of each weight on its line, 16 T + residual."""
+        return self.levels.to(torch.int16) * FORM.cell + FORM.split(self.accum)[0]
 
     def gradient(self) -> torch.Tensor:
         """float32 (rows, columns): towards the wanted trits, with noise, small as gradients are."""
-        error = (self.trits - self.wanted).float()
+        error = (self.levels - self.wanted).float()
         return 0.01 * (error + self.noise * torch.randn(error.shape))
 
     def key(self) -> int:
@@ -269,12 +269,43 @@ def draw_latent_line(path: Path) -> None:
     travel.set(
         xlim=(0, 120),
         ylim=(-25, 24),
-        xlabel=f"update (rate {lr} cells per step, noisy gradients)",
+        xlabel=f"update (rate {lr} thirds of the line per step, noisy gradients)",
         ylabel="latent",
         yticks=[-24, -8, 8, 23],
     )
     travel.spines[["top", "right"]].set_visible(False)
     travel.legend(frameon=False, ncol=4, loc="upper center", bbox_to_anchor=(0.5, 1.12), fontsize=9)
+    save(figure, path)
+
+
+def draw_two_trits(path: Path) -> None:
+    """The latent lines of one trit and of two, at a scale that makes them equally long: rates are in their thirds."""
+    figure, panels = plt.subplots(2, 1, figsize=(10, 3.6), constrained_layout=True)
+    for trits, panel in zip((1, 2), panels, strict=True):
+        largest = largest_level(trits)
+        cells, end = 2 * largest + 1, FORM.cell * (2 * largest + 1) // 2
+        for level in range(-largest, largest + 1):
+            start, colour = FORM.cell * level - FORM.cell // 2, DIVERGING((level / largest + 1) / 2)
+            panel.add_patch(Rectangle((start, 0), FORM.cell, 1, facecolor=colour, edgecolor="white", lw=2))
+            first, second = (level + 1) // 3, (level + 1) % 3 - 1
+            parts = f"\n3 x {first} + {second}" if trits == 2 else ""
+            ink = "white" if 2 * abs(level) > largest else INK
+            panel.text(
+                FORM.cell * level, 0.5, trit_text(level) + parts, ha="center", va="center", fontsize=9, color=ink
+            )
+            panel.text(start, -0.22, start, ha="center", va="center", fontsize=8, color=FAINT)
+        panel.text(end - 1, -0.22, end - 1, ha="center", va="center", fontsize=8, color=FAINT)
+        third = third_of_line(FORM.cell, trits)
+        panel.annotate(
+            "", (-end + third, 1.2), (-end, 1.2), arrowprops={"arrowstyle": "<|-|>", "color": MARK, "lw": 1.5}
+        )
+        middle = -end + third / 2
+        panel.text(middle, 1.42, f"a rate of 1: {third:.0f} steps", ha="center", va="center", fontsize=8.5)
+        panel.set(xlim=(-end * 1.04, end * 1.04), ylim=(-0.5, 1.7))
+        panel.set_title(
+            f"{trits} trit{'s' * (trits - 1)} a weight: {cells} levels, {cells} cells of {FORM.cell} steps", fontsize=11
+        )
+        panel.axis("off")
     save(figure, path)
 
 
@@ -284,7 +315,7 @@ def draw_update(path: Path) -> None:
     matrix, lr = Matrix.fresh(8, 16, noise=1.0), 0.25
     for _ in range(12):
         matrix.step(matrix.gradient(), lr)
-    before, trits = matrix.latent, matrix.trits
+    before, trits = matrix.latent, matrix.levels
     residual, codes = FORM.split(matrix.accum)
     old_step = power_of_two(matrix.accum_exp, QUARTERS)
     dW, noise = matrix.gradient(), random_bits(matrix.key(), 8, 16)
@@ -296,7 +327,7 @@ def draw_update(path: Path) -> None:
         trits, residual, update.clone(), uniform_from_high_bits(noise), lr, FORM.cell
     )
     matrix.step(dW, lr)
-    assert torch.equal(new_trits, matrix.trits) and torch.equal(new_residual, FORM.split(matrix.accum)[0])
+    assert torch.equal(new_trits, matrix.levels) and torch.equal(new_residual, FORM.split(matrix.accum)[0])
     after = matrix.latent
 
     flipped = (new_trits != trits).nonzero().tolist()
@@ -351,6 +382,7 @@ FIGURES = {
     "packing.png": draw_packing,
     "exponents.png": draw_exponents,
     "latent_line.png": draw_latent_line,
+    "two_trits.png": draw_two_trits,
     "update.png": draw_update,
 }
 

@@ -36,8 +36,13 @@ def decoding_form(packed: torch.Tensor, columns: int) -> torch.Tensor:
 def decoding_bytes(num_rows: int, columns: int, trits: int, device: torch.device) -> int:
     """Bytes of `decoding_form` of a (num_rows, columns) matrix on a device; 0 where it is the packed bytes."""
     if _takes_layout(device, trits):
-        return -(-num_rows // ROWS) * -(-columns // COLUMNS) * ROWS * COLUMNS * BITS[trits] // 8
+        return layout_bytes(num_rows, columns, trits)
     return 0 if uses_triton(torch.empty(0, device=device), trits=trits) else num_rows * columns
+
+
+def layout_bytes(num_rows: int, columns: int, trits: int) -> int:
+    """Bytes of a (num_rows, columns) matrix in the decode layout."""
+    return -(-num_rows // ROWS) * -(-columns // COLUMNS) * ROWS * COLUMNS * BITS[trits] // 8
 
 
 def _takes_layout(device: torch.device, trits: int) -> bool:

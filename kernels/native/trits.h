@@ -9,41 +9,32 @@ static inline __attribute__((always_inline)) int64_t packed_width(int64_t column
     return (columns + packing::TRITS_PER_BYTE - 1) / packing::TRITS_PER_BYTE;
 }
 
-// Bytes that are unpacked or packed together, one digit of all of them after the other. Their codes lie in a local
-// array, which no pointer can alias: over the rows themselves the compiler does not vectorise.
-constexpr int64_t TILE_BYTES = 256;
-
-// One row -> 5 * width trits in {-1, 0, 1}; the caller's buffer holds the padding columns too.
+// One row -> 5 * width trits in {-1, 0, 1}; the caller's buffer holds the padding columns too. The compiler cannot see
+// that the five runs of columns do not overlap.
 static inline __attribute__((always_inline)) void unpack_row(const uint8_t* packed, int64_t width, int8_t* trits) {
-    for (int64_t start = 0; start < width; start += TILE_BYTES) {
-        const int64_t length = width - start < TILE_BYTES ? width - start : TILE_BYTES;
-        uint16_t codes[TILE_BYTES];
-        for (int64_t b = 0; b < length; ++b) {
-            const uint16_t code = packed[start + b];
-            codes[b] = code - (code > packing::LARGEST_BYTE ? packing::LARGEST_BYTE + 1 : 0);
-        }
+#pragma GCC ivdep
+    for (int64_t b = 0; b < width; ++b) {
+        uint16_t code = packed[b];
+        code -= code > packing::LARGEST_BYTE ? packing::LARGEST_BYTE + 1 : 0;
         for (int j = 0; j < packing::TRITS_PER_BYTE; ++j) {
-            int8_t* out = trits + j * width + start;
-            for (int64_t b = 0; b < length; ++b) {
-                const uint16_t third = (uint16_t)(codes[b] * 171) >> 9;
-                const uint16_t digit = codes[b] - 3 * third;
-                out[b] = (int8_t)((digit & 1) - (digit >> 1));
-                codes[b] = third;
-            }
+            const uint16_t third = (uint16_t)(code * 171) >> 9;
+            const uint16_t digit = code - 3 * third;
+            trits[j * width + b] = (int8_t)((digit & 1) - (digit >> 1));
+            code = third;
         }
     }
 }
 
 // The inverse; padding columns must be zero.
 static inline __attribute__((always_inline)) void pack_row(const int8_t* trits, int64_t width, uint8_t* packed) {
-    for (int64_t start = 0; start < width; start += TILE_BYTES) {
-        const int64_t length = width - start < TILE_BYTES ? width - start : TILE_BYTES;
-        uint8_t codes[TILE_BYTES] = {};
+#pragma GCC ivdep
+    for (int64_t b = 0; b < width; ++b) {
+        uint8_t code = 0;
         for (int j = packing::TRITS_PER_BYTE - 1; j >= 0; --j) {
-            const int8_t* in = trits + j * width + start;
-            for (int64_t b = 0; b < length; ++b) codes[b] = (uint8_t)(codes[b] * 3 + (in[b] < 0 ? 2 : in[b]));
+            const int8_t trit = trits[j * width + b];
+            code = (uint8_t)(code * 3 + (trit < 0 ? 2 : trit));
         }
-        memcpy(packed + start, codes, length);
+        packed[b] = code;
     }
 }
 

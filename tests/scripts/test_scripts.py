@@ -129,7 +129,7 @@ def test_straight_through_baseline_has_levels_in_forward_and_the_identity_in_bac
     latent = layer.parametrizations.weight.original
     assert layer.weight.unique().numel() == levels
     assert layer.weight.max().item() == pytest.approx(levels // 2 * step * latent.abs().mean().item())
-    assert model.blocks[0].mlp.up_proj.weight.unique().numel() == 3
+    assert model.model.blocks[0].mlp.up_proj.weight.unique().numel() == 3
     x = torch.randn(5, 64)
     layer(x).sum().backward()
     assert torch.allclose(latent.grad, x.sum(0).expand_as(latent), atol=1e-5)

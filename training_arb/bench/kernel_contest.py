@@ -84,7 +84,8 @@ def matmul_contest(
     op: str, shape: tuple[int, int], batch: int, cold_bytes: float, threads: int, ggml: ctypes.CDLL | None
 ) -> Contest:
     """Int8 activations times weights of one and two trits from DRAM, against torch's float and int8 matmuls and, if it
-    is built, ggml's, of one trit. A matvec includes the quantisation of its activations; above MATVEC_TOKENS that is a separate operation."""
+    is built, ggml's, of one trit. A matvec includes the quantisation of its activations; above MATVEC_TOKENS that is a
+    separate operation."""
     N, K = shape
     trits, levels = (_random_levels(shape, number) for number in (1, 2))
     x = torch.randn(batch, K)

@@ -9,16 +9,28 @@ from string import Template
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from arb_kernels.formats.decode_layout import BITS, layout_bytes
+from arb_kernels.formats.packing import largest_level
 from configuration_arb import ArbConfig
 from configuration_arb.optional_blocks import OPTIONAL_BLOCKS
-from training_arb.memory.state_audit import StateAudit, audit_config
+from configuration_arb.trits_per_weight import describe_trits
+from modeling_arb.layers.ternary_linear import TernaryLinear
+from training_arb.memory.state_audit import StateAudit, audit_config, unallocated_model
 from training_arb.report.run_facts import RunFacts, without_folders
 
 TEMPLATE_FILE = Path(__file__).with_name("model_card.md")
 LICENCE = "apache-2.0"
 TAGS = ["arb", "ternary", "byte-level", "integer-training"]
 METRIC = "bits_per_byte"
-SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "head_layers", "group_size")
+SHAPE = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "head_layers",
+    "trits_per_weight",
+    "group_size",
+)
 SETTINGS = (
     "update_rule",
     "table_rule",
@@ -42,12 +54,14 @@ def fill_card(config: ArbConfig, audit: StateAudit, file_bytes: int, facts: RunF
         prompt=json.dumps(facts.settings.get("prompt", "def ")),
         weights=f"{audit.logical_weights:,}",
         file_bytes=f"{file_bytes:,}",
-        bytes_per_weight=f"{file_bytes / audit.logical_weights:.3f}",
+        levels=_levels(audit),
+        bits_per_weight=f"{8 * file_bytes / audit.logical_weights:.2f}",
         training=_training(config, facts),
         shape=_table(("field", "value"), _shape(config)),
         float_tensors=len(audit.float_tensors),
         state=_state_table(config, audit),
         state_note=_state_note(config, audit),
+        decoding_note=_decoding_note(config),
         commands=_commands(facts, repo_id),
         limit_of_figures=_limit_of_figures(facts),
     )
@@ -122,7 +136,9 @@ def _origin(facts: RunFacts) -> str | None:
 
 
 def _shape(config: ArbConfig) -> Iterable[tuple[str, object]]:
-    yield from ((f"`{name}`", getattr(config, name)) for name in SHAPE)
+    for name in SHAPE:
+        value = getattr(config, name)
+        yield f"`{name}`", describe_trits(value) if name == "trits_per_weight" else value
     for name, block in OPTIONAL_BLOCKS.items():
         if getattr(config, name):
             yield f"`{name}`, {block.about}", f"`{json.dumps(getattr(config, name))}`"
@@ -157,6 +173,39 @@ def _state_note(config: ArbConfig, audit: StateAudit) -> str:
         f"Training kept {training.state_bytes:,} bytes, {per_weight:.3f} a weight, optimizer included. What is not here"
         " starts at zero in a finetuning."
     )
+
+
+def _levels(audit: StateAudit) -> str:
+    """How many trits a weight has and which levels they give, by role where they differ."""
+    roles: dict[int, list[str]] = {}
+    for role, trits in sorted(audit.trits_by_role.items()):
+        roles.setdefault(trits, []).append(role)
+    kinds = []
+    for trits, named in sorted(roles.items()):
+        largest = largest_level(trits)
+        counted = f"{_trits(trits)} a weight, levels -{largest} to {largest}"
+        kinds.append(counted if len(roles) == 1 else f"{counted} ({', '.join(named)})")
+    return "; ".join(kinds)
+
+
+def _decoding_note(config: ArbConfig) -> str:
+    """What generation keeps in memory besides the stored weights."""
+    matrices = unallocated_model(config).ternary_matrices().values()
+    laid_out = [matrix for matrix in matrices if isinstance(matrix, TernaryLinear) and matrix.integer_matmuls]
+    if not laid_out:
+        return "Generation keeps nothing in memory besides the weights."
+    size = sum(layout_bytes(matrix.rows, matrix.columns, matrix.trits) for matrix in laid_out)
+    bits = [
+        f"{BITS[trits]} bits a weight of {_trits(trits)}" for trits in sorted({matrix.trits for matrix in laid_out})
+    ]
+    return (
+        "On a CPU with the compiled kernels, generation also keeps the matrices that it multiplies unpacked in memory:"
+        f" {' and '.join(bits)}, at most {size:,} bytes."
+    )
+
+
+def _trits(number: int) -> str:
+    return "1 trit" if number == 1 else f"{number} trits"
 
 
 def _commands(facts: RunFacts, repo_id: str | None) -> str:

@@ -34,7 +34,8 @@ class IntegerOptimizer(torch.optim.Optimizer):
     """Becomes the gradient sink of every ternary matrix of `model`; `step()` applies the shared matrices, the touched
     rows of tables and the observations of blocks, and advances the step counter.
 
-    lr: cells per step, read from the single (empty) parameter group, so that any scheduler can set it.
+    lr: thirds of the latent line per step, read from the single (empty) parameter group, so that any scheduler can set
+    it.
 
     A matrix moves inside backward, at the last backward of a step that goes through it. Earlier gradients are added to
     an int8 sum, one transient byte a weight, which joins the last dW: an accumulated step learns as one batch does.
@@ -64,7 +65,7 @@ class IntegerOptimizer(torch.optim.Optimizer):
         rank_check_steps: int = 200,
     ):
         if not 0 <= lr < 1:
-            raise ValueError(f"learning_rate={lr} must be in [0, 1), in cells of the latent line per step")
+            raise ValueError(f"learning_rate={lr} must be in [0, 1), in thirds of the latent line per step")
         if not 0 <= beta < 1:
             raise ValueError(f"momentum_beta={beta} must be in [0, 1)")
         for name, threshold in (("flip_threshold", flip_threshold), ("table_threshold", table_threshold)):
@@ -172,7 +173,7 @@ class IntegerOptimizer(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
 
     def take_flip_rate(self) -> float:
-        """Share of weights whose trit changed, per step, since the last call. Every rank must call it."""
+        """Share of weights whose level changed, per step, since the last call. Every rank must call it."""
         flips, weights = sum_over_ranks([int(self._flips), self._moved_weights], self._flips.device)
         self._flips.zero_()
         self._moved_weights = 0

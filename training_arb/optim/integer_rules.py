@@ -22,14 +22,15 @@ class UpdateContext:
 
     step: int
     key: int  # of the random bits of this matrix in this step
-    lr: float  # cells per step
+    lr: float  # thirds of the latent line per step
 
 
 class UpdateRule(Protocol):
     """Moves matrices by their gradients."""
 
     def update(self, matrix: TernaryMatrix, dW: torch.Tensor, context: UpdateContext) -> torch.Tensor:
-        """Move the matrix by the step's mean gradient dW (N, K), in place; returns how many trits changed, int64 ()."""
+        """Move the matrix by the step's mean gradient dW (N, K), in place; returns the number of changed levels,
+        int64 ()."""
         ...
 
 
@@ -43,7 +44,7 @@ class TableRule(Protocol):
         ...
 
 
-LARGEST_RATE = 1.0  # cells per step
+LARGEST_RATE = 1.0  # thirds of the latent line per step
 TABLE_RATE = 4.0  # a row is touched by few steps, and goes further in each (LOG.md)
 
 

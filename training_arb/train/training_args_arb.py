@@ -16,7 +16,7 @@ logger = logging.get_logger(__name__)
 
 @dataclass
 class ArbTrainingArguments(CheckedTrainingArguments):
-    """learning_rate is in cells of the latent line per step: 0.03 to 0.05 at every width tried.
+    """learning_rate is in thirds of the latent line per step: 0.03 to 0.05 at every width tried.
 
     transformers opens the process group of several ranks when arguments are made. On CPUs, call
     `training_arb.ranks.rank_loss.meet_on_cpus` before: transformers ignores ddp_timeout there.
@@ -31,7 +31,7 @@ class ArbTrainingArguments(CheckedTrainingArguments):
     )
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Blocks per device and micro-batch."})
     per_device_eval_batch_size: int = field(default=16, metadata={"help": "Blocks per device in evaluation."})
-    learning_rate: float = field(default=0.035, metadata={"help": "Cells of the latent line per step."})
+    learning_rate: float = field(default=0.035, metadata={"help": "Thirds of the latent line per step."})
     warmup_steps: float = field(default=0.05, metadata={"help": "Steps of linear warmup; below 1: share of the run."})
     seed: int = field(default=0, metadata={"help": "Seed of initial weights, data order and stochastic rounding."})
     logging_steps: float = field(default=20, metadata={"help": "Interval in steps between logs."})

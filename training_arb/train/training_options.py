@@ -67,7 +67,7 @@ OPTIONS: dict[str, Option] = {
     "adam_beta1": NO_ADAM,
     "adam_beta2": NO_ADAM,
     "adam_epsilon": NO_ADAM,
-    "weight_decay": _meaningless("trits have no magnitude to decay; leave it out"),
+    "weight_decay": _meaningless("integer levels do not decay; leave it out"),
     "max_grad_norm": _meaningless("updates have unit RMS whatever the gradient's norm, so nothing is clipped"),
     # batches and their data
     "per_device_train_batch_size": HONOURED,

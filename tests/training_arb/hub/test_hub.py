@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard, constants
 from safetensors.torch import load
 
 from configuration_arb import preset_config
+from configuration_arb.trits_per_weight import describe_trits
 from modeling_arb import ArbForCausalLM
 from support.fresh_process import NO_REPO, fresh_process
 from support.loopback_hub import TOKEN, environment, metadata_errors, used_by_this_process
@@ -17,8 +18,9 @@ from support.pretraining import TEXT, arguments
 from support.scripting import run_script
 from tokenization_arb import ArbTokenizer
 from training_arb.checkpoints.checkpoint_files import write_checksums
+from training_arb.hub.hub_export import export_model
 from training_arb.memory.state_audit import audit_folder, inference_hash
-from training_arb.report.run_facts import shown_command, shown_sample
+from training_arb.report.run_facts import RunFacts, shown_command, shown_sample
 
 PICKLED = re.compile(r"\.(bin|pt|pth|pkl|pickle|ckpt|npy)$")
 FRESH_PROCESS = f"""{NO_REPO}
@@ -193,6 +195,34 @@ def test_export_fills_the_card_from_what_lies_beside(pushed_run, tmp_path, check
     text = (tmp_path / "alone" / "README.md").read_text()
     assert ModelCard(text).data.eval_results is None and metadata_errors(text) == []
     assert "No record of its run" in text
+
+
+@pytest.mark.parametrize(
+    ("trits", "levels", "decoded"),
+    [
+        (1, "trits to a byte: 1 trit a weight, levels -1 to 1.", "memory: 2 bits a weight of 1 trit"),
+        (2, "trits to a byte: 2 trits a weight, levels -4 to 4.", "memory: 4 bits a weight of 2 trits"),
+        (
+            {"embedding": 2, "head": 2},
+            ": 1 trit a weight, levels -1 to 1 (attention, mlp); 2 trits a weight, levels -4 to 4 (embedding, head).",
+            "memory: 2 bits a weight of 1 trit and 4 bits a weight of 2 trits",
+        ),
+    ],
+    ids=str,
+)
+def test_the_card_tells_trits_levels_and_bits(tmp_path, trits, levels, decoded):
+    model = ArbForCausalLM(preset_config("arb-tiny", trits_per_weight=trits))
+    export = tmp_path / "export"
+    export.mkdir()
+    audit = export_model(model, export, RunFacts())
+    text = (export / "README.md").read_text()
+    multiplied = [m for m in model.ternary_matrices().values() if isinstance(m, torch.nn.Linear)]
+    size = sum(-(-m.rows // 16) * -(-m.columns // 16) * 64 * m.trits for m in multiplied)
+    assert levels in " ".join(text.split()) and f"{decoded}, at most {size:,} bytes." in text
+    bits = 8 * (export / "model.safetensors").stat().st_size / model.num_parameters()
+    assert f"{bits:.2f} bits a weight" in text and audit.trits_by_role["head"] == model.config.trits_of("head")
+    assert f"| `trits_per_weight` | {describe_trits(trits)} |" in text
+    assert metadata_errors(text) == []
 
 
 @pytest.mark.parametrize(
