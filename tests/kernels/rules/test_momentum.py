@@ -192,7 +192,7 @@ def test_rates_are_in_cells_for_each_trit():
 @TRITS
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_latents_stop_at_the_ends_of_the_line(backend, trits):
-    """From every level and residual, with steps of a sixth of the line towards both ends."""
+    """From every level and residual, with steps of half a cell for each trit towards both ends."""
     levels = torch.arange(-LARGEST[trits], LARGEST[trits] + 1, dtype=torch.int8).repeat_interleave(16)
     residual = torch.arange(-8, 8, dtype=torch.int8).repeat(2 * LARGEST[trits] + 1)
     K, end = len(levels), 8 * 3**trits
@@ -204,7 +204,7 @@ def test_latents_stop_at_the_ends_of_the_line(backend, trits):
     )
     latents = (16 * levels.int() + residual).expand(2, K)
     assert_same("latents", torch.arange(-end, end, dtype=torch.int32), latents[0])
-    expected = (latents - end / 3 * signs).clamp(-end, end - 1)
+    expected = (latents - 8 * trits * signs).clamp(-end, end - 1)
     with use_backend(backend):
         flips = momentum_update(state, signs.contiguous(), 3, 0.5, beta=0.0)
     assert_same("moved latents", expected.int(), latent_of(state, K).int())

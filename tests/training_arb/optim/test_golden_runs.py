@@ -47,8 +47,8 @@ ON_RANKS = ("momentum", "flip", "correlation")
 ROUNDED = ("momentum", "full stack", "full stack, flip")
 ON_EVERY_MACHINE = {
     "momentum": "4f793e5ebb08af69225140cc2f91f00d030456208d7841b851d577492392cd3b",
-    "two trits": "84f599cf4ba63971a2ce71d3c6cc8423218c004966f4bfb0a254f06f78537a4a",
-    "two trits at the edges": "9b39a4a9900b96575fb9b77f56906a4471f7e16c5a2cea52ebcbfd6c994233a2",
+    "two trits": "4c8dda9eabad70d4d9a6c8947d186d8407c5acb6ae62dcbabe0a78b13cda27b2",
+    "two trits at the edges": "083100d8fa2b8cb261a2d208e3ca33632373f8d24657847d43253e9cfa03bd96",
     "flip": "358f89c21ed38965043dadfed83d9ea93964cebae525247e4b6746834ed6bb7b",
     "correlation": "23c451da5cc61a475f08afeea2c5af516e8613811c689de41a5e0b850a02884c",
 }
