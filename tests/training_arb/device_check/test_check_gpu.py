@@ -242,7 +242,7 @@ def test_every_kernel_test_file_is_read_without_pytest(monkeypatch):
     for name, found in on_kernels.items():
         assert len(set(found)) == len(found), name
         assert found or name == "test_momentum_kernels", name
-    assert "test_in_place_equals_the_reference[triton-50x33x100-8]" in on_kernels["test_sparse_momentum"]
+    assert "test_in_place_equals_the_reference[triton-50x33x100-8-2]" in on_kernels["test_sparse_momentum"]
 
 
 def test_a_broken_test_costs_itself_alone(tmp_path, monkeypatch):
