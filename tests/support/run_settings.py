@@ -1,11 +1,11 @@
 """The numeric part of the tests under each setting that makes torch or our kernels compute in another way.
 
-Every setting stands for machines: a CPU without AVX-512, without VNNI, without a C++ compiler, with one core or two.
-Two settings run at a time. What a failing one printed follows the table.
+Every setting stands for machines: a CPU without AVX-512, a CPU for which torch has no vectors, machines without a C++
+compiler, with and without VNNI, one core or two. Two settings run at a time. What a failing one printed follows the table.
 
 examples:
   python tests/support/run_settings.py
-  python tests/support/run_settings.py --only ATEN_CPU_CAPABILITY=avx2 ARB_BACKEND=torch
+  python tests/support/run_settings.py --only ATEN_CPU_CAPABILITY=avx2 'ARB_BACKEND=torch OMP_NUM_THREADS=2'
   python tests/support/run_settings.py --only ARB_ISA=avx2 --tests tests/kernels/matmul/test_int8_matmul.py
 """
 
@@ -23,13 +23,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = (
-    "ONEDNN_MAX_CPU_ISA=AVX2",
-    "ATEN_CPU_CAPABILITY=avx2",
-    "ATEN_CPU_CAPABILITY=default",
-    "ARB_ISA=avx2",
+    "ARB_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2",
+    "ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=2",
     "ARB_BACKEND=torch",
-    "OMP_NUM_THREADS=1",
-    "OMP_NUM_THREADS=2",
+    "ARB_BACKEND=torch ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2",
 )
 TESTS = (
     "tests/training_arb/optim/test_golden_runs.py",
@@ -58,8 +55,8 @@ COUNT = re.compile(r"(\d+) (passed|failed|error)")
 
 def run_setting(setting: str, tests: list[str]) -> tuple[str, dict[str, int], float, str]:
     """-> the setting, counts by outcome, seconds, output. A run that ended before any test counts as an error."""
-    name, _, value = setting.partition("=")
-    environment = {"OMP_NUM_THREADS": "1", **os.environ, name: value}
+    variables = dict(part.split("=", 1) for part in setting.split())
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, **variables}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header", "--tb=short"]
     started = time.monotonic()
     done = subprocess.run(
@@ -85,16 +82,17 @@ def outcomes(settings: list[str], tests: list[str]) -> Iterator[tuple[str, dict[
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", metavar="NAME=VALUE", default=SETTINGS, help="these instead of all seven")
+    parser.add_argument("--only", nargs="+", metavar="NAME=VALUE", default=SETTINGS, help="these instead of all")
     parser.add_argument("--tests", nargs="+", default=TESTS, help="what to run, as pytest names it")
     args = parser.parse_args()
-    wrong = [setting for setting in args.only if "=" not in setting]
+    wrong = [part for setting in args.only for part in setting.split() if "=" not in part]
     if wrong:
         parser.error(f"only={wrong[0]!r}: not a NAME=VALUE")
-    print(f"{'setting':<30}{'passed':>8}{'failed':>8}{'seconds':>9}")
+    width = max(map(len, args.only)) + 2
+    print(f"{'setting':<{width}}{'passed':>8}{'failed':>8}{'seconds':>9}")
     failing = []
     for setting, counts, seconds, output in outcomes(list(args.only), list(args.tests)):
-        print(f"{setting:<30}{counts.get('passed', 0):>8}{counts['failed']:>8}{seconds:>9.1f}", flush=True)
+        print(f"{setting:<{width}}{counts.get('passed', 0):>8}{counts['failed']:>8}{seconds:>9.1f}", flush=True)
         if counts["failed"]:
             failing.append((setting, output))
     for setting, output in failing:
