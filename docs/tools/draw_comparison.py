@@ -71,9 +71,7 @@ def losses(file: str) -> dict[str, float]:
 def step_times(file: str) -> dict[str, float]:
     """Median step in ms; of ARB the int8 rows."""
     rows = read(file)["rows"]
-    return {
-        row["config"]: row["step_ms_p50"] for row in rows if row["config"] not in OURS or row["compute"] == "int8"
-    }
+    return {row["config"]: row["step_ms_p50"] for row in rows if row["config"] not in OURS or row["compute"] == "int8"}
 
 
 def panels() -> list[Panel]:

@@ -1,7 +1,8 @@
 """The numeric part of the tests under each setting that makes torch or our kernels compute in another way.
 
 Every setting stands for machines: a CPU without AVX-512, a CPU for which torch has no vectors, machines without a C++
-compiler, with and without VNNI, one core or two. Two settings run at a time. The output of failing ones follows the table.
+compiler, with and without VNNI, one core or two. Two settings run at a time. The output of failing ones follows the
+table.
 
 examples:
   python tests/support/run_settings.py
