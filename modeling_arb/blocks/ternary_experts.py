@@ -137,7 +137,7 @@ class TernaryExperts(ObservedState):
         small = self.num_experts * 4 * self.up_proj[0].logical_weights <= GROUPED_BYTES
         wanted = x.is_cuda and small if self.grouped is None else self.grouped
         aligned = all(columns % GROUPED_MULTIPLE == 0 for columns in self.columns)
-        exact = max(self.columns) * LARGEST_CODE * self.up_proj[0].largest_level <= EXACT_SUM
+        exact = max(self.columns) * LARGEST_CODE * self.centroids.largest_level <= EXACT_SUM
         return wanted and aligned and exact and self.centroids.integer_matmuls
 
     @torch.no_grad()
