@@ -42,7 +42,6 @@ QUALITY = (
     "quality_wikitext2_bf16_seed0.json",
     "quality_wikitext2_adam8bit_seed0.json",
 )
-LARGER = "quality_arb-14m_wikitext2.json"
 
 
 class Panel(NamedTuple):
@@ -64,10 +63,6 @@ def quality(key: str) -> dict[str, float]:
     return {name: row[key] for name, row in reversed(rows) if name in NAMES}
 
 
-def losses(file: str) -> dict[str, float]:
-    return {name: row["val_loss"] for name, row in read(file)["configs"].items() if name in NAMES}
-
-
 def step_times(file: str) -> dict[str, float]:
     """Median step in ms; of ARB the int8 rows."""
     rows = read(file)["rows"]
@@ -79,14 +74,13 @@ def panels() -> list[Panel]:
     return [
         Panel("state that training keeps,\nbytes a weight", quality("state_bytes_per_weight"), "{:.2f}", QUALITY),
         Panel("held-out loss, nats per byte\n(1.1M weights, WikiText-2)", quality("val_loss"), "{:.3f}", QUALITY),
-        Panel("held-out loss, nats per byte\n(14M weights, 400 steps)", losses(LARGER), "{:.3f}", (LARGER,)),
         Panel("training step, ms\n(14M weights, Xeon with AMX)", step_times(xeon), "{:.0f}", (xeon,)),
     ]
 
 
 def draw(path: Path) -> None:
     """One panel a quantity, one bar a configuration; shorter is better in all of them."""
-    figure, axes = plt.subplots(1, 4, figsize=(13, 3.4), sharey=True, constrained_layout=True)
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.6), sharey=True, constrained_layout=True)
     names = [*NAMES][::-1]
     for axis, panel in zip(axes, panels(), strict=True):
         largest = max(panel.values.values())
