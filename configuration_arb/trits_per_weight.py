@@ -14,7 +14,7 @@ def fault_of(value: object) -> str:
     """What `value` must be instead, if it is neither a number of trits nor a dict of them by role; otherwise ''."""
     numbers = list(value.values()) if isinstance(value, dict) else [value]
     if isinstance(value, dict) and not all(role in ROLES for role in value):
-        return f"a dict whose keys are of {', '.join(ROLES)}"
+        return f"a number for some of the roles {', '.join(ROLES)}, and no other name"
     return "" if all(is_int(number) and number in CHOICES for number in numbers) else "1, 2, or a dict of them by role"
 
 

@@ -20,7 +20,7 @@ from .packing import largest_level, trits_per_weight, unpack_levels
 ROWS, COLUMNS = 16, 16  # of a chunk
 PARTS = 4  # a chunk's columns in fours
 BITS = {1: 2, 2: 4}  # of a weight, by its trits
-HALF_CHUNK = 64  # bytes of a vector
+VECTOR_BYTES = 64  # a chunk is one vector with one trit a weight, two with two trits
 HUGE_PAGE = 2 << 20  # bytes
 
 
@@ -61,7 +61,7 @@ def to_decode_layout(levels: torch.Tensor, trits: int = 1) -> torch.Tensor:
     for part in range(1, PARTS // vectors):
         packed = packed | codes[:, :, :, :, part] << bits * part
     chunks = packed.permute(0, 2, 3, 1, 4)  # block, chunk, vector, row, column in part
-    return in_huge_pages(chunks.reshape(len(codes), -1, vectors * HALF_CHUNK))
+    return in_huge_pages(chunks.reshape(len(codes), -1, vectors * VECTOR_BYTES))
 
 
 def in_huge_pages(tensor: torch.Tensor) -> torch.Tensor:
@@ -81,7 +81,7 @@ def in_huge_pages(tensor: torch.Tensor) -> torch.Tensor:
 
 def layout_trits(layout: torch.Tensor) -> int:
     """Trits a weight of a decode layout."""
-    return layout.shape[2] // HALF_CHUNK
+    return layout.shape[2] // VECTOR_BYTES
 
 
 def from_decode_layout(layout: torch.Tensor, N: int, K: int) -> torch.Tensor:

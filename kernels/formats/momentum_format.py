@@ -37,7 +37,7 @@ class MomentumFormat:
 
     @property
     def largest_code(self) -> int:
-        """Of the momentum."""
+        """The largest momentum code; the smallest is minus this."""
         return 2 ** (self.bits - 1) - 1
 
     @property

@@ -38,7 +38,7 @@ CONSTANTS: dict[str, dict[str, int | float]] = {
         "ROWS": decode_layout.ROWS,
         "COLUMNS": decode_layout.COLUMNS,
         "PARTS": decode_layout.PARTS,
-        "VECTOR": decode_layout.HALF_CHUNK,
+        "VECTOR": decode_layout.VECTOR_BYTES,
     },
     "exponents": {
         "SQRT_HALF": exponents.SQRT_HALF,

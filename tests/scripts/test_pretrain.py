@@ -183,7 +183,7 @@ def test_resuming_another_run_is_refused(corpus, finished, tmp_path, capsys, cha
         ({"group_size": 5}, "group_size=5"),
         ({"momentum_bits": 3}, "momentum_bits=3"),
         ({"trits_per_weight": "3"}, "trits_per_weight='3' must be 1, 2, or a dict"),
-        ({"trits_per_weight": "neck:2"}, "must be a dict whose keys are of embedding"),
+        ({"trits_per_weight": "neck:2"}, "must be a number for some of the roles embedding"),
         ({"blocks": '{"trits_per_weight": 2}'}, "use the option --trits_per_weight"),
         ({"ctx": 20000}, "ctx=20000"),
         ({"ctx": 2}, "ctx=2"),
